@@ -1,0 +1,1 @@
+"""The meeting point: the topic tree, the messages, the aggregator service."""

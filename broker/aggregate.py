@@ -1,0 +1,75 @@
+"""From a round's counted updates to the next model: finds the strategy by its file name and runs it.
+
+A strategy is one file in `broker/strategies`, with a function
+`aggregate(state, updates, *, momentum) -> (state, delta)`: pure, streaming, its state a dict of float64 arrays.
+"""
+
+import importlib
+import io
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models import codec
+from models.delta import Vector
+
+State = Mapping[str, NDArray[np.float64]]
+Strategy = Callable[..., tuple[State, Vector]]
+
+
+def strategy_names() -> list[str]:
+    """List the strategies there are, by file name."""
+    folder = Path(__file__).parent / "strategies"
+    return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
+
+
+def strategy(name: str) -> Strategy:
+    """Return the function of one strategy; KeyError if there is no such file."""
+    if name not in strategy_names():
+        raise KeyError(name)
+    function: Strategy = importlib.import_module(f"broker.strategies.{name}").aggregate
+    return function
+
+
+def next_model(
+    name: str,
+    state: bytes,
+    base: Vector,
+    shared: NDArray[np.bool_],
+    payloads: Iterator[tuple[bytes, int]],
+    *,
+    momentum: float,
+) -> tuple[bytes, Vector]:
+    """Run a strategy over codec payloads, one at a time; return its new state and the full new weights (n,).
+
+    The deltas cover the True positions of `shared` (n,); the rest of `base` (n,) stays as it is. ValueError if the
+    new weights hold a NaN or an infinity.
+    """
+    count = int(shared.sum())
+    updates = ((codec.decode(payload, count), samples) for payload, samples in payloads)
+    new_state, delta = strategy(name)(load_state(state), updates, momentum=momentum)
+    vector = base.copy()
+    vector[shared] += delta
+    if not np.isfinite(vector).all():
+        raise ValueError("the new weights hold a NaN or an infinity")
+    return dump_state(new_state), vector
+
+
+def dump_state(state: State) -> bytes:
+    """Write a strategy's state as an npz archive (no pickle); b"" when it is empty."""
+    if not state:
+        return b""
+    out = io.BytesIO()
+    arrays: dict[str, NDArray[np.float64]] = dict(state)
+    np.savez(out, allow_pickle=False, **arrays)
+    return out.getvalue()
+
+
+def load_state(blob: bytes) -> State:
+    """Inverse of `dump_state`."""
+    if not blob:
+        return {}
+    with np.load(io.BytesIO(blob), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}

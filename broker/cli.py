@@ -1,0 +1,183 @@
+"""`tundish broker run|status|enrol`: options in, an exit code out; the service is imported only when it runs."""
+
+import argparse
+import asyncio
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+
+from broker.config import FederationConfig, load_federation
+from broker.messages import KEY_BYTES
+from broker.topics import GatewayPath
+from models.errors import PeerError, TundishError, UserError
+
+if TYPE_CHECKING:
+    from broker.service import Service
+
+STALE_S = 10
+Command = Callable[[argparse.Namespace], int]
+
+
+def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `run`, `status` and `enrol` to the sub-parsers of `tundish broker`; each sets `run` to its function.
+
+    The function takes the parsed arguments and returns an exit code; it may raise TundishError, which the caller
+    prints in one line and turns into exit code 2.
+    """
+    run = _command(subparsers, "run", run_command, "run the aggregator beside an MQTT broker", "-c federation.toml")
+    run.add_argument("-v", "--verbose", action="store_true", help="log more to standard error")
+    status = _command(subparsers, "status", status_command, "show rounds, gateways and refusals", "-c federation.toml")
+    status.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    example = f"-c federation.toml --path acme/lyon/press/line4/cell2 --key {'a1' * 4}…"
+    enrol = _command(subparsers, "enrol", enrol_command, "let a gateway take part, by its public key", example)
+    enrol.add_argument("--path", required=True, help="enterprise/site/area/line/cell")
+    enrol.add_argument("--key", required=True, help="the gateway's Ed25519 public key, 64 hex digits")
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Run until SIGTERM or SIGINT."""
+    config = load_federation(_config_path(args))
+    level = logging.DEBUG if args.verbose else logging.INFO
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    from broker.service import Service  # noqa: PLC0415 - the other commands need none of it
+
+    asyncio.run(_serve(Service(config, _state(args, config))))
+    return 0
+
+
+def status_command(args: argparse.Namespace) -> int:
+    """Show the status file of the state folder; exit code 1 when the aggregator does not run."""
+    folder = args.state or _state(args, load_federation(_config_path(args)))
+    path = folder / "status.json"
+    try:
+        status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), 0, "", "no status there", "start `tundish broker run` with this --state") from error
+    age_s = max(0.0, time.time() - status["time_ms"] / 1000)
+    running = age_s < STALE_S
+    if args.json:
+        print(json.dumps({**status, "running": running, "age_s": round(age_s, 1)}))
+    else:
+        print("\n".join(_report(status, age_s, running=running)))
+    return 0 if running else 1
+
+
+def enrol_command(args: argparse.Namespace) -> int:
+    """Put a gateway's key into the roster; a running aggregator sees it within a second."""
+    config = load_federation(_config_path(args))
+    try:
+        path = GatewayPath.parse(args.path)
+    except PeerError as error:
+        raise UserError("--path", 0, "", error.detail, "write acme/lyon/press/line4/cell2") from error
+    if path.enterprise not in config.roots:
+        roots = ", ".join(config.roots)
+        raise UserError("--path", 0, "", f"{path.enterprise!r} does not take part", f"roots are: {roots}")
+    try:
+        key = bytes.fromhex(args.key)
+    except ValueError:
+        key = b""
+    if len(key) != KEY_BYTES:
+        remedy = "write the 64 hex digits that the gateway prints"
+        raise UserError("--key", 0, "", "not an Ed25519 public key", remedy)
+    from broker.journal import Journal  # noqa: PLC0415 - status and help need no database
+
+    journal, now_ms = Journal(_state(args, config)), time.time_ns() // 1_000_000
+    try:
+        with journal.transaction():
+            journal.add_to_roster(str(path), key, now_ms, "enrolled")
+            journal.note(now_ms, "enrolled", {"path": str(path), "key": key.hex()})
+    finally:
+        journal.close()
+    print(f"{path} may take part with key {key.hex()}")
+    return 0
+
+
+def default_state(federation: str) -> Path:
+    """Where a federation's memory is when `--state` does not say."""
+    return platformdirs.user_state_path("tundish") / "broker" / federation
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `python -m broker.cli`: the aggregator's commands alone, for hosts that are no gateway."""
+    parser = argparse.ArgumentParser(prog="tundish broker", description=__doc__)
+    add_commands(parser.add_subparsers(required=True, metavar="COMMAND"))
+    args = parser.parse_args(argv)
+    command: Command = args.run
+    try:
+        return command(args)
+    except TundishError as error:
+        print(f"tundish: {error}", file=sys.stderr)
+        return 2
+
+
+def _command(
+    subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    function: Command,
+    text: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=f"example: tundish broker {name} {example}"
+    )
+    parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="federation.toml")
+    parser.add_argument("--state", type=Path, metavar="DIR", help="the aggregator's memory (default: per user)")
+    parser.set_defaults(run=function)
+    return parser
+
+
+def _config_path(args: argparse.Namespace) -> Path:
+    if args.config is None:
+        raise UserError("-c", 0, "", "missing", "write -c federation.toml")
+    path: Path = args.config
+    return path
+
+
+def _state(args: argparse.Namespace, config: FederationConfig) -> Path:
+    return args.state or default_state(config.name)
+
+
+async def _serve(service: "Service") -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, service.stop)
+    await service.run()
+
+
+def _report(status: dict[str, Any], age_s: float, *, running: bool) -> list[str]:
+    mqtt = status["mqtt"]
+    head = f"{status['federation']}: {'running' if running else f'not running since {age_s:.0f} s'}"
+    lines = [f"{head}, {'connected' if status['connected'] else mqtt['error'] or 'not connected'}"]
+    for name, task in status["tasks"].items():
+        lines.append(f"  {name}: round {task['round']} {task['state']}, model version {task['version']}")
+        if task["state"] == "open":
+            due = _clock(task["deadline_ms"])
+            lines.append(f"    counted {len(task['counted'])} of at least {task['min_gateways']}, deadline {due}")
+        for path, gateway in task["gateways"].items():
+            word = "online" if gateway["online"] else "offline"
+            said = f", round {gateway['round']} {gateway['verdict']}" if gateway["verdict"] else ""
+            why = f" ({gateway['code']}: {_plain(gateway['reason'])})" if gateway["reason"] else ""
+            lines.append(f"    {path}: {word}{said}{why}")
+    lines += [f"  refused {count} ({reason})" for reason, count in sorted(status["refused"].items())]
+    return lines
+
+
+def _plain(text: str) -> str:
+    """Take control characters out: a gateway wrote this, and a terminal obeys some of them."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _clock(time_ms: int) -> str:
+    return datetime.fromtimestamp(time_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""`federation.toml` -> frozen typed values; every mistake, in the task files too, as file, line, key and remedy."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from broker.aggregate import strategy_names
+from broker.settings import MqttSettings, check_mqtt
+from broker.topics import segment
+from models.errors import PeerError
+from models.spec import Task, load_task
+from models.tomlfile import TomlFile, read_toml
+
+
+class FederationTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[federation]`: `roots` are the enterprises whose gateways may take part.
+
+    `join` "enrolled" takes keys from the roster only; "first-seen" pins a gateway's key when it is first seen.
+    """
+
+    name: str
+    roots: tuple[str, ...]
+    join: Literal["enrolled", "first-seen"] = "enrolled"
+
+
+class TaskTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[[task]]`: `file` is relative to the federation file."""
+
+    file: str
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    federation: FederationTable
+    mqtt: MqttSettings
+    task: tuple[TaskTable, ...]
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """One task with its published text and the file it came from."""
+
+    task: Task
+    text: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """A whole federation; `mqtt` holds absolute file names."""
+
+    name: str
+    roots: tuple[str, ...]
+    join: Literal["enrolled", "first-seen"]
+    mqtt: MqttSettings
+    tasks: tuple[TaskFile, ...]
+
+
+def load_federation(path: Path) -> FederationConfig:
+    """Read `federation.toml` and its task files; UserError."""
+    file = read_toml(path)
+    raw = file.convert(_File)
+    _check_name(file, ["federation", "name"], raw.federation.name)
+    if not raw.federation.roots:
+        raise file.error(["federation", "roots"], "empty", 'write the enterprises that take part: roots = ["acme"]')
+    for root in raw.federation.roots:
+        _check_name(file, ["federation", "roots"], root)
+        if root.startswith("_"):
+            raise file.error(["federation", "roots"], f"{root!r} begins with _", "that marks functional segments")
+    mqtt = check_mqtt(file, raw.mqtt)
+    if not raw.task:
+        raise file.error(["task"], "no task", 'add [[task]] with file = "task.toml"')
+    return FederationConfig(
+        raw.federation.name, raw.federation.roots, raw.federation.join, mqtt, _tasks(file, raw.task, path)
+    )
+
+
+def _tasks(file: TomlFile, tables: tuple[TaskTable, ...], path: Path) -> tuple[TaskFile, ...]:
+    tasks: list[TaskFile] = []
+    for i, table in enumerate(tables):
+        where = path.absolute().parent / table.file
+        if not where.is_file():
+            raise file.error(["task", i, "file"], f"no file {where}", "write a path relative to this file")
+        task, text = load_task(where)
+        if any(task.name == other.task.name for other in tasks):
+            raise file.error(["task", i, "file"], f"a second task {task.name!r}", "give each task its own name")
+        if task.round.strategy not in strategy_names():
+            task_file = TomlFile(str(where), text)
+            remedy = f"write one of: {', '.join(strategy_names())}"
+            raise task_file.error(["round", "strategy"], f"no strategy {task.round.strategy!r}", remedy)
+        if task.round.deadline_s <= 0:
+            task_file = TomlFile(str(where), text)
+            raise task_file.error(["round", "deadline"], "out of range", 'write more than nothing, such as "2h"')
+        tasks.append(TaskFile(task, text, where))
+    return tuple(tasks)
+
+
+def _check_name(file: TomlFile, key: list[str | int], name: str) -> None:
+    try:
+        segment(name)
+    except PeerError:
+        raise file.error(key, f"{name!r} can't be a topic level", "use A-Z a-z 0-9 _ - (at most 64)") from None

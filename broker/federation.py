@@ -1,0 +1,310 @@
+"""All rounds of one task, sans-IO: who is online, when the next round opens, which version is current.
+
+    WAITING --due, enough gateways--> OPEN --closed--> CLOSING --aggregated--> WAITING, or DONE after `rounds`
+
+Rounds open every `every_ms`, measured from the last opening, never while one is open, and only when `min_gateways`
+are online. After a restart the state is rebuilt from what the journal says (`Past`). Times are milliseconds on the
+caller's clock. Every transition stands in `TRANSITIONS`.
+"""
+
+# ruff: noqa: SLF001 - the table of transitions stands below the class whose methods it names
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from broker import round as rounds
+from broker.round import Action, Event, Outcome, Round
+from models.errors import LocalError
+
+# After a connection, births may take this long until a round may close.
+SETTLE_MS = 3_000
+# Who was online before a lost connection and has not said so again by then is gone.
+CONFIRM_MS = 30_000
+
+
+class State(enum.Enum):
+    """`CLOSING` lasts until the new model is stored."""
+
+    WAITING = "waiting"
+    OPEN = "open"
+    CLOSING = "closing"
+    DONE = "done"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The task's `[round]` table in milliseconds; `rounds` None means without end."""
+
+    min_gateways: int
+    deadline_ms: int
+    every_ms: int
+    rounds: int | None = None
+
+
+@dataclass(frozen=True)
+class Past:
+    """The latest round, as the journal knows it; `counted` is path -> digest."""
+
+    round: int
+    base: int
+    opened_ms: int
+    deadline_ms: int
+    is_open: bool
+    counted: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Born(Event):
+    """A gateway's verified birth; `session` grows with its starts, `serves` says whether it names this task."""
+
+    path: str
+    session: int
+    serves: bool = True
+
+
+@dataclass(frozen=True)
+class Died(Event):
+    """A gateway's verified death: it ends the session of the same number only."""
+
+    path: str
+    session: int
+
+
+@dataclass(frozen=True)
+class Answered(Event):
+    """A gateway's verified word on a round; `code` and `reason` are for people."""
+
+    path: str
+    round: int
+    joined: bool
+    code: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Submitted(Event):
+    """A verified, decoded update; `known` says that the journal holds one of this gateway for that round."""
+
+    path: str
+    round: int
+    base: int
+    digest: bytes
+    known: bool = False
+
+
+@dataclass(frozen=True)
+class Connected(Event):
+    """The broker was reached (again): retained births are on their way."""
+
+
+@dataclass(frozen=True)
+class Aggregated(Event):
+    """The round's model is stored; `version` is the current one from now on."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class Tick(Event):
+    """Time has passed."""
+
+
+@dataclass(frozen=True)
+class Open(Action):
+    """Open a round: journal it, publish its plan."""
+
+    round: int
+    base: int
+    opened_ms: int
+    deadline_ms: int
+
+
+@dataclass(frozen=True)
+class Finish(Action):
+    """The last round is over."""
+
+
+@dataclass
+class Gateway:
+    """What is known of one gateway; the last answer is for people."""
+
+    session: int
+    online: bool = True
+    confirmed: bool = True
+    answer_round: int = 0
+    joined: bool = False
+    code: str = ""
+    reason: str = ""
+
+
+class Federation:
+    """The state of one task; `version` is the current model's, `number` the latest round's (0 before the first)."""
+
+    def __init__(self, rules: Rules, *, version: int, past: Past | None) -> None:
+        self.rules = rules
+        self.version = version
+        self.number = past.round if past else 0
+        self.opened_ms = past.opened_ms if past else -rounds.FOREVER_MS
+        self.gateways: dict[str, Gateway] = {}
+        self.round: Round | None = None
+        self._confirm_by_ms = 0
+        self.state = State.WAITING
+        if past and past.is_open:
+            self.state = State.OPEN
+            self.round = Round(
+                past.round,
+                past.base,
+                deadline_ms=past.deadline_ms,
+                length_ms=rules.deadline_ms,
+                min_gateways=rules.min_gateways,
+                counted=past.counted,
+                hold_ms=rounds.FOREVER_MS,
+            )
+        elif self._is_last():
+            self.state = State.DONE
+
+    @property
+    def online(self) -> set[str]:
+        """Paths of the gateways that are there."""
+        return {path for path, gateway in self.gateways.items() if gateway.online}
+
+    @property
+    def next_opening_ms(self) -> int | None:
+        """When the next round is due; None when none will come or one is open."""
+        return self.opened_ms + self.rules.every_ms if self.state is State.WAITING else None
+
+    def handle(self, event: Event, now_ms: int) -> list[Action]:
+        """Take one event; LocalError for one that can't happen in this state."""
+        try:
+            transition = TRANSITIONS[self.state, type(event)]
+        except KeyError:
+            raise LocalError(f"a federation that is {self.state.value} knows no {type(event).__name__}") from None
+        return transition(self, event, now_ms)
+
+    def _born(self, event: Born, now_ms: int) -> list[Action]:
+        before = self.gateways.get(event.path)
+        if before and event.session < before.session:
+            return []  # a retained birth of the past
+        if not event.serves:
+            return self._gone(event.path, now_ms)
+        restarted = before is not None and event.session > before.session
+        gateway = self.gateways.setdefault(event.path, Gateway(event.session))
+        gateway.session, gateway.online, gateway.confirmed = event.session, True, True
+        if self.round:
+            self._round(rounds.Arrived(event.path, restarted), now_ms)
+        return self._open_if_due(now_ms)
+
+    def _died(self, event: Died, now_ms: int) -> list[Action]:
+        gateway = self.gateways.get(event.path)
+        if not gateway or gateway.session != event.session:
+            return []
+        return self._gone(event.path, now_ms)
+
+    def _gone(self, path: str, now_ms: int) -> list[Action]:
+        gateway = self.gateways.get(path)
+        if not gateway or not gateway.online:
+            return []
+        gateway.online = False
+        return self._round(rounds.Left(path), now_ms)
+
+    def _answered(self, event: Answered, now_ms: int) -> list[Action]:
+        gateway = self.gateways.get(event.path)
+        if gateway and event.round >= gateway.answer_round:
+            gateway.answer_round, gateway.joined = event.round, event.joined
+            gateway.code, gateway.reason = event.code, event.reason
+        if not self.round or event.round != self.round.number:
+            return []
+        return self._round((rounds.Joined if event.joined else rounds.Declined)(event.path), now_ms)
+
+    def _submitted(self, event: Submitted, now_ms: int) -> list[Action]:
+        if self.round and event.round == self.round.number:
+            return self._round(rounds.Submitted(event.path, event.base, event.digest), now_ms)
+        if event.known:
+            word, detail = rounds.DUPLICATE, "the round is closed"
+        elif event.round > self.number:
+            word, detail = rounds.UNKNOWN_ROUND, f"the latest round is {self.number}"
+        else:
+            word, detail = rounds.LATE, f"the latest round is {self.number}"
+        return [Outcome(event.path, event.round, event.digest, word, detail)]
+
+    def _connected(self, _event: Connected, now_ms: int) -> list[Action]:
+        self._confirm_by_ms = now_ms + CONFIRM_MS
+        for gateway in self.gateways.values():
+            gateway.confirmed = False
+        return self._round(rounds.Held(now_ms + SETTLE_MS), now_ms)
+
+    def _tick(self, _event: Tick, now_ms: int) -> list[Action]:
+        actions: list[Action] = []
+        if self._confirm_by_ms and now_ms >= self._confirm_by_ms:
+            self._confirm_by_ms = 0
+            for path, gateway in self.gateways.items():
+                if not gateway.confirmed:
+                    actions += self._gone(path, now_ms)
+        return actions + self._round(rounds.Tick(), now_ms) + self._open_if_due(now_ms)
+
+    def _aggregated(self, event: Aggregated, now_ms: int) -> list[Action]:
+        self.version, self.round = event.version, None
+        if self._is_last():
+            self.state = State.DONE
+            return [Finish()]
+        self.state = State.WAITING
+        return self._open_if_due(now_ms)
+
+    def _is_last(self) -> bool:
+        return self.rules.rounds is not None and self.number >= self.rules.rounds
+
+    def _round(self, event: Event, now_ms: int) -> list[Action]:
+        if not self.round:
+            return []
+        actions = self.round.handle(event, now_ms)
+        if self.state is State.OPEN and self.round.state is rounds.State.CLOSED:
+            self.state = State.CLOSING
+        return actions
+
+    def _open_if_due(self, now_ms: int) -> list[Action]:
+        online = self.online
+        due = self.state is State.WAITING and now_ms >= self.opened_ms + self.rules.every_ms
+        if not due or len(online) < self.rules.min_gateways:
+            return []
+        self.number, self.opened_ms, self.state = self.number + 1, now_ms, State.OPEN
+        deadline_ms = now_ms + self.rules.deadline_ms
+        self.round = Round(
+            self.number,
+            self.version,
+            deadline_ms=deadline_ms,
+            length_ms=self.rules.deadline_ms,
+            min_gateways=self.rules.min_gateways,
+            expected=online,
+        )
+        return [Open(self.number, self.version, now_ms, deadline_ms)]
+
+
+# A transition's event is of the type that its key names. Only a federation that is closing is told of a new model.
+TRANSITIONS: dict[tuple[State, type[Event]], Callable[..., list[Action]]] = {
+    (State.WAITING, Born): Federation._born,
+    (State.WAITING, Died): Federation._died,
+    (State.WAITING, Answered): Federation._answered,
+    (State.WAITING, Submitted): Federation._submitted,
+    (State.WAITING, Connected): Federation._connected,
+    (State.WAITING, Tick): Federation._tick,
+    (State.OPEN, Born): Federation._born,
+    (State.OPEN, Died): Federation._died,
+    (State.OPEN, Answered): Federation._answered,
+    (State.OPEN, Submitted): Federation._submitted,
+    (State.OPEN, Connected): Federation._connected,
+    (State.OPEN, Tick): Federation._tick,
+    (State.CLOSING, Born): Federation._born,
+    (State.CLOSING, Died): Federation._died,
+    (State.CLOSING, Answered): Federation._answered,
+    (State.CLOSING, Submitted): Federation._submitted,
+    (State.CLOSING, Connected): Federation._connected,
+    (State.CLOSING, Tick): Federation._tick,
+    (State.CLOSING, Aggregated): Federation._aggregated,
+    (State.DONE, Born): Federation._born,
+    (State.DONE, Died): Federation._died,
+    (State.DONE, Answered): Federation._answered,
+    (State.DONE, Submitted): Federation._submitted,
+    (State.DONE, Connected): Federation._connected,
+    (State.DONE, Tick): Federation._tick,
+}

@@ -1,0 +1,100 @@
+"""Version 0 of a task's model, made by a child process, because making a net needs torch and the aggregator does not.
+
+The child `python -m models.export --task FILE --out FILE.npz --seed N` writes `graph` (uint8, ONNX without weights),
+`vector` (float32, the first weights) and `layout` (uint8, JSON of `Layout.to_wire()`).
+"""
+
+import asyncio
+import hashlib
+import json
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from broker.config import TaskFile
+from broker.journal import Journal, ModelRow, TaskRow
+from models import codec
+from models.delta import Layout, Vector
+from models.errors import LocalError, PeerError, UserError
+from models.spec import Task, parse_task, task_digest
+
+_TIMEOUT_S = 600
+# What a net's layout follows from: a task that differs here has another model.
+_SHAPE = ("kind", "net", "window", "signal", "personal", "target")
+
+
+async def ensure_model(journal: Journal, file: TaskFile, now_ms: int) -> None:
+    """Make and store version 0 of a new task; of a known one, store its changed text.
+
+    UserError when the change would need another model; LocalError when the child fails.
+    """
+    stored = journal.task(file.task.name)
+    if stored is None:
+        graph, vector, layout = await _export(file)
+        with journal.transaction():
+            put_first_model(journal, file.task, file.text, graph=graph, vector=vector, layout=layout, now_ms=now_ms)
+    elif stored.text != file.text:
+        before = parse_task(stored.text, str(file.path))
+        for key in _SHAPE:
+            if getattr(before, key) != getattr(file.task, key):
+                problem = f"changed since the model of task {file.task.name!r} was made"
+                raise UserError(str(file.path), 0, key, problem, "undo it, or give the task a new name")
+        with journal.transaction():
+            journal.put_task(file.task.name, stored._replace(text=file.text))
+            journal.note(now_ms, "task", {"task": file.task.name, "digest": task_digest(file.text).hex()})
+
+
+def put_first_model(
+    journal: Journal, task: Task, text: str, *, graph: bytes, vector: Vector, layout: Layout, now_ms: int
+) -> None:
+    """Store a task with its version 0; `vector` is (layout.size,) float32, `graph` ONNX bytes without weights.
+
+    Belongs inside a transaction.
+    """
+    wire, digest = json.dumps(layout.to_wire()), weights_digest(vector)
+    row = TaskRow(text, wire, codec.deflate(graph), len(graph), hashlib.sha256(graph).digest())
+    journal.put_task(task.name, row)
+    journal.put_model(task.name, ModelRow(0, 0, codec.encode(vector, codec.EXACT).data, digest, 0, 0, now_ms))
+    journal.note(now_ms, "model", {"task": task.name, "version": 0, "digest": digest.hex(), "round": 0})
+
+
+def weights_digest(vector: Vector) -> bytes:
+    """SHA-256 of the values as little-endian float32, in layout order (32 bytes)."""
+    return hashlib.sha256(vector.astype("<f4").tobytes()).digest()
+
+
+def load_layout(text: str) -> Layout:
+    """Inverse of `json.dumps(layout.to_wire())`; PeerError("layout") when it is out of bounds."""
+    entries: list[Any] = json.loads(text)
+    return Layout.from_wire([(name, None if shape is None else tuple(shape)) for name, shape in entries])
+
+
+async def _export(file: TaskFile) -> tuple[bytes, Vector, Layout]:
+    # A task file gives the same first weights everywhere.
+    seed = int.from_bytes(task_digest(file.text)[:4], "big")
+    with tempfile.TemporaryDirectory(prefix="tundish-") as folder:
+        out = Path(folder, "model.npz")
+        command = [sys.executable, "-m", "models.export", "--task", str(file.path), "--out", str(out)]
+        child = await asyncio.create_subprocess_exec(
+            *command, "--seed", str(seed), stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
+        )
+        try:
+            _, stderr = await asyncio.wait_for(child.communicate(), _TIMEOUT_S)
+        except BaseException:
+            child.kill()
+            await child.wait()
+            raise
+        if child.returncode != 0:
+            lines = stderr.decode(errors="replace").strip().splitlines()
+            reason = lines[-1] if lines else f"exit code {child.returncode}"
+            raise LocalError(f"{file.path}: no first model: {reason}; is tundish[train] installed on this machine?")
+        try:
+            with np.load(out, allow_pickle=False) as arrays:
+                layout = load_layout(arrays["layout"].tobytes().decode())
+                return arrays["graph"].tobytes(), arrays["vector"].astype(np.float32), layout
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, PeerError) as error:
+            raise LocalError(f"{file.path}: models.export wrote no model: {error}") from error

@@ -1,0 +1,190 @@
+"""What gateways send, from MQTT bytes to verified, decoded values; everything hostile ends here as a refusal.
+
+A refusal of bytes whose sender is not proven raises PeerError: a counter and a log line. One of a proven sender is a
+`Refused`, which gets a ledger entry and, for an update, a receipt as well.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from broker import topics
+from broker.config import FederationConfig
+from broker.journal import Journal
+from broker.link import Inbound
+from broker.messages import Answer, Birth, Death, Message, Update, open_envelope, peek
+from models import codec
+from models.errors import PeerError
+from models.spec import Task
+
+MAX_GATEWAYS = 10_000
+# No weight of a net moves by this much in a round; a sum of such values stays far from float32's end.
+MAX_VALUE = 1e6
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an update of a task must be: its layout has `count` shared values."""
+
+    task: Task
+    count: int
+
+
+@dataclass(frozen=True)
+class HeardBirth:
+    """A gateway is there; `pinned` when this birth was the first one and its key is now in the roster."""
+
+    path: str
+    birth: Birth
+    pinned: bool
+
+
+@dataclass(frozen=True)
+class HeardDeath:
+    """A gateway's last will."""
+
+    path: str
+    death: Death
+
+
+@dataclass(frozen=True)
+class HeardAnswer:
+    """A gateway's word on a round."""
+
+    path: str
+    task: str
+    answer: Answer
+
+
+@dataclass(frozen=True)
+class HeardUpdate:
+    """A decodable update; `digest` is the SHA-256 of its envelope."""
+
+    path: str
+    task: str
+    update: Update
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A proven sender's message that can't be used; `round` is None when it was no update."""
+
+    path: str
+    task: str
+    round: int | None
+    digest: bytes
+    reason: str
+    detail: str
+
+
+Heard = HeardBirth | HeardDeath | HeardAnswer | HeardUpdate | Refused
+
+
+class Intake:
+    """Reads inbound messages; pins first births in the journal, so it belongs inside a transaction."""
+
+    def __init__(self, config: FederationConfig, journal: Journal, wanted: Mapping[str, Wanted]) -> None:
+        self._config = config
+        self._journal = journal
+        self._wanted = wanted
+
+    def read(self, inbound: Inbound, now_ms: int) -> Heard:
+        """Verify and decode one message; PeerError when its sender is not proven or may not be here."""
+        topic = topics.parse(inbound.topic)
+        match topic:
+            case topics.Status(path):
+                return self._status(path, inbound, now_ms)
+            case topics.Uplink(path, task, what):
+                return self._uplink(path, task, what, inbound)
+        raise PeerError("topic", f"{inbound.topic} is not for the aggregator")
+
+    def _status(self, path: topics.GatewayPath, inbound: Inbound, now_ms: int) -> Heard:
+        self._check_root(path)
+        name, data = str(path), inbound.payload
+        key = self._journal.key_of(name)
+        if key is None:
+            birth = self._first_birth(name, inbound, now_ms)
+            return HeardBirth(name, birth, pinned=True)
+        try:
+            birth = open_envelope(data, inbound.topic, key, Birth)
+        except PeerError as error:
+            if error.reason == "schema":
+                return HeardDeath(name, open_envelope(data, inbound.topic, key, Death))
+            if error.reason == "signature" and _offers_other_key(data, key):
+                raise PeerError("key", f"{name} offers another key than the one that is pinned") from error
+            raise
+        if birth.public_key != key:
+            raise PeerError("key", f"{name} names another key than the one it signs with")
+        return HeardBirth(name, birth, pinned=False)
+
+    def _first_birth(self, path: str, inbound: Inbound, now_ms: int) -> Birth:
+        if self._config.join != "first-seen":
+            raise PeerError("unknown-gateway", f"{path} is not in the roster; enrol it with its key")
+        if self._journal.roster_size() >= MAX_GATEWAYS:
+            raise PeerError("roster-full", f"{MAX_GATEWAYS} gateways are pinned")
+        offered = peek(inbound.payload, Birth).public_key
+        birth = open_envelope(inbound.payload, inbound.topic, offered, Birth)
+        self._journal.add_to_roster(path, offered, now_ms, "first-seen")
+        return birth
+
+    def _uplink(self, path: topics.GatewayPath, task: str, what: str, inbound: Inbound) -> Heard:
+        self._check_root(path)
+        name, data = str(path), inbound.payload
+        wanted = self._wanted.get(task)
+        if wanted is None:
+            raise PeerError("unknown-task", f"{task} is not a task of this federation")
+        key = self._journal.key_of(name)
+        if key is None:
+            raise PeerError("unknown-gateway", f"{name} is not in the roster, or its birth was not seen")
+        digest = hashlib.sha256(data).digest()
+        type_: type[Message]
+        if what == "update":
+            type_ = Update
+        elif what == "answer":
+            type_ = Answer
+        else:
+            raise PeerError("topic", f"{inbound.topic}: no uplink message is called that")
+        try:
+            message = open_envelope(data, inbound.topic, key, type_)
+        except PeerError as error:
+            if error.reason != "schema":
+                raise
+            return Refused(name, task, None, digest, error.reason, error.detail)
+        if isinstance(message, Answer):
+            return HeardAnswer(name, task, message)
+        if not isinstance(message, Update):
+            raise PeerError("schema", type(message).__name__)
+        try:
+            check_update(message, wanted)
+        except PeerError as error:
+            return Refused(name, task, message.round, digest, error.reason, error.detail)
+        return HeardUpdate(name, task, message, digest)
+
+    def _check_root(self, path: topics.GatewayPath) -> None:
+        if path.enterprise not in self._config.roots:
+            raise PeerError("root", f"{path}: {path.enterprise} does not take part in this federation")
+
+
+def check_update(update: Update, wanted: Wanted) -> None:
+    """Decode an update completely; PeerError `samples`, `layout`, `codec` or `range`."""
+    training = wanted.task.training
+    most = training.max_windows * training.epochs
+    if update.samples > most:
+        raise PeerError("samples", f"{update.samples} samples, the task allows {most}")
+    if len(update.payload) >= codec.HEADER.size:
+        declared = codec.HEADER.unpack_from(update.payload)[3]
+        if declared != wanted.count:
+            raise PeerError("layout", f"{declared} values, the task shares {wanted.count}")
+    largest = float(np.abs(codec.decode(update.payload, wanted.count)).max())
+    if largest > MAX_VALUE:
+        raise PeerError("range", f"a value of {largest:.3g}, at most {MAX_VALUE:.0e} is believed")
+
+
+def _offers_other_key(data: bytes, key: bytes) -> bool:
+    try:
+        return peek(data, Birth).public_key != key
+    except PeerError:
+        return False

@@ -1,0 +1,69 @@
+"""One task at work in the aggregator: its definition, its newest model, and the federation that decides."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker.config import TaskFile
+from broker.federation import Federation, Past, Rules
+from broker.genesis import load_layout
+from broker.journal import Journal, ModelRow, TaskRow
+from models.errors import LocalError, UserError
+from models.spec import Task
+
+
+@dataclass
+class Job:
+    """`shared` (n,) is True where values travel; `deadline_ms` is the latest round's."""
+
+    task: Task
+    row: TaskRow
+    model: ModelRow
+    shared: NDArray[np.bool_]
+    federation: Federation
+    deadline_ms: int
+
+    def status(self) -> dict[str, Any]:
+        """Plain JSON values for people and scripts; times in milliseconds since 1970 UTC."""
+        f = self.federation
+        return {
+            "state": f.state.value,
+            "round": f.number,
+            "version": self.model.version,
+            "next_opening_ms": max(0, f.next_opening_ms) if f.next_opening_ms is not None else None,
+            "deadline_ms": f.round.deadline_ms if f.round else None,
+            "counted": sorted(f.round.counted) if f.round else [],
+            "waiting_for": sorted(f.round.waiting_for) if f.round else [],
+            "min_gateways": f.rules.min_gateways,
+            "gateways": {
+                path: {
+                    "online": g.online,
+                    "round": g.answer_round,
+                    "verdict": ("joined" if g.joined else "declined") if g.answer_round else None,
+                    "code": g.code,
+                    "reason": g.reason,
+                }
+                for path, g in sorted(f.gateways.items())
+            },
+        }
+
+
+def load_job(journal: Journal, file: TaskFile) -> Job:
+    """Take a task up where the journal left it; UserError when it shares nothing, LocalError without a model."""
+    task, name = file.task, file.task.name
+    row, model, last = journal.task(name), journal.model(name), journal.latest_round(name)
+    if row is None or model is None:
+        raise LocalError(f"{journal.path}: the model of {name} is missing; restore a backup")
+    shared = load_layout(row.layout).mask(task.personal)
+    if not shared.any():
+        raise UserError(str(file.path), 0, "personal", "nothing is left to share", "take a prefix out")
+    r = task.round
+    rules = Rules(r.min_gateways, int(r.deadline_s * 1000), int(r.every_s * 1000), r.rounds)
+    past = None
+    if last:
+        counted = journal.counted(name, last.round)
+        past = Past(last.round, last.base, last.opened_ms, last.deadline_ms, last.state == "open", counted)
+    federation = Federation(rules, version=model.version, past=past)
+    return Job(task, row, model, shared, federation, last.deadline_ms if last else 0)

@@ -1,0 +1,280 @@
+"""The only SQL of the aggregator: what it must know again after a crash.
+
+SQLite in WAL mode with synchronous=FULL and one writer. A commit is what an MQTT acknowledgement and a receipt stand
+for. The folder is 0700 and the file 0600, because the aggregator's private key is in it. Times are milliseconds since
+1970 UTC; digests are SHA-256.
+"""
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from broker import ledger
+from broker.messages import Signer
+from models.errors import LocalError
+
+SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE keys(name TEXT PRIMARY KEY, private_key BLOB NOT NULL) STRICT;
+CREATE TABLE roster(path TEXT PRIMARY KEY, public_key BLOB NOT NULL, since_ms INTEGER NOT NULL,
+    how TEXT NOT NULL) STRICT;
+CREATE TABLE tasks(task TEXT PRIMARY KEY, text TEXT NOT NULL, layout TEXT NOT NULL, graph BLOB NOT NULL,
+    graph_size INTEGER NOT NULL, graph_digest BLOB NOT NULL, strategy_state BLOB NOT NULL) STRICT;
+CREATE TABLE models(task TEXT NOT NULL, version INTEGER NOT NULL, round INTEGER NOT NULL, weights BLOB NOT NULL,
+    digest BLOB NOT NULL, gateways INTEGER NOT NULL, samples INTEGER NOT NULL, created_ms INTEGER NOT NULL,
+    PRIMARY KEY(task, version)) STRICT;
+CREATE TABLE rounds(task TEXT NOT NULL, round INTEGER NOT NULL, base INTEGER NOT NULL, opened_ms INTEGER NOT NULL,
+    deadline_ms INTEGER NOT NULL, state TEXT NOT NULL, closed_ms INTEGER, version INTEGER,
+    PRIMARY KEY(task, round)) STRICT;
+CREATE TABLE updates(task TEXT NOT NULL, round INTEGER NOT NULL, path TEXT NOT NULL, digest BLOB NOT NULL,
+    samples INTEGER NOT NULL, metric REAL, payload BLOB, counted_ms INTEGER NOT NULL,
+    UNIQUE(task, round, path)) STRICT;
+CREATE TABLE ledger(seq INTEGER PRIMARY KEY, hash TEXT NOT NULL, line TEXT NOT NULL) STRICT;
+"""
+
+
+class RoundRow(NamedTuple):
+    """One round; `state` is `open` or `closed`."""
+
+    round: int
+    base: int
+    opened_ms: int
+    deadline_ms: int
+    state: str
+
+
+class ModelRow(NamedTuple):
+    """One model; `weights` is the codec's exact (32 bit) payload, `digest` that of the little-endian float32 values."""
+
+    version: int
+    round: int
+    weights: bytes
+    digest: bytes
+    gateways: int
+    samples: int
+    created_ms: int
+
+
+class TaskRow(NamedTuple):
+    """What does not change with a task's models: `graph` is one zstd frame of the ONNX bytes, `layout` JSON."""
+
+    text: str
+    layout: str
+    graph: bytes
+    graph_size: int
+    graph_digest: bytes
+
+
+class Journal:
+    """An open journal. Writes belong inside `with journal.transaction():`; LocalError when the disk refuses."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "journal.db"
+        with _blame_disk(self.path):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            self.path.chmod(0o600)
+            self._db = sqlite3.connect(self.path, isolation_level=None)
+            self._prepare()
+
+    def close(self) -> None:
+        """Close the file; the journal can't be used afterwards."""
+        self._db.close()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Commit everything inside at once, or nothing of it."""
+        with _blame_disk(self.path):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    # Keys and roster.
+
+    def signer(self) -> Signer:
+        """Return the aggregator's own key; the first call makes it."""
+        row = self._one("SELECT private_key FROM keys WHERE name = 'aggregator'")
+        if row:
+            return Signer.from_bytes(row[0])
+        signer = Signer.generate()
+        with self.transaction():
+            self._do("INSERT INTO keys VALUES ('aggregator', ?)", signer.to_bytes())
+        return signer
+
+    def roster(self) -> dict[str, bytes]:
+        """Gateway path -> raw Ed25519 public key (32 bytes)."""
+        return dict(self._db.execute("SELECT path, public_key FROM roster"))
+
+    def roster_size(self) -> int:
+        """Count the gateways that have a key."""
+        row = self._one("SELECT count(*) FROM roster")
+        return int(row[0]) if row else 0
+
+    def key_of(self, path: str) -> bytes | None:
+        """One gateway's raw public key (32 bytes); None when it is not in the roster."""
+        row = self._one("SELECT public_key FROM roster WHERE path = ?", path)
+        return row[0] if row else None
+
+    def data_version(self) -> int:
+        """A number that changes when another process (`enrol`) wrote to the journal."""
+        row = self._one("PRAGMA data_version")
+        return int(row[0]) if row else 0
+
+    def add_to_roster(self, path: str, public_key: bytes, now_ms: int, how: str) -> None:
+        """Remember a gateway's key (`how`: `first-seen` or `enrolled`); an earlier one is replaced."""
+        self._do("INSERT OR REPLACE INTO roster VALUES (?, ?, ?, ?)", path, public_key, now_ms, how)
+
+    # Tasks and models.
+
+    def task(self, task: str) -> TaskRow | None:
+        """What is stored of a task, None for a new one."""
+        row = self._one("SELECT text, layout, graph, graph_size, graph_digest FROM tasks WHERE task = ?", task)
+        return TaskRow(*row) if row else None
+
+    def put_task(self, task: str, row: TaskRow) -> None:
+        """Store a task, or its changed text; the strategy's state stays."""
+        self._do(
+            "INSERT INTO tasks VALUES (?, ?, ?, ?, ?, ?, x'') ON CONFLICT(task) DO UPDATE SET text = excluded.text",
+            task,
+            *row,
+        )
+
+    def strategy_state(self, task: str) -> bytes:
+        """What the strategy keeps between rounds; b"" at first."""
+        row = self._one("SELECT strategy_state FROM tasks WHERE task = ?", task)
+        return row[0] if row else b""
+
+    def put_model(self, task: str, row: ModelRow) -> None:
+        """Store a version of the weights."""
+        self._do("INSERT INTO models VALUES (?, ?, ?, ?, ?, ?, ?, ?)", task, *row)
+
+    def model(self, task: str, version: int | None = None) -> ModelRow | None:
+        """One version, or the newest; None if there is none."""
+        columns = "SELECT version, round, weights, digest, gateways, samples, created_ms FROM models WHERE task = ?"
+        if version is None:
+            row = self._one(f"{columns} ORDER BY version DESC LIMIT 1", task)
+        else:
+            row = self._one(f"{columns} AND version = ?", task, version)
+        return ModelRow(*row) if row else None
+
+    # Rounds and updates.
+
+    def open_round(self, task: str, number: int, base: int, opened_ms: int, deadline_ms: int) -> None:
+        """Record that a round is open."""
+        values = (task, number, base, opened_ms, deadline_ms)
+        self._do("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, 'open', NULL, NULL)", *values)
+
+    def extend_round(self, task: str, number: int, deadline_ms: int) -> None:
+        """Move an open round's deadline."""
+        self._do("UPDATE rounds SET deadline_ms = ? WHERE task = ? AND round = ?", deadline_ms, task, number)
+
+    def close_round(self, task: str, number: int, closed_ms: int, version: int, state: bytes) -> None:
+        """Close a round with the version it made and the strategy's state; its updates' payloads are dropped."""
+        self._do(
+            "UPDATE rounds SET state = 'closed', closed_ms = ?, version = ? WHERE task = ? AND round = ?",
+            closed_ms,
+            version,
+            task,
+            number,
+        )
+        self._do("UPDATE tasks SET strategy_state = ? WHERE task = ?", state, task)
+        # Digests stay, so that an update that comes again is known.
+        self._do("UPDATE updates SET payload = NULL WHERE task = ? AND round = ?", task, number)
+
+    def latest_round(self, task: str) -> RoundRow | None:
+        """The round with the highest number; None before the first."""
+        row = self._one(
+            "SELECT round, base, opened_ms, deadline_ms, state FROM rounds WHERE task = ? ORDER BY round DESC LIMIT 1",
+            task,
+        )
+        return RoundRow(*row) if row else None
+
+    def count_update(
+        self,
+        task: str,
+        number: int,
+        path: str,
+        *,
+        digest: bytes,
+        samples: int,
+        metric: float | None,
+        payload: bytes,
+        now_ms: int,
+    ) -> None:
+        """Count an update; LocalError if the gateway was counted in this round before."""
+        values = (task, number, path, digest, samples, metric, payload, now_ms)
+        self._do("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *values)
+
+    def counted(self, task: str, number: int) -> dict[str, bytes]:
+        """Path -> digest of a round's counted updates."""
+        rows = self._db.execute("SELECT path, digest FROM updates WHERE task = ? AND round = ?", (task, number))
+        return dict(rows)
+
+    def was_counted(self, task: str, number: int, path: str) -> bool:
+        """Say whether an update of this gateway was counted in that round, however long ago."""
+        query = "SELECT 1 FROM updates WHERE task = ? AND round = ? AND path = ?"
+        return self._one(query, task, number, path) is not None
+
+    def totals(self, task: str, number: int) -> tuple[int, int]:
+        """(gateways, samples) that a round counted."""
+        row = self._one("SELECT count(*), total(samples) FROM updates WHERE task = ? AND round = ?", task, number)
+        return (int(row[0]), int(row[1])) if row else (0, 0)
+
+    def payloads(self, task: str, number: int) -> Iterator[tuple[bytes, int]]:
+        """(codec payload, samples) of each counted update, ordered by path, one at a time in memory."""
+        query = "SELECT payload, samples FROM updates WHERE task = ? AND round = ? ORDER BY path"
+        yield from self._db.execute(query, (task, number))
+
+    # The ledger.
+
+    def note(self, now_ms: int, kind: str, body: Mapping[str, Any]) -> None:
+        """Append an entry to the ledger."""
+        last = self._one("SELECT seq, hash FROM ledger ORDER BY seq DESC LIMIT 1")
+        seq, prev = (last[0] + 1, last[1]) if last else (ledger.FIRST, ledger.GENESIS)
+        entry = ledger.append(prev, seq, now_ms, kind, body)
+        self._do("INSERT INTO ledger VALUES (?, ?, ?)", seq, entry.hash, entry.line)
+
+    def ledger_lines(self) -> Iterator[str]:
+        """Every entry from the first, without newlines: what `ledger.verify` takes."""
+        for (line,) in self._db.execute("SELECT line FROM ledger ORDER BY seq"):
+            yield line
+
+    def _prepare(self) -> None:
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("PRAGMA busy_timeout = 5000")
+        # The other files that SQLite makes take the mode of the first.
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        elif version != SCHEMA_VERSION:
+            self._db.close()
+            raise LocalError(
+                f"{self.path} has schema {version}, this program knows {SCHEMA_VERSION}; "
+                "install the version that wrote it, or choose another --state"
+            )
+
+    def _do(self, query: str, *values: Any) -> None:
+        with _blame_disk(self.path):
+            self._db.execute(query, values)
+
+    def _one(self, query: str, *values: Any) -> tuple[Any, ...] | None:
+        with _blame_disk(self.path):
+            row: tuple[Any, ...] | None = self._db.execute(query, values).fetchone()
+            return row
+
+
+@contextlib.contextmanager
+def _blame_disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise LocalError(f"{path}: {error}; check the disk, its space and the owner of that folder") from error

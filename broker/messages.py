@@ -1,0 +1,250 @@
+"""Typed payloads <-> signed bytes.
+
+An envelope is a COSE_Sign1 (RFC 9052) over Ed25519 (EdDSA, RFC 8032). Its payload is the CBOR (RFC 8949) array
+`[type, version, field…]`, and the MQTT topic is its external_aad, so that a message replayed on another topic does
+not verify. Unknown types, versions, fields and lengths are refused, and so is any byte after the envelope.
+
+Times are integer milliseconds since 1970-01-01 UTC on the sender's clock; digests are SHA-256 (32 bytes).
+"""
+
+import io
+from typing import Annotated, TypeVar
+
+import cbor2
+import cwt
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cwt.exceptions import CWTError
+
+from models.errors import PeerError
+
+MAX_PAYLOAD = 256 * 1024
+CHUNK_BYTES = 192 * 1024
+VERSION = 1
+_PROTECTED = bytes.fromhex("a10127")  # {1: -8}: algorithm EdDSA, and nothing else
+KEY_BYTES = 32
+_SIGNATURE_BYTES = 64
+
+Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+PublicKey = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+Text = Annotated[str, msgspec.Meta(max_length=512)]
+Word = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,40}$")]
+Millis = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Real = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base of all messages. `v` is the version of its fields, 1 today."""
+
+    v: Annotated[int, msgspec.Meta(ge=VERSION, le=VERSION)]
+
+
+class Birth(Message, frozen=True, tag="birth"):
+    """Retained on a gateway's status topic: it is there, with this key.
+
+    `session` grows with each start (milliseconds at start), so an older birth or death is known to be old.
+    """
+
+    session: Millis
+    time_ms: Millis
+    public_key: PublicKey
+    software: Text
+    tasks: Annotated[tuple[Text, ...], msgspec.Meta(max_length=64)]
+
+
+class Death(Message, frozen=True, tag="death"):
+    """A gateway's last will, signed when it connects; it ends the session of the same number only."""
+
+    session: Millis
+
+
+class Answer(Message, frozen=True, tag="answer"):
+    """A gateway's word on a round plan: `joined`, or `declined` with a reason code and a sentence."""
+
+    round: Count
+    verdict: Word
+    code: Word
+    reason: Text
+    time_ms: Millis
+
+
+class Update(Message, frozen=True, tag="update"):
+    """What a gateway learnt in a round: a codec payload, its weight in the mean, and its own holdout's metric."""
+
+    round: Count
+    base: Count
+    samples: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+    metric: Real | None
+    payload: Annotated[bytes, msgspec.Meta(max_length=MAX_PAYLOAD)]
+
+
+class FederationBirth(Message, frozen=True, tag="federation"):
+    """Retained on the federation's status topic by the aggregator; `state` is `up`, or `down` in its last will."""
+
+    session: Millis
+    public_key: PublicKey
+    state: Word
+
+
+class Plan(Message, frozen=True, tag="plan"):
+    """Retained: the task's latest round. `state` is `open`, `closed`, or `done` when no further round will come.
+
+    `base` is the model version to train from and `base_digest` its weights'; `deadline_ms` is on the aggregator's
+    clock and is a hint to the gateway. `bits` is the codec's.
+    """
+
+    task_digest: Digest
+    round: Count
+    base: Count
+    base_digest: Digest
+    state: Word
+    opened_ms: Millis
+    deadline_ms: Millis
+    min_gateways: Count
+    bits: Count
+    secure_aggregation: bool
+
+
+class Receipt(Message, frozen=True, tag="receipt"):
+    """The aggregator's answer to one update; `digest` is the SHA-256 of the update's whole envelope, as it was sent.
+
+    `outcome` is `counted`, `duplicate` (this gateway was counted in that round before), `late`, `stale` (another base
+    than the round's), `unknown-round` (none of that number yet), or `refused-` and the reason of a PeerError.
+    """
+
+    round: Count
+    digest: Digest
+    outcome: Word
+    detail: Text
+    time_ms: Millis
+
+
+class Object(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A content-addressed thing in chunks: topics `model/{version}/{name}{i}`, each with its digest.
+
+    Joined, the chunks of `weights` are one exact (32 bit) codec payload, those of `graph` one zstd frame. `size` and
+    `digest` are those of what comes out: the vector as little-endian float32 in layout order (4 bytes a value), and
+    the ONNX bytes. Weights have their model's version, the graph has version 0.
+    """
+
+    name: Word
+    version: Count
+    size: Annotated[int, msgspec.Meta(ge=1, le=2**30)]
+    digest: Digest
+    chunks: Annotated[tuple[Digest, ...], msgspec.Meta(min_length=1, max_length=4096)]
+
+
+class ModelManifest(Message, frozen=True, tag="manifest"):
+    """Retained, signed: the newest global model of a task.
+
+    `layout` is `Layout.to_wire()`; `graph` is the ONNX graph without weights, `weights` the float32 vector
+    (little endian, layout order). `gateways` and `samples` say how many the round that made it counted.
+    """
+
+    task_text: Annotated[str, msgspec.Meta(max_length=64 * 1024)]
+    version: Count
+    round: Count
+    created_ms: Millis
+    gateways: Count
+    samples: Count
+    layout: Annotated[tuple[tuple[Text, tuple[int, ...] | None], ...], msgspec.Meta(min_length=1, max_length=4096)]
+    graph: Object
+    weights: Object
+
+
+AnyMessage = Birth | Death | Answer | Update | FederationBirth | Plan | Receipt | ModelManifest
+M = TypeVar("M", bound=Message)
+
+
+class Signer:
+    """An Ed25519 private key that signs envelopes."""
+
+    def __init__(self, key: Ed25519PrivateKey) -> None:
+        self._private = key
+        self._cose = cwt.COSEKey.from_pem(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode())
+        self._encoder = cwt.COSE.new(alg_auto_inclusion=True)
+
+    @classmethod
+    def generate(cls) -> "Signer":
+        """Make a new key from the operating system's randomness."""
+        return cls(Ed25519PrivateKey.generate())
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> "Signer":
+        """Inverse of `to_bytes`: 32 bytes."""
+        return cls(Ed25519PrivateKey.from_private_bytes(raw))
+
+    def to_bytes(self) -> bytes:
+        """Return the private key, 32 bytes: for the state directory only."""
+        return self._private.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
+
+    @property
+    def public_key(self) -> bytes:
+        """The raw public key, 32 bytes."""
+        return self._private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+
+    def seal(self, message: Message, topic: str) -> bytes:
+        """Sign a message for one topic; ValueError if the result is larger than a payload may be."""
+        payload = cbor2.dumps(msgspec.to_builtins(message, builtin_types=(bytes,)))
+        envelope: bytes = self._encoder.encode(payload, self._cose, external_aad=topic.encode())
+        if len(envelope) > MAX_PAYLOAD:
+            raise ValueError(f"message of {len(envelope)} bytes, at most {MAX_PAYLOAD} may be sent")
+        return envelope
+
+
+def open_envelope(data: bytes, topic: str, public_key: bytes, type_: type[M]) -> M:
+    """Verify and decode a peer's envelope.
+
+    PeerError reasons: `size`, `envelope` (not a COSE_Sign1 of ours), `signature`, `schema` (signed, but not a
+    message of this type and version).
+    """
+    _, payload = _take_apart(data)
+    key = cwt.COSEKey.new({1: 1, 3: -8, -1: 6, -2: public_key})
+    try:
+        cwt.COSE.new().decode(data, key, external_aad=topic.encode())
+    except (CWTError, ValueError) as error:
+        raise PeerError("signature", f"does not verify with this sender's key on {topic}") from error
+    return _typed(payload, type_)
+
+
+def peek(data: bytes, type_: type[M]) -> M:
+    """Decode an envelope WITHOUT verifying it: only to learn the key that a first birth offers."""
+    return _typed(_take_apart(data)[1], type_)
+
+
+def _take_apart(data: bytes) -> tuple[bytes, bytes]:
+    """Return (signature, payload) of an envelope that has our exact shape and nothing after it."""
+    if len(data) > MAX_PAYLOAD:
+        raise PeerError("size", f"{len(data)} bytes, at most {MAX_PAYLOAD}")
+    match _cbor(data, "envelope"):
+        case cbor2.CBORTag(tag=18, value=[bytes(protected), dict(unprotected), bytes(payload), bytes(signature)]):
+            if protected == _PROTECTED and not unprotected and len(signature) == _SIGNATURE_BYTES:
+                return signature, payload
+    raise PeerError("envelope", "not a COSE_Sign1 with EdDSA and no further header")
+
+
+def _cbor(data: bytes, reason: str) -> object:
+    stream = io.BytesIO(data)
+    try:
+        value: object = cbor2.CBORDecoder(stream).decode()
+    except (
+        cbor2.CBORDecodeError,
+        ValueError,
+        OverflowError,
+        TypeError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        raise PeerError(reason, f"not CBOR: {type(error).__name__}") from error
+    if stream.tell() != len(data):
+        raise PeerError(reason, f"{len(data) - stream.tell()} bytes follow it")
+    return value
+
+
+def _typed(payload: bytes, type_: type[M]) -> M:
+    try:
+        return msgspec.convert(_cbor(payload, "schema"), type_, strict=True)
+    except msgspec.ValidationError as error:
+        raise PeerError("schema", f"{type_.__name__}: {error}"[:300]) from error

@@ -1,0 +1,238 @@
+"""One synchronous round, sans-IO: `handle(event, now_ms)` returns what is to be done and does nothing itself.
+
+A round counts at most one update of each gateway. It closes
+- early, when every expected gateway has been counted and the quorum is met: expected is who is online and has not
+  declined; who dies leaves, who comes back is expected again;
+- at the deadline, when the quorum is met; if it is not, the deadline moves on by its own length and everything that
+  was counted stays.
+While held (after a restart or a lost connection, until births had time to arrive) it does not close at all.
+
+Times are milliseconds on the caller's clock. Every transition stands in `TRANSITIONS`.
+"""
+
+# ruff: noqa: SLF001 - the table of transitions stands below the class whose methods it names
+
+import enum
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from models.errors import LocalError
+
+COUNTED = "counted"
+DUPLICATE = "duplicate"
+LATE = "late"
+STALE = "stale"
+UNKNOWN_ROUND = "unknown-round"
+FOREVER_MS = 2**62
+
+
+class State(enum.Enum):
+    """A closed round stays closed."""
+
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class Event:
+    """What happened."""
+
+
+@dataclass(frozen=True)
+class Arrived(Event):
+    """A gateway is online; `restarted` forgets that it had declined."""
+
+    path: str
+    restarted: bool = False
+
+
+@dataclass(frozen=True)
+class Left(Event):
+    """A gateway died or went away."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Declined(Event):
+    """A gateway will not take part in this round."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Joined(Event):
+    """A gateway takes part (after all)."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Submitted(Event):
+    """A valid update trained from version `base`; `digest` names it (32 bytes)."""
+
+    path: str
+    base: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Held(Event):
+    """Don't close before `until_ms`: who is online is not known again yet."""
+
+    until_ms: int
+
+
+@dataclass(frozen=True)
+class Tick(Event):
+    """Time has passed."""
+
+
+class Action:
+    """What is to be done, in this order."""
+
+
+@dataclass(frozen=True)
+class Outcome(Action):
+    """What became of an update, for its receipt."""
+
+    path: str
+    round: int
+    digest: bytes
+    word: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Extend(Action):
+    """The deadline moved on."""
+
+    round: int
+    deadline_ms: int
+
+
+@dataclass(frozen=True)
+class Close(Action):
+    """The round is closed: aggregate what was counted."""
+
+    round: int
+    base: int
+
+
+class Round:
+    """The state of one round.
+
+    `length_ms` is from opening to deadline; `counted` is path -> digest, `expected` the paths that are online.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        base: int,
+        *,
+        deadline_ms: int,
+        length_ms: int,
+        min_gateways: int,
+        expected: Iterable[str] = (),
+        counted: Mapping[str, bytes] | None = None,
+        hold_ms: int = 0,
+    ) -> None:
+        self.number = number
+        self.base = base
+        self.deadline_ms = deadline_ms
+        self.length_ms = length_ms
+        self.min_gateways = min_gateways
+        self.expected = set(expected)
+        self.declined: set[str] = set()
+        self.counted = dict(counted or {})
+        self.hold_ms = hold_ms
+        self.state = State.OPEN
+
+    @property
+    def waiting_for(self) -> set[str]:
+        """Paths that are expected and not counted yet."""
+        return self.expected - self.declined - self.counted.keys()
+
+    def handle(self, event: Event, now_ms: int) -> list[Action]:
+        """Take one event; LocalError for an event that no round knows."""
+        try:
+            transition = TRANSITIONS[self.state, type(event)]
+        except KeyError:
+            raise LocalError(f"a round that is {self.state.value} knows no {type(event).__name__}") from None
+        return transition(self, event, now_ms)
+
+    def _arrived(self, event: Arrived, _now_ms: int) -> list[Action]:
+        self.expected.add(event.path)
+        if event.restarted:
+            self.declined.discard(event.path)
+        return []
+
+    def _left(self, event: Left, now_ms: int) -> list[Action]:
+        self.expected.discard(event.path)
+        return self._early(now_ms)
+
+    def _declined(self, event: Declined, now_ms: int) -> list[Action]:
+        self.declined.add(event.path)
+        return self._early(now_ms)
+
+    def _joined(self, event: Joined, _now_ms: int) -> list[Action]:
+        self.declined.discard(event.path)
+        return []
+
+    def _submitted(self, event: Submitted, now_ms: int) -> list[Action]:
+        known = self.counted.get(event.path)
+        if known is not None:
+            detail = "" if known == event.digest else "another update of this gateway was counted in this round"
+            return [Outcome(event.path, self.number, event.digest, DUPLICATE, detail)]
+        if event.base != self.base:
+            detail = f"trained from version {event.base}, the round's is {self.base}"
+            return [Outcome(event.path, self.number, event.digest, STALE, detail)]
+        self.counted[event.path] = event.digest
+        return [Outcome(event.path, self.number, event.digest, COUNTED), *self._early(now_ms)]
+
+    def _too_late(self, event: Submitted, _now_ms: int) -> list[Action]:
+        if event.path in self.counted:
+            return [Outcome(event.path, self.number, event.digest, DUPLICATE, "the round is closed")]
+        return [Outcome(event.path, self.number, event.digest, LATE, "the round is closed")]
+
+    def _held(self, event: Held, _now_ms: int) -> list[Action]:
+        self.hold_ms = event.until_ms
+        return []
+
+    def _tick(self, _event: Tick, now_ms: int) -> list[Action]:
+        if now_ms < self.deadline_ms or now_ms < self.hold_ms:
+            return self._early(now_ms)
+        if len(self.counted) >= self.min_gateways:
+            return self._close()
+        self.deadline_ms = now_ms + self.length_ms
+        return [Extend(self.number, self.deadline_ms)]
+
+    def _nothing(self, _event: Event, _now_ms: int) -> list[Action]:
+        return []
+
+    def _early(self, now_ms: int) -> list[Action]:
+        if now_ms < self.hold_ms or self.waiting_for or len(self.counted) < self.min_gateways:
+            return []
+        return self._close()
+
+    def _close(self) -> list[Action]:
+        self.state = State.CLOSED
+        return [Close(self.number, self.base)]
+
+
+# A transition's event is of the type that its key names.
+TRANSITIONS: dict[tuple[State, type[Event]], Callable[..., list[Action]]] = {
+    (State.OPEN, Arrived): Round._arrived,
+    (State.OPEN, Left): Round._left,
+    (State.OPEN, Declined): Round._declined,
+    (State.OPEN, Joined): Round._joined,
+    (State.OPEN, Submitted): Round._submitted,
+    (State.OPEN, Held): Round._held,
+    (State.OPEN, Tick): Round._tick,
+    (State.CLOSED, Arrived): Round._nothing,
+    (State.CLOSED, Left): Round._nothing,
+    (State.CLOSED, Declined): Round._nothing,
+    (State.CLOSED, Joined): Round._nothing,
+    (State.CLOSED, Submitted): Round._too_late,
+    (State.CLOSED, Held): Round._nothing,
+    (State.CLOSED, Tick): Round._nothing,
+}

@@ -1,0 +1,338 @@
+"""The aggregator: wires link, intake, federations, journal and downlink together, and owns the clock.
+
+One step takes a batch of messages, verifies and decodes them, lets the federations decide, and writes everything in
+one transaction. Only after the commit are the messages acknowledged and receipts and plans sent, so a receipt never
+promises what a crash could take back. If the journal can't be written, the service stops: what it knows in memory is
+then ahead of the disk, and a restart begins again from the disk.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from broker import aggregate, federation, intake, topics
+from broker import round as rounds
+from broker.config import FederationConfig
+from broker.downlink import Downlink
+from broker.genesis import ensure_model, weights_digest
+from broker.job import Job, load_job
+from broker.journal import Journal, ModelRow
+from broker.link import Inbound, Link
+from broker.messages import Receipt
+from models import codec
+from models.errors import LocalError, PeerError, UserError
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.25
+BATCH = 256
+STATUS_S = 1.0
+STATUS_FILE = "status.json"
+# Refusals of one gateway that enter the ledger between two openings; a counter knows the rest.
+_NOTED_REFUSALS = 16
+_LOUD = 10
+
+
+def wall_ms() -> int:
+    """Milliseconds since 1970 UTC."""
+    return time.time_ns() // 1_000_000
+
+
+class Service:
+    """One federation; `run` returns after `stop`. `state` is the folder that is the aggregator's memory."""
+
+    def __init__(self, config: FederationConfig, state: Path, *, clock: Callable[[], int] = wall_ms) -> None:
+        self._config = config
+        self._state = state
+        self._clock = clock
+        self._jobs: dict[str, Job] = {}
+        self._inbox: deque[Inbound] = deque()
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._refusals: Counter[str] = Counter()
+        self._outcomes: Counter[str] = Counter()
+        self._noted: Counter[str] = Counter()
+        self._receipts: list[tuple[str, bytes]] = []
+        self._came_up = False
+
+    def stop(self) -> None:
+        """Make `run` end cleanly."""
+        self._stopping = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Serve until stopped; UserError for a task that can't be served, LocalError when the disk refuses."""
+        self._journal = Journal(self._state)
+        try:
+            for file in self._config.tasks:
+                await ensure_model(self._journal, file, self._clock())
+                self._jobs[file.task.name] = load_job(self._journal, file)
+            await self._serve()
+        finally:
+            self._journal.close()
+
+    async def _serve(self) -> None:
+        self._downlink = Downlink(self._config.name, self._journal.signer(), self._clock())
+        wanted = {name: intake.Wanted(job.task, int(job.shared.sum())) for name, job in self._jobs.items()}
+        self._intake = intake.Intake(self._config, self._journal, wanted)
+        for job in self._jobs.values():
+            self._put_model(job)  # also proves, before anybody connects, that the manifest fits into a message
+        self._link = Link(
+            self._config.mqtt,
+            client_id=f"tundish-broker-{self._config.name}",
+            will=(self._downlink.status_topic, self._downlink.status("down")),
+            on_message=self._on_message,
+            on_up=self._on_up,
+            on_down=lambda reason: log.warning("offline: %s", reason),
+            manual_ack=True,
+        )
+        self._link.subscribe(topics.ALL_STATUS, *(topics.uplink_filter(name) for name in self._jobs))
+        self._link.start()
+        try:
+            await self._loop()
+            self._link.publish(self._downlink.status_topic, self._downlink.status("down"), retain=True)
+        finally:
+            await self._link.stop()
+            self._write_status()
+
+    async def _loop(self) -> None:
+        status_at, seen = 0.0, self._journal.data_version()
+        while not self._stopping:
+            self._step()
+            if time.monotonic() >= status_at:
+                status_at = time.monotonic() + STATUS_S
+                self._write_status()
+                if seen != (seen := self._journal.data_version()):
+                    # Somebody was enrolled: subscribing again brings the retained births that were refused.
+                    self._link.unsubscribe(topics.ALL_STATUS)
+                    self._link.subscribe(topics.ALL_STATUS)
+            if self._inbox:
+                await asyncio.sleep(0)
+                continue
+            self._wake.clear()
+            try:
+                await asyncio.wait_for(self._wake.wait(), TICK_S)
+            except TimeoutError:
+                continue
+
+    def _on_message(self, inbound: Inbound) -> None:
+        self._inbox.append(inbound)
+        self._wake.set()
+
+    def _on_up(self) -> None:
+        self._came_up = True
+        self._downlink.forget()
+        self._downlink.put(self._downlink.status_topic, self._downlink.status("up"))
+        for job in self._jobs.values():
+            self._put_model(job)
+            self._put_plan(job)
+        self._wake.set()
+
+    def _step(self) -> None:
+        now_ms = self._clock()
+        batch = [self._inbox.popleft() for _ in range(min(BATCH, len(self._inbox)))]
+        with self._journal.transaction():
+            if self._came_up:
+                self._came_up = False
+                self._tell_all(federation.Connected(), now_ms)
+            for inbound in batch:
+                self._hear(inbound, now_ms)
+            self._tell_all(federation.Tick(), now_ms)
+        for inbound in batch:
+            self._link.ack(inbound)
+        for topic, payload in self._receipts:
+            self._link.publish(topic, payload)
+        self._receipts.clear()
+        self._downlink.pump(self._link)
+
+    def _tell_all(self, event: rounds.Event, now_ms: int) -> None:
+        for job in self._jobs.values():
+            self._tell(job, event, now_ms)
+
+    def _hear(self, inbound: Inbound, now_ms: int) -> None:
+        if not inbound.payload:
+            return  # somebody cleared a retained topic
+        try:
+            heard = self._intake.read(inbound, now_ms)
+        except PeerError as error:
+            self._refuse(inbound.topic, error.reason, error.detail)
+            return
+        match heard:
+            case intake.HeardBirth():
+                self._hear_birth(heard, now_ms)
+            case intake.HeardDeath(path, death):
+                self._tell_all(federation.Died(path, death.session), now_ms)
+            case intake.HeardAnswer(path, task, answer):
+                joined = answer.verdict == "joined"
+                event = federation.Answered(path, answer.round, joined, answer.code, answer.reason)
+                self._tell(self._jobs[task], event, now_ms)
+            case intake.HeardUpdate():
+                self._hear_update(heard, now_ms)
+            case intake.Refused():
+                self._hear_refused(heard, inbound.topic, now_ms)
+
+    def _hear_birth(self, heard: intake.HeardBirth, now_ms: int) -> None:
+        path, birth = heard.path, heard.birth
+        if heard.pinned:
+            log.warning("pinned the key of %s at first sight: %s", path, birth.public_key.hex())
+            self._journal.note(now_ms, "pinned", {"path": path, "key": birth.public_key.hex()})
+        for name, job in self._jobs.items():
+            self._tell(job, federation.Born(path, birth.session, name in birth.tasks), now_ms)
+
+    def _hear_refused(self, heard: intake.Refused, topic: str, now_ms: int) -> None:
+        self._refuse(topic, heard.reason, heard.detail)
+        self._noted[heard.path] += 1
+        digest, reason, detail = heard.digest, heard.reason, heard.detail[:512]
+        if self._noted[heard.path] <= _NOTED_REFUSALS:
+            body = {"path": heard.path, "task": heard.task, "digest": digest.hex(), "reason": reason, "detail": detail}
+            self._journal.note(now_ms, "refused", body)
+        if heard.round is not None:
+            receipt = Receipt(1, heard.round, digest, f"refused-{reason}", detail, now_ms)
+            self._receipt(heard.task, heard.path, receipt)
+
+    def _hear_update(self, heard: intake.HeardUpdate, now_ms: int) -> None:
+        update = heard.update
+        known = self._journal.was_counted(heard.task, update.round, heard.path)
+        event = federation.Submitted(heard.path, update.round, update.base, heard.digest, known)
+        job = self._jobs[heard.task]
+        actions = job.federation.handle(event, now_ms)
+        for action in actions:
+            if isinstance(action, rounds.Outcome) and action.word == rounds.COUNTED:
+                self._journal.count_update(
+                    heard.task,
+                    update.round,
+                    heard.path,
+                    digest=heard.digest,
+                    samples=update.samples,
+                    metric=update.metric,
+                    payload=update.payload,
+                    now_ms=now_ms,
+                )
+        self._act(job, actions, now_ms)
+
+    def _refuse(self, topic: str, reason: str, detail: str) -> None:
+        self._refusals[reason] += 1
+        count = self._refusals[reason]
+        # A flood of refusals must not become a flood of log lines.
+        if count <= _LOUD or count % 1000 == 0:
+            log.warning("refused (%s, %d so far) %r: %s", reason, count, topic[:400], detail[:400])
+
+    def _tell(self, job: Job, event: rounds.Event, now_ms: int) -> None:
+        self._act(job, job.federation.handle(event, now_ms), now_ms)
+
+    def _act(self, job: Job, actions: list[rounds.Action], now_ms: int) -> None:
+        name = job.task.name
+        for action in actions:
+            match action:
+                case rounds.Outcome(path, number, digest, word, detail):
+                    self._outcomes[word] += 1
+                    log.info("%s round %d: %s %s %s", name, number, path, word, detail)
+                    body = {"path": path, "task": name, "round": number, "digest": digest.hex(), "outcome": word}
+                    if word == rounds.COUNTED:
+                        self._journal.note(now_ms, "update", body)
+                    self._receipt(name, path, Receipt(1, number, digest, word, detail, now_ms))
+                case federation.Open(number, base, opened_ms, deadline_ms):
+                    log.info("%s round %d: open, from version %d", name, number, base)
+                    self._noted.clear()
+                    self._journal.open_round(name, number, base, opened_ms, deadline_ms)
+                    self._journal.note(now_ms, "opened", {"task": name, "round": number, "base": base})
+                    job.deadline_ms = deadline_ms
+                    self._put_plan(job)
+                case rounds.Extend(number, deadline_ms):
+                    log.info("%s round %d: too few updates, the deadline moves on", name, number)
+                    self._journal.extend_round(name, number, deadline_ms)
+                    self._journal.note(now_ms, "extended", {"task": name, "round": number, "deadline_ms": deadline_ms})
+                    job.deadline_ms = deadline_ms
+                    self._put_plan(job)
+                case rounds.Close(number, base):
+                    self._close(job, number, base, now_ms)
+                    # The last plan of the round goes out before the next round's, in the same order as it came to be.
+                    follow = job.federation.handle(federation.Aggregated(job.model.version), now_ms)
+                    self._put_plan(job)
+                    self._act(job, follow, now_ms)
+                case federation.Finish():
+                    log.info("%s: the last round is over", name)
+                    self._journal.note(now_ms, "done", {"task": name, "version": job.model.version})
+                    self._put_plan(job)
+
+    def _close(self, job: Job, number: int, base: int, now_ms: int) -> None:
+        """Make the round's model; if its numbers overflow, the round closes without one and says so."""
+        task, name = job.task, job.task.name
+        model = self._journal.model(name, base)
+        if model is None:
+            raise LocalError(f"{self._journal.path}: version {base} of {name} is missing; restore a backup")
+        state = self._journal.strategy_state(name)
+        gateways, samples = self._journal.totals(name, number)
+        started = time.monotonic()
+        try:
+            vector = codec.decode(model.weights, job.shared.size)
+            payloads = self._journal.payloads(name, number)
+            rule, momentum = task.round.strategy, task.round.momentum
+            state, vector = aggregate.next_model(rule, state, vector, job.shared, payloads, momentum=momentum)
+        except ValueError as error:
+            log.error("%s round %d: no new model: %s", name, number, error)
+            self._journal.note(now_ms, "failed", {"task": name, "round": number, "reason": str(error)})
+            self._journal.close_round(name, number, now_ms, base, state)
+            return
+        weights, digest = codec.encode(vector, codec.EXACT).data, weights_digest(vector)
+        old, version = job.model, job.model.version + 1
+        job.model = ModelRow(version, number, weights, digest, gateways, samples, now_ms)
+        self._journal.put_model(name, job.model)
+        self._journal.close_round(name, number, now_ms, version, state)
+        body = {"task": name, "version": version, "digest": digest.hex(), "round": number}
+        self._journal.note(now_ms, "model", {**body, "gateways": gateways, "samples": samples})
+        elapsed = time.monotonic() - started
+        log.info("%s round %d: version %d from %d gateways in %.2f s", name, number, version, gateways, elapsed)
+        self._put_model(job, new=True)
+        self._clear(job, old.version - 1)
+
+    def _receipt(self, task: str, path: str, receipt: Receipt) -> None:
+        self._receipts.append(self._downlink.receipt(task, path, receipt))
+
+    def _put_model(self, job: Job, *, new: bool = False) -> None:
+        if not new:
+            self._downlink.put_chunks(job.task.name, 0, "graph", job.row.graph)
+            self._clear(job, job.model.version - 2)
+        self._downlink.put_chunks(job.task.name, job.model.version, "weights", job.model.weights)
+        try:
+            self._downlink.put_manifest(job.task, job.row, job.model, job.shared.size)
+        except ValueError as error:
+            remedy = "shorten the task, or use a net with fewer arrays"
+            raise UserError(job.task.name, 0, "", f"its manifest does not fit: {error}", remedy) from error
+
+    def _clear(self, job: Job, version: int) -> None:
+        model = self._journal.model(job.task.name, version) if version >= 0 else None
+        if model:
+            self._downlink.clear_chunks(job.task.name, version, "weights", model.weights)
+
+    def _put_plan(self, job: Job) -> None:
+        self._downlink.put_plan(job.task, job.row.text, job.federation, job.model.digest, job.deadline_ms)
+
+    def _write_status(self) -> None:
+        """Replace `status.json`, so that a reader sees the old one or the new one."""
+        path = self._state / STATUS_FILE
+        part = path.with_suffix(".part")
+        try:
+            part.write_text(json.dumps(self.status(), indent=1), encoding="utf-8")
+            os.replace(part, path)  # noqa: PTH105 - says that it is atomic
+        except OSError as error:
+            log.warning("no status file: %s: %s", path, error.strerror)
+
+    def status(self) -> dict[str, Any]:
+        """What `tundish broker status` shows: plain JSON values; times in milliseconds since 1970 UTC."""
+        return {
+            "federation": self._config.name,
+            "time_ms": self._clock(),
+            "pid": os.getpid(),
+            "connected": self._link.connected,
+            "mqtt": {"version": self._link.version, "error": self._link.error, "counters": dict(self._link.counters)},
+            "refused": dict(self._refusals),
+            "outcomes": dict(self._outcomes),
+            "tasks": {name: job.status() for name, job in self._jobs.items()},
+        }

@@ -1,0 +1,1 @@
+"""One file an aggregation rule; the file name is its name in a task."""

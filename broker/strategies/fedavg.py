@@ -1,0 +1,37 @@
+"""Federated averaging, with optional server momentum.
+
+McMahan et al. 2017, arXiv:1602.05629; Hsu et al. 2019, arXiv:1909.06335. The mean is summed in float64, one update
+at a time, so memory does not grow with the number of gateways, and their order changes nothing a float32 could show.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.delta import Vector
+
+State = Mapping[str, NDArray[np.float64]]
+
+
+def aggregate(state: State, updates: Iterator[tuple[Vector, int]], *, momentum: float) -> tuple[State, Vector]:
+    """Return the new state and the delta (n,) float32 to add to the model.
+
+    `updates` yields (delta (n,), samples >= 1). With momentum m, the delta is v = m * v_before + mean, and v is the
+    state; without, the state is empty. ValueError if there is no update.
+    """
+    total, weight = None, 0
+    for delta, samples in updates:
+        if total is None:
+            total = np.zeros(delta.shape, np.float64)
+        total += np.multiply(delta, float(samples), dtype=np.float64)
+        weight += samples
+    if total is None:
+        raise ValueError("no update to average")
+    total /= weight
+    if momentum == 0:
+        return {}, total.astype(np.float32)
+    before = state.get("velocity")
+    if before is not None:
+        total += momentum * before
+    return {"velocity": total}, total.astype(np.float32)

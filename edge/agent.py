@@ -1,0 +1,311 @@
+"""The gateway's resident process: wires drivers, tasks and the MQTT link together, and owns the clock.
+
+It holds numpy, ONNX Runtime and the protocol stacks; torch lives in the training child alone.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from broker import messages as m
+from broker.link import Inbound, Link
+from broker.topics import (
+    Chunk,
+    FederationStatus,
+    Local,
+    Manifest,
+    ReceiptFor,
+    RoundPlan,
+    Status,
+    Uplink,
+    downlink_filters,
+    parse,
+)
+from edge.config import Config
+from edge.drivers import registry
+from edge.runner import Runner, Shop
+from edge.store import Samples, State
+from edge.tags import Driver, Quality, Sample
+from edge.train import resident_bytes
+from models.errors import PeerError
+
+log = logging.getLogger(__name__)
+
+SOFTWARE = "tundish 0.1.0"
+STATUS_FILE = "status.json"
+_TICK_S = 0.5
+_RESEND_S = (5.0, 60.0)
+_DRIVER_RESTART_S = 5.0
+
+
+class Agent:
+    """One gateway. `run` returns when it is told to stop (SIGTERM, SIGINT, or `stop`)."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.state = State(folder)
+        self.samples = Samples(folder, config.store_bytes)
+        self.stopped = asyncio.Event()
+        signer = self._signer()
+        self.session = self._next_session()
+        self.status = Status(config.path).topic
+        will = signer.seal(m.Death(m.VERSION, self.session), self.status)
+        client = f"tundish-{signer.public_key.hex()[:16]}"
+        self.link = Link(
+            config.mqtt, client_id=client, will=(self.status, will),
+            on_message=self._message, on_up=self._up, on_down=self._down,
+        )  # fmt: skip
+        self.shop = Shop(
+            config, folder, self.state, self.samples, signer,
+            self.link.publish, self.link.subscribe, self.link.unsubscribe,
+        )  # fmt: skip
+        self._trust()
+        self.runners = {name: Runner(name, table, self.shop) for name, table in config.tasks.items()}
+        self.drivers: dict[str, Driver] = {}
+        self._resend_at, self._resend_s, self._aggregator = 0.0, _RESEND_S[0], 0
+
+    def _signer(self) -> m.Signer:
+        """This gateway's key, made on its first start; it never leaves state.db."""
+        stored = self.state.get("key")
+        if stored is not None:
+            return m.Signer.from_bytes(stored)
+        signer = m.Signer.generate()
+        with self.state.transaction():
+            self.state.put("key", signer.to_bytes())
+            self.state.record("key-made", {"public_key": signer.public_key.hex()})
+        log.info("made this gateway's key: %s", signer.public_key.hex())
+        return signer
+
+    def _next_session(self) -> int:
+        """A number that grows with every start, even if the clock was set back."""
+        last = int.from_bytes(self.state.get("session") or b"", "big")
+        session = max(int(time.time() * 1000), last + 1)
+        self.state.put("session", session.to_bytes(8, "big"))
+        return session
+
+    def _trust(self) -> None:
+        """Take up the federation that was configured, or pinned by an earlier run."""
+        pinned = self.state.get("federation")
+        name, key = self.config.federation.name, self.config.federation.key
+        if pinned is not None and (not key or pinned[:32].hex() == key):
+            self.shop.federation_key, self.shop.federation = pinned[:32], pinned[32:].decode()
+        elif name and key:
+            self._pin(name, bytes.fromhex(key), "configured")
+
+    def _pin(self, federation: str, key: bytes, how: str) -> None:
+        self.shop.federation, self.shop.federation_key = federation, key
+        with self.state.transaction():
+            self.state.put("federation", key + federation.encode())
+            self.state.record("federation-pinned", {"federation": federation, "key": key.hex(), "how": how})
+        log.warning("federation %s is trusted from now on, by key %s (%s)", federation, key.hex(), how)
+
+    # -- life -------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Score, train and federate until told to stop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stopped.set)
+        for runner in self.runners.values():
+            runner.start()
+        self.link.subscribe(FederationStatus(self.config.federation.name or "+").topic)
+        if self.shop.federation:
+            self._follow()
+        self.link.start()
+        jobs = [asyncio.create_task(self._drive(source.name)) for source in self.config.sources]
+        jobs.append(asyncio.create_task(self._tick()))
+        log.info("gateway %s: %d sources, %d tasks", self.config.path, len(self.config.sources), len(self.runners))
+        await self.stopped.wait()
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+        await asyncio.gather(*(runner.stop() for runner in self.runners.values()))
+        self.link.publish(
+            self.status, self.shop.signer.seal(m.Death(m.VERSION, self.session), self.status), retain=True
+        )
+        await self.link.stop()
+        self._write_status(running=False)
+        self.samples.close()
+        self.state.close()
+
+    def stop(self) -> None:
+        """End `run`."""
+        self.stopped.set()
+
+    async def _drive(self, name: str) -> None:
+        """Keep one driver running; one that ends by a mistake of ours is logged whole and started again."""
+        source = next(s for s in self.config.sources if s.name == name)
+        while True:
+            driver: Driver = registry.load(source.driver).Driver(source, self._sink)
+            self.drivers[name] = driver
+            work = asyncio.create_task(driver.run())
+            try:
+                await asyncio.wait([work])
+            finally:
+                work.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([work])
+            error = None if work.cancelled() else work.exception()
+            log.critical("driver of %s ended, which it should not; it is started again", name, exc_info=error)
+            await asyncio.sleep(_DRIVER_RESTART_S)
+
+    def _sink(self, samples: list[Sample], /) -> None:
+        """Every batch of every driver: to the store's queue, and at once to the windows."""
+        self.samples.append(samples)
+        for runner in self.runners.values():
+            runner.feed(samples)
+        if self.config.publish_raw:
+            self._publish_raw(samples)
+
+    def _publish_raw(self, samples: list[Sample]) -> None:
+        for sample in samples:
+            name = self.config.publish_raw.get(sample.tag)
+            if name and isinstance(sample.value, float):
+                value = sample.value if sample.quality is Quality.GOOD else None
+                body = {"timestamp_ms": sample.time_ns // 1_000_000, "value": value}
+                self.link.publish(Local(self.config.path, "raw", name).topic, json.dumps(body).encode(), qos=0)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            for runner in self.runners.values():
+                runner.tick()
+            self._resend()
+            self._write_status(running=True)
+
+    def _resend(self) -> None:
+        """Send again what has no receipt: at once after a connection, then less and less often."""
+        now = time.monotonic()
+        if not self.link.connected or now < self._resend_at:
+            return
+        waiting = self.state.outbox()
+        if waiting and self._resend_at:
+            for out in waiting:
+                if out.task in self.runners:
+                    self.link.publish(Uplink(self.config.path, out.task, "update").topic, out.envelope)
+            self._resend_s = min(2 * self._resend_s, _RESEND_S[1])
+        self._resend_at = now + self._resend_s
+
+    # -- the link ---------------------------------------------------------------------------------------------------
+
+    def _up(self) -> None:
+        """Say everything again: a broker may have come back empty."""
+        log.info("mqtt: connected to %s (MQTT %s)", self.config.mqtt.url, self.link.version)
+        birth = m.Birth(
+            m.VERSION, self.session, int(time.time() * 1000), self.shop.signer.public_key, SOFTWARE,
+            tuple(self.config.tasks),
+        )  # fmt: skip
+        self.link.publish(self.status, self.shop.signer.seal(birth, self.status), retain=True)
+        for runner in self.runners.values():
+            runner.reconnected()
+        self._hurry()
+
+    def _down(self, reason: str) -> None:
+        log.warning("mqtt: %s; scoring goes on, updates wait in the outbox", reason)
+
+    def _hurry(self) -> None:
+        self._resend_s = _RESEND_S[0]
+        self._resend_at = time.monotonic() + 0.2
+
+    def _follow(self) -> None:
+        """Read what the pinned federation says of our tasks."""
+        for task in self.config.tasks:
+            self.link.subscribe(*downlink_filters(self.shop.federation, task, self.config.path))
+
+    def _message(self, inbound: Inbound) -> None:
+        """One message of a peer: hostile until verified, and never fatal."""
+        try:
+            self._route(inbound)
+        except PeerError as error:
+            self.shop.refused[error.reason] += 1
+            log.warning("message on %s refused: %s", inbound.topic[:200], error)
+
+    def _route(self, inbound: Inbound) -> None:
+        topic = parse(inbound.topic)
+        if isinstance(topic, FederationStatus):
+            self._federation(topic, inbound)
+            return
+        if not isinstance(topic, Chunk | Manifest | RoundPlan | ReceiptFor) or topic.task not in self.runners:
+            raise PeerError("topic", "is none that this gateway asked for")
+        runner, key = self.runners[topic.task], self.shop.federation_key
+        if topic.federation != self.shop.federation:
+            raise PeerError("federation", f"{topic.federation!r} is not the pinned one")
+        match topic:
+            case Chunk():
+                runner.on_chunk(inbound.topic, inbound.payload)
+            case Manifest() if inbound.payload:
+                manifest = m.open_envelope(inbound.payload, inbound.topic, key, m.ModelManifest)
+                runner.on_manifest(manifest, inbound.payload)
+            case RoundPlan() if inbound.payload:
+                runner.on_plan(m.open_envelope(inbound.payload, inbound.topic, key, m.Plan))
+            case ReceiptFor():
+                runner.on_receipt(m.open_envelope(inbound.payload, inbound.topic, key, m.Receipt))
+
+    def _federation(self, topic: FederationStatus, inbound: Inbound) -> None:
+        """The aggregator's birth or death. The first one seen is pinned; a later one must have the same key."""
+        if not inbound.payload:
+            return
+        if not self.shop.federation:
+            offered = m.peek(inbound.payload, m.FederationBirth).public_key
+            if self.config.federation.key and offered.hex() != self.config.federation.key:
+                raise PeerError("signature", f"federation {topic.federation} has another key than the configured one")
+            m.open_envelope(inbound.payload, inbound.topic, offered, m.FederationBirth)
+            self._pin(topic.federation, offered, "first seen")
+            self._follow()
+        elif topic.federation != self.shop.federation:
+            return
+        birth = m.open_envelope(inbound.payload, inbound.topic, self.shop.federation_key, m.FederationBirth)
+        if birth.state == "up" and birth.session > self._aggregator:
+            self._aggregator = birth.session
+            for runner in self.runners.values():
+                runner.reconnected()
+            self._hurry()
+
+    # -- status -----------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, object]:
+        """What `tundish edge status` shows; plain JSON types."""
+        return {
+            "path": str(self.config.path),
+            "public_key": self.shop.signer.public_key.hex(),
+            "pid": os.getpid(),
+            "time_ms": int(time.time() * 1000),
+            "resident_mb": round(resident_bytes(os.getpid()) / 2**20, 1),
+            "mqtt": {"connected": self.link.connected, "version": self.link.version, "error": self.link.error},
+            "federation": {"name": self.shop.federation, "key": self.shop.federation_key.hex()},
+            "sources": {name: asdict(driver.health) for name, driver in self.drivers.items()},
+            "tasks": {name: self._task_snapshot(runner) for name, runner in self.runners.items()},
+            "outbox": len(self.state.outbox()),
+            "samples_dropped": self.samples.dropped,
+            "store_error": self.samples.error,
+            "refused": dict(self.shop.refused),
+        }
+
+    def _task_snapshot(self, runner: Runner) -> dict[str, object]:
+        plan, answer, live = runner.participant.plan, runner.participant.answer, runner.live
+        return {
+            "state": runner.participant.state.name.lower(),
+            "round": plan.round if plan else None,
+            "answer": f"{answer.verdict}: {answer.reason}".rstrip(": ") if answer else "",
+            "model": runner.model.manifest.version if runner.model else None,
+            "scoring_model": live.scorer.version if live and live.scorer else None,
+            "last_model": runner.kept,
+            "problem": runner.problem,
+            "last": live.last if live else {},
+            **(asdict(live.stats) if live else {}),
+        }
+
+    def _write_status(self, *, running: bool) -> None:
+        """Replace status.json in one rename, so that a reader never sees half of it."""
+        text = json.dumps(self.snapshot() | {"running": running}, default=str)
+        try:
+            (self.folder / "status.tmp").write_text(text)
+            (self.folder / "status.tmp").rename(self.folder / STATUS_FILE)
+        except OSError as error:
+            log.error("status.json can't be written: %s", error)

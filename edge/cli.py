@@ -1,0 +1,211 @@
+"""The command `tundish`. What a subcommand needs is imported when it runs, so that each loads no more than its own."""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from models.errors import LocalError, PeerError, TundishError, UserError
+
+_FRESH_S = 10.0
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Make the command line. `command` is the one that will run (None: all of them, for the documentation test).
+
+    The aggregator's verbs are mounted only for it, so that a gateway loads none of its code and the other way round.
+    """
+    parser = argparse.ArgumentParser(
+        prog="tundish",
+        description="Federated learning on factory gateways: OPC UA, Modbus in; scores out; weight deltas over MQTT.",
+        epilog="start here: tundish demo",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_bench(commands)
+    _add_edge(commands)
+    broker = commands.add_parser("broker", help="the aggregator beside an MQTT broker: run it, enrol gateways, status")
+    if command in (None, "broker"):
+        from broker.cli import add_commands  # noqa: PLC0415
+
+        add_commands(broker.add_subparsers(metavar="VERB", required=True))
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="run a whole federation on this machine and report on it",
+        description="Three simulated plants, three gateways, one aggregator, one broker; about three minutes.",
+        epilog="example: tundish demo --rounds 6 --out my-demo",
+    )
+    demo.add_argument("--rounds", type=int, default=8, help="rounds to run (default 8)")
+    demo.add_argument("--gateways", type=int, default=3, help="plants, each with its own gateway (default 3)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the simulated plants (default 0)")
+    demo.add_argument("--out", type=Path, default=Path("tundish-demo"), help="report folder (default tundish-demo)")
+    demo.add_argument("--broker", choices=("embedded", "mosquitto"), default="embedded", help="MQTT broker to use")
+    demo.add_argument("--data", type=Path, help="play this recorded data (.npz) instead of the simulated spindles")
+    demo.add_argument("--json", action="store_true", help="print the figures as one JSON object on standard output")
+    demo.set_defaults(run=_demo)
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="measure this machine against a floor, in one run")
+    kinds = bench.add_subparsers(metavar="WHAT", required=True)
+    footprint = kinds.add_parser(
+        "footprint",
+        help="resident memory of a scoring gateway beside that of its imports alone",
+        epilog="example: tundish bench footprint --json",
+    )
+    footprint.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    footprint.set_defaults(run=_footprint)
+
+
+def _add_edge(commands: Any) -> None:
+    edge = commands.add_parser("edge", help="the gateway: run it, check its files, ask how it is")
+    verbs = edge.add_subparsers(metavar="VERB", required=True)
+    run = verbs.add_parser(
+        "run",
+        help="read, score, train and federate until stopped",
+        epilog="example: tundish edge run -c gateway.toml --profile generic-arm64",
+    )
+    check = verbs.add_parser(
+        "check",
+        help="check gateway.toml, its tags files and (with --task) the wiring of a task",
+        epilog="example: tundish edge check -c gateway.toml --task spindle-wear.toml",
+    )
+    status = verbs.add_parser(
+        "status",
+        help="show what a running gateway is doing; exit code 1 if none runs",
+        epilog="example: tundish edge status -c gateway.toml --json",
+    )
+    for verb in (run, check, status):
+        verb.add_argument("-c", "--config", type=Path, required=True, help="gateway.toml")
+        verb.add_argument("--profile", help="board in firmware-configs/ whose caps apply where the file says nothing")
+    for verb in (run, status):
+        verb.add_argument("--state", type=Path, help="state folder (default: the platform's state directory)")
+    for verb in (check, status):
+        verb.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    check.add_argument("--task", type=Path, action="append", default=[], help="task.toml to check the wiring of")
+    run.set_defaults(run=_run)
+    check.set_defaults(run=_check)
+    status.set_defaults(run=_status)
+
+
+def _load(args: argparse.Namespace) -> Any:
+    from edge.config import load_config, profile_path  # noqa: PLC0415
+
+    return load_config(args.config, profile_path(args.profile) if args.profile else None)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from edge.agent import Agent  # noqa: PLC0415
+    from edge.config import state_folder  # noqa: PLC0415
+
+    config = _load(args)
+
+    async def run() -> None:
+        await Agent(config, state_folder(config, args.state)).run()
+
+    asyncio.run(run())
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from edge.config import wire  # noqa: PLC0415
+    from models.spec import load_task  # noqa: PLC0415
+
+    config = _load(args)
+    for path in args.task:
+        task, _ = load_task(path)
+        if task.name not in config.tasks:
+            known = ", ".join(config.tasks) or "none"
+            remedy = f"add [task.{task.name}] with signals = {{ … }}; wired now: {known}"
+            raise UserError(config.file, 0, f"task.{task.name}", "is not wired", remedy)
+        wire(task, config.tasks[task.name], config.tags, config.file)
+    found = {"file": config.file, "sources": len(config.sources), "tags": len(config.tags), "tasks": list(config.tasks)}
+    if args.json:
+        print(json.dumps(found))
+    else:
+        print(f"{config.file}: ok ({found['sources']} sources, {found['tags']} tags, tasks: {', '.join(config.tasks)})")
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from edge.config import state_folder  # noqa: PLC0415
+
+    config = _load(args)
+    path = state_folder(config, args.state) / "status.json"
+    try:
+        status = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise LocalError(
+            f"no gateway has run with its state in {path.parent}; start one with tundish edge run"
+        ) from None
+    alive = bool(status["running"]) and time.time() - status["time_ms"] / 1000 < _FRESH_S
+    if args.json:
+        print(json.dumps(status | {"alive": alive}))
+    else:
+        _print_status(status, alive=alive)
+    return 0 if alive else 1
+
+
+def _print_status(status: dict[str, Any], *, alive: bool) -> None:
+    age = time.time() - status["time_ms"] / 1000
+    print(f"{status['path']}: {'running' if alive else 'NOT RUNNING'} (last word {age:.0f} s ago)")
+    mqtt = status["mqtt"]
+    print(f"  mqtt     {'connected, MQTT ' + mqtt['version'] if mqtt['connected'] else 'OFFLINE: ' + mqtt['error']}")
+    print(f"  memory   {status['resident_mb']} MB resident; outbox {status['outbox']}")
+    for name, health in status["sources"].items():
+        word = "connected" if health["connected"] else "OFFLINE"
+        extra = f"; {len(health['quarantined'])} tags quarantined" if health["quarantined"] else ""
+        print(f"  source   {name}: {word}, {health['samples']} samples{extra} {health['error']}".rstrip())
+    for name, task in status["tasks"].items():
+        scored = f"{task.get('scored', 0)} windows scored, model {task['scoring_model']}"
+        print(f"  task     {name}: {scored}, round {task['round']} {task['state']} {task['answer']}".rstrip())
+        if task["problem"]:
+            print(f"           PROBLEM {task['problem']}")
+    for reason, count in status["refused"].items():
+        print(f"  refused  {count} times: {reason}")
+    if status["store_error"]:
+        print(f"  STORE    {status['store_error']} ({status['samples_dropped']} samples dropped)")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from edge.lab.demo import main as demo  # noqa: PLC0415
+
+    return demo(args)
+
+
+def _footprint(args: argparse.Namespace) -> int:
+    from edge.lab.footprint import main as footprint  # noqa: PLC0415
+
+    return footprint(as_json=args.json)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command: 0 done, 1 it says no, 2 somebody's input is wrong (one line on standard error says what)."""
+    level = os.environ.get("TUNDISH_LOG", "INFO").upper()
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    arguments = sys.argv[1:] if argv is None else argv
+    args = build_parser(next(iter(arguments), "")).parse_args(arguments)
+    try:
+        code: int = args.run(args)
+    except (UserError, PeerError) as error:
+        print(f"tundish: {error}", file=sys.stderr)
+        return 2
+    except TundishError as error:
+        print(f"tundish: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,381 @@
+"""gateway.toml, its tags CSVs and a board profile -> frozen typed values: the gateway's only reader of user files."""
+
+import csv
+import difflib
+import io
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from broker.settings import MqttSettings, check_mqtt
+from broker.topics import GatewayPath, segment
+from edge.drivers import registry
+from edge.tags import Sample, Source, Tag
+from edge.window import Condition, Wiring, parse_gate
+from models.errors import PeerError, UserError
+from models.spec import Task
+from models.tomlfile import TomlFile, read_toml, seconds, size_bytes
+
+COLUMNS = ("tag", "address", "type", "unit", "scale", "offset", "deadband", "sampling_ms", "description")
+_SOURCE_KEYS = ("name", "driver", "url", "tags")
+MAX_TAGS = 100_000
+
+
+class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of the file's tables."""
+
+
+class GatewayTable(_Struct, frozen=True, kw_only=True):
+    """Who this gateway is. `publish_raw` lists tags whose values also go to `_raw/`, on this site's broker."""
+
+    path: str
+    publish_raw: tuple[str, ...] = ()
+
+
+class FederationTable(_Struct, frozen=True, kw_only=True):
+    """Which federation to follow, and its key (hex); without them the first one seen is pinned and logged."""
+
+    name: str | None = None
+    key: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")] | None = None
+
+
+class TaskTable(_Struct, frozen=True, kw_only=True):
+    """How this gateway wires one task: the task's signals, target, gate and segment to its own tags."""
+
+    signals: dict[str, str]
+    target: str | None = None
+    active_when: str | None = None
+    segment: str | None = None
+    max_lag: str = "2s"
+
+
+class Policy(_Struct, frozen=True, kw_only=True):
+    """What this gateway allows; a plan that asks for less protection is declined, and scoring goes on."""
+
+    federate: bool = True
+    min_gateways: int = 1
+    secure_aggregation: Literal["required", "allowed"] = "allowed"
+    max_epsilon: float | None = None
+
+
+class StoreTable(_Struct, frozen=True, kw_only=True):
+    """Bounds of the sample ring."""
+
+    max_bytes: str = "1GiB"
+
+
+class TrainingTable(_Struct, frozen=True, kw_only=True):
+    """Caps of the training child: threads, memory, CPU seconds of one training, `nice` value."""
+
+    threads: int = 1
+    memory: str = "1536MiB"
+    cpu_seconds: int = 3600
+    nice: int = 19
+
+
+class ScoringTable(_Struct, frozen=True, kw_only=True):
+    """ONNX Runtime: threads of one session, and the execution provider."""
+
+    threads: int = 1
+    provider: str = "CPUExecutionProvider"
+
+
+class _File(_Struct, frozen=True, kw_only=True):
+    gateway: GatewayTable
+    mqtt: MqttSettings
+    source: tuple[dict[str, Any], ...] = ()
+    task: dict[str, TaskTable] = {}
+    federation: FederationTable = FederationTable()
+    policy: Policy = Policy()
+    store: StoreTable = StoreTable()
+    training: TrainingTable = TrainingTable()
+    scoring: ScoringTable = ScoringTable()
+
+
+class Config(_Struct, frozen=True, kw_only=True):
+    """Everything that `tundish edge run` needs, checked."""
+
+    file: str
+    path: GatewayPath
+    publish_raw: dict[str, str]
+    mqtt: MqttSettings
+    sources: tuple[Source, ...]
+    tasks: dict[str, TaskTable]
+    federation: FederationTable
+    policy: Policy
+    store_bytes: int
+    training: TrainingTable
+    training_memory: int
+    scoring: ScoringTable
+
+    @property
+    def tags(self) -> dict[str, Tag]:
+        """Every tag by its ref."""
+        return {tag.ref: tag for source in self.sources for tag in source.tags}
+
+
+def load_config(path: Path, profile: Path | None = None) -> Config:
+    """Read and check gateway.toml and what it names; UserError says file, line, key and remedy."""
+    file = read_toml(path)
+    if profile is not None:
+        _apply_profile(file, read_toml(profile))
+    raw = file.convert(_File)
+    try:
+        gateway = GatewayPath.parse(raw.gateway.path)
+    except PeerError as error:
+        raise file.error(["gateway", "path"], error.detail, 'write "acme/lyon/press/line4/cell2"') from None
+    sources = tuple(_source(file, i, table, path.parent) for i, table in enumerate(raw.source))
+    names = [s.name for s in sources]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise file.error(["source", i, "name"], f"{name!r} is used twice", "give each source its own name")
+    tags = {tag.ref: tag for source in sources for tag in source.tags}
+    for name, table in raw.task.items():
+        _check_task(file, name, table, tags)
+    return Config(
+        file=str(path),
+        path=gateway,
+        publish_raw=_raw_topics(file, raw.gateway.publish_raw, tags),
+        mqtt=check_mqtt(file, raw.mqtt),
+        sources=sources,
+        tasks=raw.task,
+        federation=raw.federation,
+        policy=raw.policy,
+        store_bytes=_size(file, ["store", "max_bytes"], raw.store.max_bytes),
+        training=raw.training,
+        training_memory=_size(file, ["training", "memory"], raw.training.memory),
+        scoring=raw.scoring,
+    )
+
+
+def _size(file: TomlFile, key: list[str | int], text: str) -> int:
+    try:
+        return size_bytes(text)
+    except ValueError as error:
+        raise file.error(key, str(error), 'write "512MiB" or "2GiB"') from None
+
+
+def _source(file: TomlFile, i: int, table: dict[str, Any], folder: Path) -> Source:
+    """Check one [[source]]: its own keys here, its driver's options against the driver."""
+    for key in _SOURCE_KEYS:
+        if not isinstance(table.get(key), str):
+            raise file.error(["source", i, key], "missing, or not a text", f'write {key} = "…"')
+    drivers = registry.driver_names()
+    if table["driver"] not in drivers:
+        raise file.error(
+            ["source", i, "driver"], f"no driver {table['driver']!r}", f"write one of: {', '.join(drivers)}"
+        )
+    module = registry.load(table["driver"])
+    options = {key: value for key, value in table.items() if key not in _SOURCE_KEYS}
+    for key, value in options.items():
+        kind = module.OPTIONS.get(key)
+        if kind is None:
+            raise _unknown(file, ["source", i, key], [*_SOURCE_KEYS, *module.OPTIONS])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise file.error(["source", i, key], f"{value!r} is not of type {kind.__name__}", "write one that is")
+    try:
+        segment(table["name"])
+    except PeerError as error:
+        raise file.error(["source", i, "name"], error.detail, "use A-Z a-z 0-9 _ -") from None
+    tags = tuple(_tags(table["name"], folder / table["tags"], file, i))
+    source = Source(name=table["name"], driver=table["driver"], url=table["url"], tags=tags, options=options)
+    try:
+        module.Driver(source, _nowhere)
+    except UserError as error:
+        # A driver knows the tag's file and line; of its own options it knows the key only.
+        if error.line or Path(error.place).is_file():
+            raise
+        raise file.error(["source", i, error.key], error.problem, error.remedy) from None
+    return source
+
+
+def _nowhere(_samples: list[Sample], /) -> None:
+    """Take nothing: a driver that is built to check its addresses is never run."""
+
+
+def _unknown(file: TomlFile, path: list[str | int], known: Iterable[str]) -> UserError:
+    names = sorted(known)
+    near = difflib.get_close_matches(str(path[-1]), names, n=1)
+    return file.error(path, "unknown key", f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}")
+
+
+def _tags(source: str, path: Path, file: TomlFile, i: int) -> Iterable[Tag]:
+    """Read a tags CSV as Excel saves it: with or without a BOM, `,` or `;`, decimal commas in the latter."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(str(path), 0, "", "not UTF-8 text", 'save it as "CSV UTF-8"') from None
+    except OSError as error:
+        raise file.error(["source", i, "tags"], f"{path} can't be read: {error.strerror}", "check the path") from None
+    first = text.partition("\n")[0]
+    semicolons = first.count(";") > first.count(",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=";" if semicolons else ",")
+    header = _header(str(path), next(reader, []))
+    seen: dict[str, int] = {}
+    for cells in reader:
+        row = {k: v.strip() for k, v in zip(header, cells, strict=False)}
+        if not any(row.values()):
+            continue
+        tag = _tag(source, str(path), reader.line_num, row, decimal_comma=semicolons)
+        if tag.name in seen:
+            remedy = "give each tag its own name, since the name is its topic"
+            raise UserError(str(path), tag.line, "tag", f"{tag.name!r} stands on line {seen[tag.name]} too", remedy)
+        seen[tag.name] = tag.line
+        if len(seen) > MAX_TAGS:
+            raise UserError(str(path), tag.line, "", f"more than {MAX_TAGS} tags", "split them over sources")
+        yield tag
+
+
+def _header(path: str, cells: list[str]) -> list[str]:
+    header = [name.strip() for name in cells]
+    for name in header:
+        if name not in COLUMNS:
+            raise UserError(path, 1, name, "unknown column", f"columns are: {', '.join(COLUMNS)}")
+    for name in COLUMNS[:2]:
+        if name not in header:
+            raise UserError(path, 1, name, "missing column", f"the first line is {','.join(COLUMNS)}")
+    return header
+
+
+def _tag(source: str, path: str, line: int, row: dict[str, str], *, decimal_comma: bool) -> Tag:
+    for key in COLUMNS[:2]:
+        if not row.get(key):
+            raise UserError(path, line, key, "empty", f"write the {key}, or remove the line")
+    if re.search(r"[\s/]", row["tag"]):
+        raise UserError(path, line, "tag", f"{row['tag']!r} holds a space or a slash", "use letters, digits, . _ -")
+
+    def number(key: str, default: float) -> float:
+        text = row.get(key, "")
+        try:
+            return float(text.replace(",", ".") if decimal_comma else text) if text else default
+        except ValueError:
+            raise UserError(path, line, key, f"{text!r} is no number", "write one, such as 0.1") from None
+
+    type_ = row.get("type", "")
+    waveform = re.fullmatch(r"(\w+)\[(\d{1,6})\]", type_)
+    return Tag(
+        source=source,
+        name=row["tag"],
+        address=row["address"],
+        type=type_,
+        unit=row.get("unit", ""),
+        scale=number("scale", 1.0),
+        offset=number("offset", 0.0),
+        deadband=number("deadband", 0.0),
+        sampling_ms=int(number("sampling_ms", 0)),
+        description=row.get("description", ""),
+        width=int(waveform[2]) if waveform else 0,
+        file=path,
+        line=line,
+    )
+
+
+def _check_task(file: TomlFile, name: str, table: TaskTable, tags: dict[str, Tag]) -> None:
+    def known(ref: str, path: list[str | int]) -> None:
+        if ref not in tags:
+            near = difflib.get_close_matches(ref, tags, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else 'write "source/tag" of a [[source]] and its tags file'
+            raise file.error(path, f"no tag {ref!r}", remedy)
+
+    try:
+        segment(name)
+    except PeerError as error:
+        raise file.error(["task", name], error.detail, "use the task's own name") from None
+    for signal, ref in table.signals.items():
+        known(ref, ["task", name, "signals", signal])
+    for key in ("target", "segment"):
+        if ref := getattr(table, key):
+            known(ref, ["task", name, key])
+    for condition in _gate(file, name, table):
+        known(condition.tag, ["task", name, "active_when"])
+    try:
+        seconds(table.max_lag)
+    except ValueError as error:
+        raise file.error(["task", name, "max_lag"], str(error), 'write "2s"') from None
+
+
+def _gate(file: TomlFile, name: str, table: TaskTable) -> tuple[Condition, ...]:
+    try:
+        return parse_gate(table.active_when) if table.active_when else ()
+    except ValueError as error:
+        remedy = 'write "plc1/Running == 1", joined by "and"'
+        raise file.error(["task", name, "active_when"], str(error), remedy) from None
+
+
+def _raw_topics(file: TomlFile, refs: tuple[str, ...], tags: dict[str, Tag]) -> dict[str, str]:
+    """Map ref -> the level after `_raw/`: the tag's name, which must be a topic level and nobody else's."""
+    out: dict[str, str] = {}
+    for i, ref in enumerate(refs):
+        path: list[str | int] = ["gateway", "publish_raw", i]
+        if ref not in tags:
+            raise file.error(path, f"no tag {ref!r}", 'write "source/tag"')
+        name = tags[ref].name
+        try:
+            segment(name)
+        except PeerError as error:
+            raise file.error(path, error.detail, f"rename the tag in {tags[ref].file}:{tags[ref].line}") from None
+        if name in out.values():
+            other = next(r for r, n in out.items() if n == name)
+            raise file.error(path, f"{ref} and {other} share the topic _raw/{name}", "rename one of the tags")
+        out[ref] = name
+    return out
+
+
+def wire(task: Task, table: TaskTable, tags: dict[str, Tag], place: str) -> Wiring:
+    """Match a task as published to this gateway's wiring; UserError names the signal that doesn't fit."""
+    for signal in task.signal:
+        if signal.name not in table.signals:
+            remedy = f'add {signal.name} = "source/tag" (in {signal.unit or "1"}) under [task.{task.name}] signals'
+            raise UserError(place, 0, f"task.{task.name}.signals", f"signal {signal.name!r} is not wired", remedy)
+        tag = tags[table.signals[signal.name]]
+        if tag.unit and tag.unit != signal.unit:
+            problem = f"{tag.ref} is in {tag.unit!r}, the task's {signal.name} in {signal.unit!r}"
+            raise UserError(tag.file, tag.line, "unit", problem, "wire a tag in that unit, or scale it there")
+        if task.window.waveform != bool(tag.width) or (tag.width and tag.width != task.window.length):
+            due = f"float32[{task.window.length}]" if task.window.waveform else "a scalar"
+            raise UserError(
+                tag.file, tag.line, "type", f"{tag.ref} is {tag.type or 'a scalar'}", f"the task wants {due}"
+            )
+    return Wiring(
+        window=task.window,
+        signals=tuple(table.signals[s.name] for s in task.signal),
+        target=table.target if task.target else None,
+        gate=parse_gate(table.active_when) if table.active_when else (),
+        segment=table.segment,
+    )
+
+
+# -- board profiles ------------------------------------------------------------------------------------------------
+
+
+def profile_path(name: str) -> Path:
+    """Find firmware-configs/NAME.toml: beside the packages in a checkout, inside the package when installed."""
+    here = Path(__file__).parent
+    folders = [here.parent / "firmware-configs", here / "firmware-configs"]
+    known = sorted({p.stem for folder in folders for p in folder.glob("*.toml")})
+    for folder in folders:
+        if name in known and (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
+    raise UserError("--profile", 0, "", f"no board {name!r}", f"write one of: {', '.join(known)}")
+
+
+def _apply_profile(file: TomlFile, profile: TomlFile) -> None:
+    """Let a board's [training], [scoring] and [store] stand where gateway.toml says nothing."""
+    for table in ("training", "scoring", "store"):
+        for key, value in profile.data.get(table, {}).items():
+            file.data.setdefault(table, {}).setdefault(key, value)
+
+
+def state_folder(config: Config, override: Path | None) -> Path:
+    """Where this gateway keeps its state: `--state`, $STATE_DIRECTORY (systemd), or the platform's place."""
+    if override is not None:
+        return override
+    if systemd := os.environ.get("STATE_DIRECTORY"):
+        return Path(systemd.partition(":")[0])
+    import platformdirs  # noqa: PLC0415 - only where neither of the above says
+
+    return platformdirs.user_state_path("tundish") / "edge" / str(config.path).replace("/", "-")

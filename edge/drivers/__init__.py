@@ -1,0 +1,1 @@
+"""One file a protocol; one contract, one conformance suite over all."""

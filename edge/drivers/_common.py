@@ -1,0 +1,187 @@
+"""What every driver does alike: live through cuts, keep refused tags apart, scale values, read its options.
+
+A driver inherits `Reader` and brings `open`, `read`, `close` and `explain`; the contract is `edge.tags.Driver`'s.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from edge.tags import Health, Quality, Sample, Sink, Source, Tag, Value, sleep_backoff
+from models.errors import UserError
+
+T = TypeVar("T", int, float, str)
+
+_log = logging.getLogger(__name__)
+
+
+class LostError(Exception):
+    """The connection is no longer of use; the text says why, and what to do if there is more than waiting."""
+
+
+class Point:
+    """One tag on the way from its source, with what was last delivered of it."""
+
+    __slots__ = ("deadband", "due", "last", "latest_ns", "offset", "plain", "ref", "scale", "tag", "tries")
+
+    def __init__(self, tag: Tag) -> None:
+        self.tag = tag
+        self.ref = tag.ref
+        self.scale = tag.scale
+        self.offset = tag.offset
+        self.plain = tag.scale == 1.0 and tag.offset == 0.0
+        self.deadband = tag.deadband
+        self.last = math.nan
+        self.latest_ns = 0
+        self.tries = 0
+        self.due = 0.0
+
+    def bad(self, time_ns: int) -> Sample:
+        """Make the sample that says: no value. The next good one passes the deadband."""
+        self.last = math.nan
+        empty: Value = np.empty(0, np.float32) if self.tag.width else math.nan
+        return Sample(self.ref, max(time_ns, self.latest_ns), empty, Quality.BAD)
+
+    def take(self, raw: float, time_ns: int, quality: Quality) -> Sample | None:
+        """Make a sample of a number as it was read; None within the deadband, BAD for NaN and infinity."""
+        self.latest_ns = max(self.latest_ns, time_ns)
+        value = float(raw) if self.plain else raw * self.scale + self.offset
+        if not math.isfinite(value):
+            return self.bad(time_ns)
+        # Nothing delivered yet is NaN, and nothing is within a deadband of that.
+        if abs(value - self.last) < self.deadband:
+            return None
+        self.last = value
+        return Sample(self.ref, time_ns, value, quality)
+
+
+P = TypeVar("P", bound=Point)
+
+
+class Reader(Generic[P]):
+    """The life of a driver around its connections, each of which is used once."""
+
+    def __init__(self, source: Source, sink: Sink, points: Sequence[P]) -> None:
+        self.health = Health()
+        self.source = source
+        self.points = points
+        self._sink = sink
+        self._told = False
+
+    async def open(self) -> None:
+        """Connect and begin; may raise anything."""
+        raise NotImplementedError
+
+    async def read(self) -> None:
+        """Deliver until the connection is lost; always ends by raising."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """Let go of the connection within a second and a half, whatever its state; never raises."""
+        raise NotImplementedError
+
+    def explain(self, error: Exception) -> str:
+        """Say in one line what failed and what to do about it."""
+        raise NotImplementedError
+
+    async def run(self) -> None:
+        """Read until cancelled."""
+        attempt = 0
+        while True:
+            before = self.health.connects
+            try:
+                await self.open()
+                await self.read()
+            except Exception as error:  # noqa: BLE001 - the boundary: the libraries raise bare exceptions too
+                self._lost(self.explain(error))
+            finally:
+                self.health.connected = False
+                await self.close()
+            attempt = 0 if self.health.connects > before else attempt
+            await sleep_backoff(attempt)
+            attempt += 1
+
+    def connected(self) -> None:
+        """Note that the source answers."""
+        self.health.connected, self.health.error = True, ""
+        self.health.connects += 1
+        self._told = False
+        _log.info("%s: reads %d tags from %s", self.source.name, len(self.points), self.source.url)
+
+    def deliver(self, samples: list[Sample]) -> None:
+        """Hand a batch on, oldest first, and count it."""
+        if samples:
+            self.health.samples += len(samples)
+            self.health.bad += sum(sample.quality is Quality.BAD for sample in samples)
+            self._sink(samples)
+
+    def quarantine(self, point: P, reason: str) -> None:
+        """Keep a refused tag apart until its next try is due, 1 s to 60 s from now; BAD once."""
+        known = point.ref in self.health.quarantined
+        self.health.quarantined[point.ref] = reason
+        point.due = time.monotonic() + min(60.0, 2.0 ** min(point.tries, 6))
+        point.tries += 1
+        if not known:
+            _log.warning("%s: %s", point.ref, reason)
+            self.deliver([point.bad(time.time_ns())])
+
+    def release(self, point: P) -> None:
+        """Take a tag that reads well back among the others."""
+        point.tries = 0
+        if self.health.quarantined.pop(point.ref, None) is not None:
+            _log.info("%s: reads again", point.ref)
+
+    def due(self) -> list[P]:
+        """Return the refused tags whose next try is due."""
+        if not self.health.quarantined:
+            return []
+        now = time.monotonic()
+        return [point for point in self.points if point.ref in self.health.quarantined and point.due <= now]
+
+    def _lost(self, reason: str) -> None:
+        """Say at once, and once a cut, that no tag has a value any more."""
+        self.health.connected = False
+        if reason != self.health.error:
+            _log.warning("%s", reason)
+        self.health.error = reason
+        if not self._told:
+            now = time.time_ns()
+            self.deliver([point.bad(now) for point in self.points])
+            self._told = True
+
+
+def option(source: Source, key: str, default: T, least: float = 0, most: float = math.inf) -> T:
+    """Return a source's option in the type of its default; UserError for another type or a value out of range."""
+    value = source.options.get(key, default)
+    kind = type(default)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise refusal(source, key, f"{value!r} is not of type {kind.__name__}", f"write {key} = {default!r}")
+    if not isinstance(value, str) and not least <= value <= most:
+        top = f" to {most:g}" if math.isfinite(most) else " or more"
+        raise refusal(source, key, f"{value!r} is out of range", f"write {least:g}{top}")
+    return value
+
+
+def refusal(source: Source, key: str, problem: str, remedy: str) -> UserError:
+    """Build (not raise) the error for a key of a `[[source]]`."""
+    return UserError(f"[[source]] {source.name}", 0, key, problem, remedy)
+
+
+def endpoint(source: Source, scheme: str, default_port: int) -> tuple[str, int]:
+    """Return host and port of a source's URL; UserError if it is none of that scheme."""
+    try:
+        url = urlsplit(source.url)
+        host, port = url.hostname, url.port or default_port
+    except ValueError:
+        host, port = None, 0
+    if not host or url.scheme != scheme or "@" in url.netloc:
+        example = f"write {scheme}://10.0.0.10:{default_port}"
+        raise refusal(source, "url", f"{source.url!r} is not a {scheme} URL", example)
+    return host, port

@@ -1,0 +1,124 @@
+"""Scoring: one window in, a score, a verdict and the signals behind it out. Reads memory only.
+
+A Scorer is one model, whole and unchangeable: graph, weights, scale and threshold. A new model is a new Scorer built
+beside the old one; the agent swaps them between two windows.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edge.dataset import Dataset
+from models import evaluate
+from models.delta import Layout, Vector
+from models.graph import make_session
+from models.scale import Scale
+from models.spec import Task
+
+Windows = NDArray[np.float32]
+_TOP = 3
+_BATCH = 256
+
+
+class Verdict(NamedTuple):
+    """Of one window. `score`: the class's probability, the number in the target's unit, or error over threshold.
+
+    `verdict`: a class name, `normal`, `ok` or `alarm`; `alarm` says whether somebody should look.
+    """
+
+    score: float
+    verdict: str
+    alarm: bool
+
+
+@dataclass
+class Scorer:
+    """One model of one task, ready to score."""
+
+    task: Task
+    version: int
+    session: ort.InferenceSession
+    scale: Scale
+    threshold: float = 1.0
+
+    @classmethod
+    def build(
+        cls,
+        task: Task,
+        version: int,
+        graph: bytes,
+        layout: Layout,
+        vector: Vector,
+        scale: Scale,
+        *,
+        threads: int = 1,
+        provider: str = "CPUExecutionProvider",
+    ) -> "Scorer":
+        """Make a session of its own; the graph has been checked by `models.graph.check_graph`."""
+        session = make_session(graph, layout, vector, threads=threads, provider=provider)
+        return cls(task, version, session, scale)
+
+    def outputs(self, x: Windows) -> NDArray[np.float32]:
+        """Raw windows (N, C, T), NaN where masked -> the net's outputs (N, outputs)."""
+        return self.run(np.nan_to_num(self.scale.inputs(self.task, x), copy=False))
+
+    def run(self, inputs: Windows) -> NDArray[np.float32]:
+        """Scaled windows (N, C, T) without NaN -> the net's outputs (N, outputs)."""
+        out: NDArray[np.float32] = self.session.run(None, {"x": inputs})[0]
+        return out
+
+    def score(self, x: Windows) -> Verdict:
+        """Judge one raw window (C, T)."""
+        inputs = np.nan_to_num(self.scale.inputs(self.task, x[None]), copy=False)
+        return self.judge(self.run(inputs)[0], inputs[0])
+
+    def judge(self, out: NDArray[np.float32], inputs: Windows) -> Verdict:
+        """Turn one row of outputs into a verdict, by the task's alarm."""
+        task, alarm = self.task, self.task.alarm
+        if task.kind == "anomaly":
+            ratio = float(np.mean((out.reshape(inputs.shape) - inputs) ** 2)) / self.threshold
+            return Verdict(ratio, "anomaly" if ratio > 1 else "normal", ratio > 1)
+        if task.kind == "classification" and task.target:
+            p = np.exp(out - out.max())
+            best = int(p.argmax())
+            name = task.target.classes[best]
+            return Verdict(float(p[best] / p.sum()), name, name in alarm.classes)
+        number = float(out[0]) * self.scale.target_std + self.scale.target_mean
+        high = alarm.above is not None and number > alarm.above
+        low = alarm.below is not None and number < alarm.below
+        return Verdict(number, "alarm" if high or low else "ok", high or low)
+
+    def contributions(self, x: Windows) -> list[tuple[str, float]]:
+        """The signals that count most for one raw window (C, T), largest first; shares that add up to 1.
+
+        Anomaly: each channel's part of the error. Else occlusion (Zeiler & Fergus 2014, arXiv:1311.2901): how far the
+        output moves when one channel is set to its mean, in one batch of C windows more.
+        """
+        inputs = np.nan_to_num(self.scale.inputs(self.task, x[None]), copy=False)[0]
+        if self.task.kind == "anomaly":
+            weight = ((self.run(inputs[None])[0].reshape(inputs.shape) - inputs) ** 2).mean(1)
+        else:
+            batch = np.repeat(inputs[None], len(inputs) + 1, 0)
+            batch[np.arange(len(inputs)), np.arange(len(inputs))] = 0
+            out = self.run(batch)
+            weight = np.abs(out[:-1] - out[-1]).sum(1)
+        share = weight / max(float(weight.sum()), 1e-12)
+        order = np.argsort(-share)[:_TOP]
+        return [(self.task.signal[i].name, round(float(share[i]), 3)) for i in order]
+
+    def metric(self, data: Dataset) -> float:
+        """The task's metric on labelled windows; NaN without any. Also sets an anomaly model's threshold."""
+        if not len(data):
+            return float("nan")
+        inputs = np.nan_to_num(self.scale.inputs(self.task, data.x), copy=False)
+        out = np.concatenate([self.run(inputs[i : i + _BATCH]) for i in range(0, len(inputs), _BATCH)])
+        if data.y is None:
+            errors = ((out - inputs.reshape(len(inputs), -1)) ** 2).mean(1)
+            self.threshold = max(float(np.quantile(errors, self.task.alarm.quantile)), 1e-9)
+            return float(errors.mean())
+        if self.task.kind == "classification":
+            return evaluate.accuracy(data.y, out.argmax(1))
+        return evaluate.rmse(data.y, out[:, 0] * self.scale.target_std + self.scale.target_mean)

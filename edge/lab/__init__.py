@@ -1,0 +1,1 @@
+"""What runs a whole plant on one machine: PLC simulator, demo, bench."""

@@ -1,0 +1,99 @@
+"""What federation is measured against: each plant alone, and all data in one place. Run as a child, reaches torch.
+
+`python -m edge.lab.baseline JOB OUT`: same net, same first weights, and as many passes over the data that the gateways
+stored as the federation made; each plant scales with its own normalisation. Every model is judged on each plant's own
+held-out test.
+"""
+
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from edge.dataset import Dataset
+from edge.infer import Scorer
+from edge.memory import Memory
+from edge.store import State
+from edge.train import Job
+from edge.trainer import stored_dataset
+from models.delta import Layout, Vector
+from models.errors import LocalError
+from models.fit import fit
+from models.scale import Scale
+from models.spec import Task, parse_task
+
+
+class Plant(msgspec.Struct, frozen=True, kw_only=True):
+    """One plant: its gateway's training job as a file of the lab, and its test set (npz: x, y)."""
+
+    name: str
+    job: Job
+    test: str
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """What to compare: plants, passes over the data, the global models' weights by version (npz), the graph."""
+
+    plants: tuple[Plant, ...]
+    passes: int
+    models: str
+    seed: int
+
+
+def _load(plant: Plant, task: Task) -> tuple[Dataset, Dataset, Scale]:
+    train, _ = stored_dataset(task, plant.job)
+    with np.load(plant.test, allow_pickle=False) as z:
+        test = Dataset(z["x"], None if task.kind == "anomaly" else z["y"].astype(np.float32))
+    state = State(Path(plant.job.store))
+    scale = Memory(state, task.name).scale()
+    state.close()
+    if scale is None:
+        raise LocalError(f"{plant.name} has not trained")
+    return train, test, scale
+
+
+def compare(c: Comparison) -> dict[str, object]:
+    """Train the baselines and judge everything: metrics per plant, and of the global model version by version."""
+    job = c.plants[0].job
+    task, layout = parse_task(job.task_text), Layout.from_wire(job.layout)
+    plants = [_load(plant, task) for plant in c.plants]
+    with np.load(c.models, allow_pickle=False) as z:
+        graph, versions, vectors = z["graph"].tobytes(), z["versions"].tolist(), z["vectors"]
+
+    def judge(vector: Vector) -> list[float]:
+        out = []
+        for _, test, scale in plants:
+            scorer = Scorer.build(task, 0, graph, layout, vector, scale)
+            out.append(scorer.metric(test))
+        return out
+
+    def learn(x: list[np.ndarray], y: list[np.ndarray]) -> Vector:
+        inputs = np.concatenate(x)
+        targets = np.concatenate(y) if y else None
+        steps = c.passes * max(1, len(inputs) // min(task.training.batch, len(inputs)))
+        return fit(task, layout, vectors[0], inputs, targets, seed=c.seed, steps=steps).vector
+
+    inputs = [scale.inputs(task, train.x) for train, _, scale in plants]
+    targets = [scale.targets(task, train.y) for train, _, scale in plants if train.y is not None]
+    alone = [learn([x], targets[i : i + 1]) for i, x in enumerate(inputs)]
+    curve = [judge(vector) for vector in vectors]
+    return {
+        "windows": [len(train) for train, _, _ in plants],
+        "test_windows": [len(test) for _, test, _ in plants],
+        "silo": [judge(vector)[i] for i, vector in enumerate(alone)],
+        "centralised": judge(learn(inputs, targets)),
+        "curve": [{"version": v, "metric": m} for v, m in zip(versions, curve, strict=True)],
+        "federated": curve[-1],
+    }
+
+
+def main() -> int:
+    """Read the comparison, write the figures."""
+    comparison = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Comparison)
+    Path(sys.argv[2]).write_bytes(msgspec.json.encode(compare(comparison)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""A whole federation on one machine: the files a user would write, and the processes that a user would start."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edge.agent import STATUS_FILE
+from edge.lab.physics import FEATURES, test_windows
+from edge.lab.plc import CLOCK, DataLayout, data_layout, tags_csv
+from edge.lab.processes import Process, free_port, mqtt_broker, python
+from models.errors import UserError
+
+FEDERATION = "demo"
+_SPINDLE_HZ = 50.0
+_SPINDLE_WINDOW = 32
+_TEST_WINDOWS = 400
+_UNITS = {
+    "speed_rpm": ("Drive.Speed", "rpm"),
+    "torque_pct": ("Drive.Torque", "%"),
+    "current_a": ("Drive.Current", "A"),
+    "vib_rms": ("Spindle.VibRms", "g"),
+    "crest": ("Spindle.Crest", "1"),
+    "env_bpfo": ("Spindle.EnvBPFO", "g"),
+    "env_bpfi": ("Spindle.EnvBPFI", "g"),
+    "env_bsf": ("Spindle.EnvBSF", "g"),
+    "temp_c": ("Spindle.BearingTemp", "degC"),
+}
+# Rows of recorded data played a second, by how they are served; a second of wall clock is so much source time.
+_PLAY_HZ = {"series": 60.0, "rows": 40.0, "waveform": 8.0}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is staged: the spindles, or recorded data; how many plants; how many rounds (None: without end)."""
+
+    gateways: int
+    seed: int
+    rounds: int | None
+    data: Path | None = None
+    broker: str = "embedded"
+    min_gateways: int | None = None
+
+    @property
+    def layout(self) -> DataLayout | None:
+        """Of the recorded data."""
+        return data_layout(self.data) if self.data else None
+
+    @property
+    def play_hz(self) -> float:
+        """Rows (or snapshots) a second of wall clock."""
+        return _PLAY_HZ[self.layout.kind] if self.layout else _SPINDLE_HZ
+
+    @property
+    def speedup(self) -> float:
+        """Seconds of source time in a second of wall clock: the recorded sets count a row as one second."""
+        return self.play_hz if self.layout else 1.0
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return "recorded" if self.data else "bearing-condition"
+
+    def check(self) -> None:
+        """Refuse what can't be staged, before anything is started."""
+        if self.gateways < 1:
+            raise UserError("--gateways", 0, "", f"{self.gateways} plants", "write 1 or more")
+        if self.rounds is not None and self.rounds < 1:
+            raise UserError("--rounds", 0, "", f"{self.rounds} rounds", "write 1 or more")
+        if self.layout and self.gateways > len(self.layout.clients):
+            many = len(self.layout.clients)
+            raise UserError("--gateways", 0, "", f"the file has {many} plants", f"write {many} or less")
+
+
+def task_toml(scenario: Scenario) -> str:
+    """Write the task as an operator would."""
+    count = scenario.min_gateways or scenario.gateways
+    rounds = f"rounds = {scenario.rounds}\n" if scenario.rounds else ""
+    tail = f"""
+[round]
+strategy = "fedavg"
+min_gateways = {count}
+deadline = "60s"
+every = "0s"
+bits = 8
+{rounds}"""
+    layout = scenario.layout
+    if layout is None:
+        signals = "".join(f'\n[[signal]]\nname = "{name}"\nunit = "{_UNITS[name][1]}"\n' for name in FEATURES)
+        return f"""name = "{scenario.task}"
+kind = "classification"
+net = "tcn"
+
+[window]
+length = {_SPINDLE_WINDOW}
+stride = 4
+rate_hz = {_SPINDLE_HZ}
+{signals}
+[target]
+name = "condition"
+classes = ["healthy", "outer", "inner", "ball"]
+
+[alarm]
+classes = ["outer", "inner", "ball"]
+
+[training]
+epochs = 6
+batch = 32
+lr = 2e-3
+min_windows = 120
+{tail}"""
+    return _recorded_task(scenario, layout) + tail
+
+
+def _recorded_task(scenario: Scenario, layout: DataLayout) -> str:
+    with np.load(str(scenario.data), allow_pickle=False) as z:
+        low, high = float(z["y_train"].min()), float(z["y_train"].max())
+    # Labels that never change teach nothing: such a set is for anomaly detection.
+    kind = "anomaly" if low == high else "regression" if layout.target == "Double" else "classification"
+    net = "autoencoder" if kind == "anomaly" else "mlp" if layout.kind == "rows" else "tcn"
+    signals = "".join(f'\n[[signal]]\nname = "{name}"\nunit = ""\n' for name in layout.names)
+    target = ""
+    if kind == "classification":
+        target = f'\n[target]\nname = "target"\nclasses = {json.dumps([f"class-{i}" for i in range(layout.classes)])}\n'
+    elif kind == "regression":
+        target = f'\n[target]\nname = "target"\nrange = [{low}, {high}]\n'
+    return f"""name = "{scenario.task}"
+kind = "{kind}"
+net = "{net}"
+
+[window]
+length = {layout.length}
+rate_hz = 1.0
+waveform = {"true" if layout.kind == "waveform" else "false"}
+{signals}{target}
+[training]
+epochs = 6
+batch = 32
+lr = 2e-3
+min_windows = 60
+"""
+
+
+def _gateway_toml(scenario: Scenario, i: int, mqtt: int, opcua: int, modbus: int) -> str:
+    layout, task = scenario.layout, scenario.task
+    if layout is None:
+        wires = {name: ("plc" if tag.startswith("Spindle.") else "drive", tag) for name, (tag, _) in _UNITS.items()}
+        target, gate, segment = "Spindle.Condition", "Spindle.Running", "Spindle.BearingSerial"
+        clock = ""
+    else:
+        first_modbus = layout.channels - layout.modbus
+        wires = {n: ("plc" if k < first_modbus else "drive", f"Data.{n}") for k, n in enumerate(layout.names)}
+        target, gate, segment = "Data.Target", "Data.Running", "Data.Segment"
+        clock = f'clock = "{CLOCK}"\npoll_ms = 10\n'
+    signals = ", ".join(f'{name} = "{source}/{tag}"' for name, (source, tag) in wires.items())
+    drive = (
+        f"""
+[[source]]
+name = "drive"
+driver = "modbus"
+url = "modbus+tcp://127.0.0.1:{modbus}"
+tags = "drive.csv"
+{clock}"""
+        if layout is None or layout.modbus
+        else ""
+    )
+    return f"""[gateway]
+path = "{gateway_path(i)}"
+
+[mqtt]
+url = "mqtt://127.0.0.1:{mqtt}"
+
+[[source]]
+name = "plc"
+driver = "opcua"
+url = "opc.tcp://127.0.0.1:{opcua}"
+tags = "plc.csv"
+{drive}
+[task.{task}]
+signals = {{ {signals} }}
+target = "plc/{target}"
+active_when = "plc/{gate} == 1"
+{"" if layout and layout.kind == "waveform" else f'segment = "plc/{segment}"'}
+
+[policy]
+min_gateways = 1
+"""
+
+
+def gateway_path(i: int) -> str:
+    """Topic path of plant i (from 0)."""
+    return f"demo/plant{i + 1}/machining/line1/spindle"
+
+
+class Stage:
+    """Files and processes of one scenario under `folder`."""
+
+    def __init__(self, scenario: Scenario, folder: Path) -> None:
+        scenario.check()
+        self.scenario, self.folder = scenario, folder
+        self.mqtt_port = free_port()
+        self.broker = mqtt_broker(scenario.broker, self.mqtt_port, self._dir("broker"))
+        federation = self._dir("aggregator")
+        (federation / "task.toml").write_text(task_toml(scenario))
+        (federation / "federation.toml").write_text(
+            f'[federation]\nname = "{FEDERATION}"\nroots = ["demo"]\njoin = "first-seen"\n\n'
+            f'[mqtt]\nurl = "mqtt://127.0.0.1:{self.mqtt_port}"\n\n[[task]]\nfile = "task.toml"\n'
+        )
+        run = python(
+            "edge.cli", "broker", "run", "-c", federation / "federation.toml", "--state", self.aggregator_state
+        )
+        self.aggregator = Process("aggregator", run, federation / "aggregator.log")
+        self.plcs: list[Process] = []
+        self.gateways: list[Process] = []
+        for i in range(scenario.gateways):
+            self._plant(i)
+
+    def _dir(self, name: str) -> Path:
+        path = self.folder / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _plant(self, i: int) -> None:
+        scenario, folder = self.scenario, self._dir(f"plant{i + 1}")
+        opcua, modbus = free_port(), free_port()
+        what = ["--plant", i]
+        if scenario.data:
+            what = ["--data", scenario.data.resolve(), "--client", i]
+        ports = ["--opcua-port", opcua, "--modbus-port", modbus]
+        command = python("edge.lab.plc", *what, *ports, "--seed", scenario.seed, "--rate", scenario.play_hz)
+        self.plcs.append(Process(f"plc {i + 1}", command, folder / "plc.log"))
+        plc, drive = tags_csv(scenario.layout)
+        (folder / "plc.csv").write_text(plc)
+        (folder / "drive.csv").write_text(drive)
+        (folder / "gateway.toml").write_text(_gateway_toml(scenario, i, self.mqtt_port, opcua, modbus))
+        run = python("edge.cli", "edge", "run", "-c", folder / "gateway.toml", "--state", self.gateway_state(i))
+        self.gateways.append(Process(f"gateway {i + 1}", run, folder / "gateway.log"))
+
+    @property
+    def aggregator_state(self) -> Path:
+        """State folder of the aggregator."""
+        return self.folder / "aggregator" / "state"
+
+    def gateway_state(self, i: int) -> Path:
+        """State folder of gateway i."""
+        return self.folder / f"plant{i + 1}" / "state"
+
+    @property
+    def processes(self) -> list[Process]:
+        """All of them, in the order to stop them."""
+        return [*self.gateways, self.aggregator, *self.plcs, self.broker]
+
+    def status(self, i: int) -> dict[str, object]:
+        """What gateway i last said of itself; empty before it has."""
+        try:
+            found: dict[str, object] = json.loads((self.gateway_state(i) / STATUS_FILE).read_text())
+        except (OSError, ValueError):
+            return {}
+        return found
+
+    def task_status(self, i: int) -> dict[str, object]:
+        """What gateway i last said of the task."""
+        tasks = self.status(i).get("tasks", {})
+        found = tasks.get(self.scenario.task, {}) if isinstance(tasks, dict) else {}
+        return found if isinstance(found, dict) else {}
+
+    def stop(self) -> None:
+        """Stop everything that runs."""
+        for process in self.processes:
+            process.stop()
+
+    def test_set(self, i: int) -> Path:
+        """Write plant i's held-out test (npz: x, y) and return where."""
+        scenario, path = self.scenario, self.folder / f"plant{i + 1}" / "test.npz"
+        if scenario.data is None:
+            x, y = test_windows(scenario.seed + 1, i, _SPINDLE_HZ, _TEST_WINDOWS, _SPINDLE_WINDOW)
+        else:
+            layout = data_layout(scenario.data)
+            with np.load(scenario.data, allow_pickle=False) as z:
+                mine = z["client_test"] == i
+                x = z["x_test"][mine].reshape(-1, layout.channels, layout.length)
+                y = z["y_test"][mine]
+        np.savez(path, x=x.astype(np.float32), y=y)
+        return path

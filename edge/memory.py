@@ -1,0 +1,97 @@
+"""What a task keeps across restarts, by name, in `state.db`: the models, the scale, the holdout, what is personal."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+
+from broker.messages import ModelManifest, peek
+from edge.dataset import Dataset
+from edge.handback import Model
+from edge.store import State
+from models.delta import Layout, Vector
+from models.scale import Scale
+from models.spec import parse_task
+
+
+@dataclass
+class Memory:
+    """One task's part of the state file. Everything was verified before it was put here."""
+
+    state: State
+    task: str
+
+    def _get(self, name: str) -> bytes | None:
+        return self.state.get(f"{name}/{self.task}")
+
+    def _put(self, name: str, value: bytes) -> None:
+        self.state.put(f"{name}/{self.task}", value)
+
+    def model(self) -> Model | None:
+        """The newest verified global model: the base of the next training."""
+        envelope, graph, vector = self._get("manifest"), self._get("graph"), self._get("weights")
+        if envelope is None or graph is None or vector is None:
+            return None
+        manifest = peek(envelope, ModelManifest)
+        task = parse_task(manifest.task_text, "stored task")
+        layout = Layout.from_wire(manifest.layout)
+        return Model(manifest, task, layout, graph, np.frombuffer(vector, np.float32))
+
+    def keep_model(self, model: Model, envelope: bytes) -> None:
+        """Store a verified model with the manifest that it came by."""
+        with self.state.transaction():
+            self._put("manifest", envelope)
+            self._put("graph", model.graph)
+            self._put("weights", model.vector.tobytes())
+
+    def scoring(self) -> tuple[int, Vector] | None:
+        """Version and weights of the model that scores, when that is not the newest global one."""
+        data = self._get("scoring")
+        return None if data is None else (int.from_bytes(data[:8], "big"), np.frombuffer(data[8:], np.float32))
+
+    def keep_scoring(self, version: int, vector: Vector) -> None:
+        """Store the model that scores."""
+        self._put("scoring", version.to_bytes(8, "big") + vector.tobytes())
+
+    def vector(self, name: str) -> Vector | None:
+        """`residual` (shared positions, error feedback) or `personal` (full layout) of the last training."""
+        data = self._get(name)
+        return None if data is None else np.frombuffer(data, np.float32)
+
+    def keep_vector(self, name: str, vector: Vector) -> None:
+        """Store one of those."""
+        self._put(name, vector.tobytes())
+
+    def scale(self) -> Scale | None:
+        """This gateway's normalisation; None before its first training."""
+        data = self._get("scale")
+        return None if data is None else Scale.from_json(data)
+
+    def keep_scale(self, scale: Scale) -> None:
+        """Store the normalisation."""
+        self._put("scale", scale.to_json())
+
+    def holdout(self) -> Dataset | None:
+        """The windows that judge every model offered; None before the first training."""
+        data = self._get("holdout")
+        if data is None:
+            return None
+        with np.load(io.BytesIO(data), allow_pickle=False) as z:
+            return Dataset(z["x"], z["y"] if "y" in z.files else None)
+
+    def keep_holdout(self, data: Dataset) -> None:
+        """Store the holdout."""
+        buffer = io.BytesIO()
+        if data.y is None:
+            np.savez(buffer, x=data.x)
+        else:
+            np.savez(buffer, x=data.x, y=data.y)
+        self._put("holdout", buffer.getvalue())
+
+    def handled(self) -> int:
+        """The newest round that needs nothing more from this gateway."""
+        return int.from_bytes(self._get("handled") or b"", "big")
+
+    def keep_handled(self, round_: int) -> None:
+        """Store that."""
+        self._put("handled", round_.to_bytes(8, "big"))

@@ -1,0 +1,247 @@
+"""SANS-IO: the gateway's half of a round, one for each task. `handle(event) -> list[Action]`.
+
+No clock, no await, no random. The agent feeds events and carries out the actions; `TRANSITIONS` holds every
+transition there is, and an event that a state does not name changes nothing.
+
+    IDLE      no round concerns us: none is open, we declined it, or it is settled
+    FETCHING  a round is open, its base model has not arrived yet
+    WAITING   the base is here, there are too few good windows to train on
+    TRAINING  the child trains
+    SENT      the update is in the outbox until its receipt comes
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+from broker.messages import Plan
+from edge.config import Policy
+
+MAX_FAILURES = 3
+
+
+class State(Enum):
+    """Where the participant stands in the task's latest round."""
+
+    IDLE = auto()
+    FETCHING = auto()
+    WAITING = auto()
+    TRAINING = auto()
+    SENT = auto()
+
+
+@dataclass(frozen=True)
+class PlanSeen:
+    """A verified plan arrived (retained plans arrive again on every connection)."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class ModelStored:
+    """The global model of this version is verified and stored as training base."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class WindowsReady:
+    """There are this many good windows stored."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The child is done, and its update stands in the outbox."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class TrainingFailed:
+    """The child failed; `wait_for` windows more are needed when it had too few (0: it was something else)."""
+
+    round: int
+    reason: str
+    wait_for: int = 0
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A verified receipt came, and the outbox let go of the round's update."""
+
+    round: int
+    outcome: str
+
+
+@dataclass(frozen=True)
+class Reconnected:
+    """The broker is there again; what we said may not have arrived."""
+
+
+Event = PlanSeen | ModelStored | WindowsReady | Trained | TrainingFailed | Settled | Reconnected
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Say `joined` or `declined` to the aggregator, with a code and a sentence."""
+
+    round: int
+    verdict: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class StartTraining:
+    """Train from version `base`, encode with `bits`, and put the update in the outbox."""
+
+    round: int
+    base: int
+    bits: int
+
+
+@dataclass(frozen=True)
+class StopTraining:
+    """Kill the child: its round is over."""
+
+
+Action = Answer | StartTraining | StopTraining
+
+
+def objection(policy: Policy, plan: Plan) -> tuple[str, str] | None:
+    """Say what of this gateway's policy a plan breaks, as (code, sentence); None if nothing."""
+    if not policy.federate:
+        return "federate", "this gateway's policy takes part in no federation"
+    if plan.min_gateways < policy.min_gateways:
+        return "min-gateways", f"policy wants {policy.min_gateways} gateways in a sum, the plan {plan.min_gateways}"
+    if policy.secure_aggregation == "required" and not plan.secure_aggregation:
+        return "secure-aggregation", "policy requires secure aggregation, the plan has none"
+    return None
+
+
+@dataclass
+class Participant:
+    """One task's state. `handled` is the newest round that needs nothing more from us (kept over restarts)."""
+
+    policy: Policy
+    min_windows: int
+    can_train: str = ""
+    handled: int = 0
+    state: State = State.IDLE
+    plan: Plan | None = None
+    stored_version: int = -1
+    windows: int = 0
+    failures: int = 0
+    answer: Answer | None = None
+    _due: int = field(default=0, repr=False)
+
+    def handle(self, event: Event) -> list[Action]:
+        """Take one event; return what to do, in order."""
+        step = TRANSITIONS.get((self.state, type(event)))
+        return step(self, event) if step else []
+
+    # -- transitions; each takes the event of its row in the table ---------------------------------------------------
+
+    def on_plan(self, event: PlanSeen) -> list[Action]:
+        """A plan, new or seen before: join, decline, or leave what its round no longer needs."""
+        plan, stop = event.plan, list[Action]()
+        if self.plan and (plan.round, plan.opened_ms) < (self.plan.round, self.plan.opened_ms):
+            return []
+        same = self.plan is not None and self.plan.round == plan.round
+        if self.state is State.TRAINING and not (same and plan.state == "open"):
+            stop = [StopTraining()]
+        if same and plan.state == "open" and self.state is not State.IDLE:
+            self.plan = plan
+            return []
+        self.plan, self.failures, self._due = plan, 0, 0
+        if plan.state != "open" or plan.round <= self.handled:
+            self.state = State.IDLE
+            return stop
+        return stop + self._join(plan)
+
+    def _join(self, plan: Plan) -> list[Action]:
+        against = objection(self.policy, plan)
+        if against is None and self.can_train:
+            against = "training", self.can_train
+        if against:
+            return self._decline(*against)
+        self.answer = Answer(plan.round, "joined", "ok", "")
+        return [self.answer, *self._begin()]
+
+    def _decline(self, code: str, reason: str) -> list[Action]:
+        if self.plan is None:
+            return []
+        self.state, self.handled = State.IDLE, self.plan.round
+        self.answer = Answer(self.plan.round, "declined", code, reason)
+        return [self.answer]
+
+    def _begin(self) -> list[Action]:
+        """Go as far towards training as model and data allow."""
+        if self.plan is None:
+            return []
+        if self.stored_version != self.plan.base:
+            self.state = State.FETCHING
+        elif self.windows < max(self.min_windows, self._due):
+            self.state = State.WAITING
+        else:
+            self.state = State.TRAINING
+            return [StartTraining(self.plan.round, self.plan.base, self.plan.bits)]
+        return []
+
+    def on_model(self, event: ModelStored) -> list[Action]:
+        """The base may have come."""
+        self.stored_version = event.version
+        return self._begin() if self.state is State.FETCHING else []
+
+    def on_windows(self, event: WindowsReady) -> list[Action]:
+        """There may be enough data now."""
+        self.windows = event.count
+        return self._begin() if self.state is State.WAITING else []
+
+    def on_trained(self, event: Trained) -> list[Action]:
+        """The update stands in the outbox."""
+        if self.plan and event.round == self.plan.round:
+            self.state = State.SENT
+        return []
+
+    def on_failed(self, event: TrainingFailed) -> list[Action]:
+        """Wait for data, try again, or give up on this round and say so."""
+        if self.plan is None or event.round != self.plan.round:
+            return []
+        if event.wait_for:
+            self._due = self.windows + event.wait_for
+            self.state = State.WAITING
+            return []
+        self.failures += 1
+        if self.failures >= MAX_FAILURES:
+            return self._decline("training-failed", event.reason)
+        return [StartTraining(self.plan.round, self.plan.base, self.plan.bits)]
+
+    def on_settled(self, event: Settled) -> list[Action]:
+        """The receipt came: nothing of this round is left to do."""
+        self.handled = max(self.handled, event.round)
+        if self.plan and event.round == self.plan.round:
+            self.state = State.IDLE
+        return []
+
+    def on_again(self, _event: Reconnected) -> list[Action]:
+        """Repeat the answer: the aggregator may not have heard it."""
+        return [self.answer] if self.answer and self.plan and self.plan.state == "open" else []
+
+
+_Step = Callable[[Participant, Any], list[Action]]
+_ANY: dict[type[Event], _Step] = {
+    PlanSeen: Participant.on_plan,
+    ModelStored: Participant.on_model,
+    WindowsReady: Participant.on_windows,
+    Settled: Participant.on_settled,
+    Reconnected: Participant.on_again,
+}
+TRANSITIONS: dict[tuple[State, type[Event]], _Step] = {
+    **{(state, event): step for state in State for event, step in _ANY.items()},
+    (State.TRAINING, Trained): Participant.on_trained,
+    (State.TRAINING, TrainingFailed): Participant.on_failed,
+}

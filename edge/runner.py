@@ -1,0 +1,371 @@
+"""One task on this gateway: the shell around its participant. Fetches models, trains, sends, and hands back.
+
+The participant decides, this carries out. Scoring is `edge.live` and never waits for anything here.
+"""
+
+import asyncio
+import hashlib
+import logging
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from broker import messages as m
+from broker.topics import Local, Uplink
+from edge import participant as p
+from edge.config import Config, TaskTable, wire
+from edge.handback import Fetch, Model, probe
+from edge.infer import Scorer
+from edge.live import Live
+from edge.memory import Memory
+from edge.store import Outgoing, Samples, State
+from edge.tags import Sample
+from edge.train import Job, NotEnoughError, Result, TrainingError, layout_wire, train
+from models import codec
+from models.delta import Vector
+from models.errors import PeerError, UserError
+from models.evaluate import metric_name, not_worse
+from models.scale import Scale
+from models.tomlfile import seconds
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 5.0
+_UNSCALED = Scale((), ())
+
+
+@dataclass
+class Shop:
+    """What all tasks of the gateway share. `publish` returns False when the broker is away."""
+
+    config: Config
+    folder: Path
+    state: State
+    samples: Samples
+    signer: m.Signer
+    publish: Callable[..., bool]
+    subscribe: Callable[..., object]
+    unsubscribe: Callable[..., object]
+    refused: Counter[str] = field(default_factory=Counter)
+    federation: str = ""
+    federation_key: bytes = b""
+
+
+class Runner:
+    """One configured task, from its plan to its update and from a manifest to a new scorer."""
+
+    def __init__(self, name: str, table: TaskTable, shop: Shop) -> None:
+        self.name, self.table, self.shop = name, table, shop
+        self.memory = Memory(shop.state, name)
+        self.live: Live | None = None
+        self.model: Model | None = None
+        self.fetch: Fetch | None = None
+        self.problem = ""
+        self.kept: dict[str, Any] = {}
+        self._envelope = b""
+        self._jobs: set[asyncio.Task[None]] = set()
+        self._training: asyncio.Task[None] | None = None
+        self._stored_before = 0
+        sent = [o.round for o in shop.state.outbox() if o.task == name]
+        self.participant = p.Participant(shop.config.policy, 1, handled=max([self.memory.handled(), *sent]))
+
+    def start(self) -> None:
+        """Score at once with what is stored from before."""
+        stored = self.memory.model()
+        if stored is not None:
+            self._wire(stored)
+            # Of what an earlier run stored the child alone knows how much is good; it says so if it is too little.
+            self._stored_before = stored.task.training.min_windows
+            self._adopt_stored(stored)
+
+    async def stop(self) -> None:
+        """End training and fetching; nothing of it is lost that a restart would not do again."""
+        for job in self._jobs:
+            job.cancel()
+        await asyncio.gather(*self._jobs, return_exceptions=True)
+
+    # -- samples ----------------------------------------------------------------------------------------------------
+
+    def feed(self, samples: list[Sample]) -> None:
+        """Score what is complete."""
+        if self.live:
+            self.live.feed(samples)
+
+    def tick(self) -> None:
+        """Once in a while: let held values count, and tell the participant how much there is to train on."""
+        if self.live:
+            self.live.tick()
+            self._do(self.participant.handle(p.WindowsReady(self._stored_before + self.live.stats.trainable)))
+
+    # -- messages, already verified ----------------------------------------------------------------------------------
+
+    def on_plan(self, plan: m.Plan) -> None:
+        """Take a plan of this task."""
+        self._do(self.participant.handle(p.PlanSeen(plan)))
+
+    def on_manifest(self, manifest: m.ModelManifest, envelope: bytes) -> None:
+        """Begin to fetch a newer model; PeerError if what it declares can't be."""
+        newest = self.model.manifest.version if self.model else -1
+        if manifest.version <= newest or (self.fetch and manifest.version <= self.fetch.manifest.version):
+            return
+        fetch = Fetch(self.shop.federation, manifest, self.model.graph if self.model else None)
+        if fetch.task.name != self.name:
+            raise PeerError("task", f"a manifest of {fetch.task.name!r} on the topic of {self.name!r}")
+        if self.fetch:
+            self.shop.unsubscribe(*self.fetch.topics)
+        self.fetch, self._envelope = fetch, envelope
+        self.shop.subscribe(*fetch.topics)
+
+    def on_chunk(self, topic: str, payload: bytes) -> None:
+        """Take a piece of the model being fetched; the last one completes it."""
+        fetch = self.fetch
+        if fetch is None or not fetch.take(topic, payload):
+            return
+        self.shop.unsubscribe(topic)
+        if not fetch.topics:
+            self.fetch = None
+            self._spawn(self._install(fetch, self._envelope))
+
+    def on_receipt(self, receipt: m.Receipt) -> None:
+        """Let the outbox go of what the aggregator has answered for."""
+        state = self.shop.state
+        with state.transaction():
+            ours = state.settle(receipt.digest)
+            if ours:
+                self.memory.keep_handled(max(receipt.round, self.memory.handled()))
+                body = {"task": self.name, "round": receipt.round, "digest": receipt.digest.hex()}
+                state.record("receipt", body | {"outcome": receipt.outcome, "detail": receipt.detail})
+        if ours:
+            log.info("%s: round %d: %s %s", self.name, receipt.round, receipt.outcome, receipt.detail)
+            self._do(self.participant.handle(p.Settled(receipt.round, receipt.outcome)))
+
+    def reconnected(self) -> None:
+        """Say again what the aggregator may have missed, and ask again for missing chunks."""
+        self._do(self.participant.handle(p.Reconnected()))
+        if self.live and self.live.last:
+            self._publish_inference(msgspec.json.encode(self.live.last))
+
+    # -- actions ----------------------------------------------------------------------------------------------------
+
+    def _do(self, actions: list[p.Action]) -> None:
+        for action in actions:
+            match action:
+                case p.Answer():
+                    self._answer(action)
+                case p.StartTraining():
+                    self._training = self._spawn(self._train(action))
+                case p.StopTraining() if self._training:
+                    self._training.cancel()
+
+    def _spawn(self, work: Any) -> asyncio.Task[None]:
+        job = asyncio.get_running_loop().create_task(work)
+        self._jobs.add(job)
+        job.add_done_callback(self._done)
+        return job
+
+    def _done(self, job: asyncio.Task[None]) -> None:
+        self._jobs.discard(job)
+        if not job.cancelled() and (error := job.exception()):
+            self.problem = f"{type(error).__name__}: {error}"
+            log.error("%s: %s", self.name, self.problem, exc_info=error)
+
+    def _answer(self, answer: p.Answer) -> None:
+        if answer.verdict == "declined":
+            log.warning("%s: round %d declined: %s", self.name, answer.round, answer.reason)
+            self.shop.state.record("declined", {"task": self.name, "round": answer.round, "reason": answer.reason})
+        topic = Uplink(self.shop.config.path, self.name, "answer").topic
+        word = m.Answer(m.VERSION, answer.round, answer.verdict, answer.code, answer.reason[:512], _now_ms())
+        self.shop.publish(topic, self.shop.signer.seal(word, topic))
+
+    def _publish_inference(self, payload: bytes) -> None:
+        self.shop.publish(Local(self.shop.config.path, "inference", self.name).topic, payload, qos=0, retain=True)
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    async def _train(self, action: p.StartTraining) -> None:
+        model, live = self.model, self.live
+        if model is None or live is None:
+            return
+        try:
+            await asyncio.to_thread(self.shop.samples.flush)
+            result = await train(self._job(model, live, action.round), self._personalised(model), self._folder())
+            await self._send(action, model, result)
+        except NotEnoughError as error:
+            log.info("%s: round %d waits for data: %s", self.name, action.round, error)
+            self._stored_before = 0
+            more = max(1, model.task.training.min_windows // 4)
+            self._do(self.participant.handle(p.TrainingFailed(action.round, str(error), more)))
+        except TrainingError as error:
+            self.problem = f"training: {error}"
+            log.error("%s: round %d: %s", self.name, action.round, self.problem)
+            await asyncio.sleep(_RETRY_S)
+            self._do(self.participant.handle(p.TrainingFailed(action.round, str(error)[:400])))
+
+    def _folder(self) -> Path:
+        return self.shop.folder / f"training-{self.name}"
+
+    def _job(self, model: Model, live: Live, round_: int) -> Job:
+        caps = self.shop.config.training
+        return Job(
+            task_text=model.manifest.task_text,
+            wiring=live.wiring,
+            layout=layout_wire(model.layout),
+            store=str(self.shop.folder),
+            seed=zlib.crc32(f"{self.shop.config.path} {round_}".encode()),
+            threads=caps.threads,
+            nice=caps.nice,
+            memory=self.shop.config.training_memory,
+            cpu_seconds=caps.cpu_seconds,
+        )
+
+    async def _send(self, action: p.StartTraining, model: Model, result: Result) -> None:
+        """Put what was learnt into the outbox, with the state that belongs to it, in one commit; then send it."""
+        shared = model.layout.mask(model.task.personal)
+        delta = (result.vector - model.vector)[shared]
+        residual = self.memory.vector("residual")
+        if residual is not None and residual.size == delta.size:
+            delta = delta + residual
+        encoded = await asyncio.to_thread(codec.encode, delta, action.bits)
+        local = self._scorer(model, result.vector, result.scale)
+        metric = await asyncio.to_thread(local.metric, result.holdout)
+        topic = Uplink(self.shop.config.path, self.name, "update").topic
+        update = m.Update(
+            m.VERSION, action.round, action.base, result.samples, metric if np.isfinite(metric) else None, encoded.data
+        )
+        envelope = self.shop.signer.seal(update, topic)
+        digest = hashlib.sha256(envelope).digest()
+        state = self.shop.state
+        with state.transaction():
+            state.send(Outgoing(digest, self.name, action.round, envelope))
+            self.memory.keep_vector("residual", delta - encoded.decoded)
+            if not shared.all():
+                self.memory.keep_vector("personal", result.vector)
+            self.memory.keep_scale(result.scale)
+            self.memory.keep_holdout(result.holdout)
+            state.record("update", {
+                "task": self.name, "round": action.round, "base": action.base, "samples": result.samples,
+                "digest": digest.hex(), "bytes": len(encoded.data), "message_bytes": len(envelope),
+                "metric": update.metric, "device": result.device, "seconds": round(result.seconds, 3),
+            })  # fmt: skip
+        log.info("%s: round %d: %d windows, %d bytes", self.name, action.round, result.samples, len(encoded.data))
+        self._do(self.participant.handle(p.Trained(action.round)))
+        self.shop.publish(topic, envelope)
+
+    # -- models -----------------------------------------------------------------------------------------------------
+
+    def _wire(self, model: Model) -> None:
+        """Match the published task to this gateway's tags; a mismatch is said, and stops this task alone."""
+        task = model.task
+        try:
+            wiring = wire(task, self.table, self.shop.config.tags, self.shop.config.file)
+        except UserError as error:
+            self.problem = str(error)
+            self.participant.can_train = str(error)[:400]
+            log.error("%s: %s", self.name, error)
+            return
+        self.problem = ""
+        self.participant.min_windows = task.training.min_windows
+        self.participant.can_train = "" if wiring.target or task.kind == "anomaly" else "no target tag is wired"
+        if self.live is None or self.live.task != task:
+            lag = int(seconds(self.table.max_lag) * 1e9)
+            scale = self.memory.keep_scale
+            self.live = Live(task, wiring, lag, self._publish_inference, self.shop.samples.score, scale)
+
+    def _personalised(self, model: Model) -> Vector:
+        """The global weights, with this gateway's own values where the task keeps them personal."""
+        own = self.memory.vector("personal")
+        if own is None or own.size != model.vector.size:
+            return model.vector
+        return np.where(model.layout.mask(model.task.personal), model.vector, own)
+
+    def _scorer(self, model: Model, vector: Vector, scale: Scale | None) -> Scorer:
+        scoring = self.shop.config.scoring
+        return Scorer.build(
+            model.task, model.manifest.version, model.graph, model.layout, vector, scale or _UNSCALED,
+            threads=scoring.threads, provider=scoring.provider,
+        )  # fmt: skip
+
+    def _adopt_stored(self, model: Model) -> None:
+        """At start: the model that scored when the gateway went down."""
+        self.model = model
+        self.participant.handle(p.ModelStored(model.manifest.version))
+        scorer = self._scorer(model, self._personalised(model), self.memory.scale())
+        kept = self.memory.scoring()
+        if kept is not None and kept[1].size == model.layout.size:
+            scorer = self._scorer(model, kept[1], self.memory.scale())
+            scorer.version = kept[0]
+        holdout = self.memory.holdout()
+        if holdout is not None and scorer.scale.mean:
+            scorer.metric(holdout)
+        self._swap(scorer, model)
+
+    def _swap(self, scorer: Scorer, model: Model) -> None:
+        """Between two windows (this is the event loop, and so is scoring): the next window meets the new model."""
+        if self.live:
+            self.live.scorer = scorer
+            self.live.learnt = scorer.version > 0
+            self.live.made_ms = model.manifest.created_ms
+
+    async def _install(self, fetch: Fetch, envelope: bytes) -> None:
+        """A model is complete: verify it, try it, keep it as the base, and let it score if it is no worse."""
+        try:
+            model = await asyncio.to_thread(fetch.model)
+            if self.model is None or model.graph != self.model.graph:
+                await probe(model, self.shop.folder)
+        except PeerError as error:
+            self.refuse(error, f"model {fetch.manifest.version}")
+            return
+        changed = self.model is None or self.model.layout != model.layout
+        self.model = model
+        self.memory.keep_model(model, envelope)
+        self._wire(model)
+        if changed:
+            self.kept = {}
+        self._do(self.participant.handle(p.ModelStored(model.manifest.version)))
+        await self._offer(model, changed=changed)
+
+    async def _offer(self, model: Model, *, changed: bool) -> None:
+        live, holdout = self.live, self.memory.holdout()
+        if live is None:
+            return
+        vector = self._personalised(model)
+        new = await asyncio.to_thread(self._scorer, model, vector, self.memory.scale())
+        name, old = metric_name(model.task), live.scorer
+        body: dict[str, object] = {"task": self.name, "version": model.manifest.version, "metric": name}
+        adopt = True
+        if holdout is not None and len(holdout) and new.scale.mean:
+            worth = await asyncio.to_thread(new.metric, holdout)
+            body["new"] = worth
+            if old is not None and old.scale.mean and old.version > 0 and not changed:
+                was = await asyncio.to_thread(old.metric, holdout)
+                body["old"] = was
+                adopt = not_worse(name, worth, was, len(holdout))
+        if adopt:
+            self._swap(new, model)
+            self.memory.keep_scoring(new.version, vector)
+        self.kept = body | {"adopted": adopt}
+        self.shop.state.record("model-adopted" if adopt else "model-kept", _finite(body))
+        word = "scores now" if adopt else f"is worse here; version {old.version if old else 0} goes on scoring"
+        log.info("%s: model %d %s (%s %s, was %s)", self.name, model.manifest.version, word, name, body.get("new"),
+                 body.get("old"))  # fmt: skip
+
+    def refuse(self, error: PeerError, what: str) -> None:
+        """Count and log a peer's bytes that were refused; nothing stops because of them."""
+        self.shop.refused[error.reason] += 1
+        log.warning("%s: %s refused: %s", self.name, what, error)
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def _finite(body: dict[str, object]) -> dict[str, object]:
+    """JSON has no NaN."""
+    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in body.items()}

@@ -1,0 +1,124 @@
+"""What comes in from a plant: Tag, Sample, Quality, and the contract between a driver and the agent."""
+
+import asyncio
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import ClassVar, NamedTuple, Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Quality(IntEnum):
+    """Of one sample, as OPC UA's severity bits mean it (OPC UA Part 8): only GOOD is trained on."""
+
+    BAD = 0
+    UNCERTAIN = 1
+    GOOD = 2
+
+
+class Tag(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of a tags CSV. `ref` ("plc1/Spindle.Temp") is its name everywhere else.
+
+    value = raw * scale + offset, in `unit`. `sampling_ms` 0 leaves the rate to the source. `width` is the length of
+    a waveform (`float32[1024]`), 0 for a scalar. `file` and `line` say where it was written.
+    """
+
+    source: str
+    name: str
+    address: str
+    type: str = ""
+    unit: str = ""
+    scale: float = 1.0
+    offset: float = 0.0
+    deadband: float = 0.0
+    sampling_ms: int = 0
+    description: str = ""
+    width: int = 0
+    file: str = ""
+    line: int = 0
+
+    @property
+    def ref(self) -> str:
+        """`source/name`."""
+        return f"{self.source}/{self.name}"
+
+
+Value = float | NDArray[np.float32]
+
+
+class Sample(NamedTuple):
+    """One value of one tag. `time_ns` is the source's timestamp, nanoseconds since 1970 UTC.
+
+    `value` is a float, or float32 (T,) for a waveform; for BAD it is NaN (or empty) and means nothing.
+    """
+
+    tag: str
+    time_ns: int
+    value: Value
+    quality: Quality
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    """One `[[source]]` of gateway.toml with its tags. `options` holds the keys that one driver alone knows."""
+
+    name: str
+    driver: str
+    url: str
+    tags: tuple[Tag, ...]
+    options: dict[str, object] = {}
+
+
+@dataclass
+class Health:
+    """What a driver says of itself, live: read by status, doctor and tests; written by the driver alone.
+
+    `overflows` counts values that the source or a queue lost; `quarantined` maps a tag's ref to why it is retried
+    apart from the others; `error` is the last failure in one line with its remedy, empty while all is well.
+    """
+
+    connected: bool = False
+    connects: int = 0
+    samples: int = 0
+    bad: int = 0
+    overflows: int = 0
+    error: str = ""
+    quarantined: dict[str, str] = field(default_factory=dict)
+    clock_skew_s: float | None = None
+
+
+class Sink(Protocol):
+    """Where a driver puts what it reads. Called in the event loop; it never blocks and never raises."""
+
+    def __call__(self, samples: list[Sample], /) -> None:
+        """Take a batch, oldest first."""
+
+
+class Driver(Protocol):
+    """One protocol. A driver is one file in edge/drivers/ whose class is named `Driver`; it only ever reads.
+
+    Contract, held by tests/test_drivers.py for every file there:
+    - `run()` goes on until cancelled: it connects, reads, and after any cut connects again by itself with backoff
+      (0.2 s doubling to 30 s); errors of its library end at its boundary, in `health.error`.
+    - On a cut it delivers one BAD sample per tag, at once, stamped with the gateway's clock (or the source's latest
+      time, if that is later); a tag that the source refuses is BAD, quarantined and retried with backoff (1 s to
+      60 s) while the others run.
+    - Values pass scale and offset; strings become CRC-32 of their UTF-8 (segments compare equality only); booleans
+      become 0 and 1.
+    - Cancelling `run()` closes the connection and returns within two seconds.
+    """
+
+    schemes: ClassVar[tuple[str, ...]]
+    health: Health
+
+    def __init__(self, source: Source, sink: Sink) -> None:
+        """Take the source as configured; raise UserError for an address or option that can't be meant."""
+
+    async def run(self) -> None:
+        """Read until cancelled."""
+
+
+async def sleep_backoff(attempt: int, first_s: float = 0.2, most_s: float = 30.0) -> None:
+    """Wait before a next try: `first_s` doubled per attempt, `most_s` at most."""
+    await asyncio.sleep(min(most_s, first_s * 2 ** min(attempt, 20)))

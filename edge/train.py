@@ -1,0 +1,175 @@
+"""The gateway's half of training that stays resident: start the child, watch its memory, take its result. No torch."""
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import resource
+import shutil
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from edge.dataset import Dataset
+from edge.window import Wiring
+from models.delta import Layout, Vector
+from models.errors import LocalError
+from models.scale import Scale
+
+log = logging.getLogger(__name__)
+
+DONE, NOT_ENOUGH, DIVERGED = 0, 3, 4
+_POLL_S = 0.25
+_PR_SET_PDEATHSIG = 1
+_RESULT = "result.npz"
+
+
+class NotEnoughError(LocalError):
+    """There are too few good windows to train on; more data is all that is missing."""
+
+
+class TrainingError(LocalError):
+    """The child failed, was killed, or went over a cap; the text says which."""
+
+
+class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the child is told. `layout` is `Layout.to_wire()`; the base weights lie beside it as base.npy."""
+
+    task_text: str
+    wiring: Wiring
+    layout: tuple[tuple[str, tuple[int, ...] | None], ...]
+    store: str
+    seed: int
+    threads: int
+    nice: int
+    memory: int
+    cpu_seconds: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the child learnt: weights (layout.size,), windows used, loss, scale, holdout, and what it cost."""
+
+    vector: Vector
+    samples: int
+    loss: float
+    seconds: float
+    device: str
+    scale: Scale
+    holdout: Dataset
+
+
+def lower_priority(job: Job) -> None:
+    """In the child: the caps of the job, and first in line for the kernel's out-of-memory killer."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.nice(job.nice)
+    resource.setrlimit(resource.RLIMIT_CPU, (job.cpu_seconds, job.cpu_seconds + 5))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+async def train(job: Job, base: Vector, folder: Path) -> Result:
+    """Run one training in a child process and return its result.
+
+    Raises NotEnoughError or TrainingError. Cancelling kills the child. `folder` is the job's own and is removed.
+    """
+    _prepare(job, base, folder)
+    try:
+        await _run(job, folder)
+        return _read(folder / _RESULT, base.size)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _prepare(job: Job, base: Vector, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, mode=0o700)
+    (folder / "job.json").write_bytes(msgspec.json.encode(job))
+    np.save(folder / "base.npy", base, allow_pickle=False)
+
+
+async def _run(job: Job, folder: Path) -> None:
+    threads = str(job.threads)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONSAFEPATH": "1"}
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "edge.trainer", str(folder),
+        env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    errors = asyncio.create_task(_tail(child))
+    try:
+        over = await _watch(child, job.memory)
+        code = await child.wait()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+        last = await errors
+    if over:
+        raise TrainingError(f"went over its memory cap ({over >> 20} of {job.memory >> 20} MiB); raise training.memory")
+    if code == NOT_ENOUGH:
+        raise NotEnoughError(last)
+    if code != DONE:
+        raise TrainingError(f"the training process ended with {code}: {last or 'it said nothing'}")
+
+
+async def _tail(child: asyncio.subprocess.Process) -> str:
+    """Keep the last line that the child wrote to standard error."""
+    last = b""
+    if child.stderr is not None:
+        with contextlib.suppress(ValueError):  # a line longer than the stream's limit
+            async for line in child.stderr:
+                last = line.strip() or last
+    return last.decode(errors="replace")[-300:]
+
+
+async def _watch(child: asyncio.subprocess.Process, memory: int) -> int:
+    """Kill the child when its resident memory passes the cap; return that memory, 0 when it ended by itself."""
+    while child.returncode is None:
+        resident = resident_bytes(child.pid)
+        if resident > memory:
+            child.kill()
+            return resident
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(child.wait()), _POLL_S)
+    return 0
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process (proc(5) statm); 0 when it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError):
+        return 0
+
+
+def write_result(folder: Path, result: Result) -> None:
+    """In the child: write everything, then rename, so that the parent sees all of it or nothing."""
+    y = np.empty(0, np.float32) if result.holdout.y is None else result.holdout.y
+    numbers = np.array([result.samples, result.loss, result.seconds])
+    with (folder / "partial").open("wb") as file:
+        np.savez(
+            file, vector=result.vector, numbers=numbers, device=np.array(result.device),
+            scale=np.frombuffer(result.scale.to_json(), np.uint8), holdout_x=result.holdout.x, holdout_y=y,
+        )  # fmt: skip
+    (folder / "partial").rename(folder / _RESULT)
+
+
+def _read(path: Path, size: int) -> Result:
+    with np.load(path, allow_pickle=False) as z:
+        samples, loss, took = z["numbers"].tolist()
+        holdout = Dataset(z["holdout_x"], z["holdout_y"] if len(z["holdout_y"]) or not len(z["holdout_x"]) else None)
+        scale = Scale.from_json(z["scale"].tobytes())
+        result = Result(z["vector"], int(samples), loss, took, str(z["device"]), scale, holdout)
+    if result.vector.shape != (size,) or not np.isfinite(result.vector).all():
+        raise TrainingError("the training process gave weights of another shape, or not finite")
+    return result
+
+
+def layout_wire(layout: Layout) -> tuple[tuple[str, tuple[int, ...] | None], ...]:
+    """Give a layout in the shape that Job carries."""
+    return tuple(zip(layout.names, layout.shapes, strict=True)) + tuple((n, None) for n in layout.integers)

@@ -1,0 +1,74 @@
+"""The training child: `python -m edge.trainer FOLDER`. The one module of the gateway that reaches torch.
+
+Reads FOLDER/job.json and base.npy, makes the windows from the stored samples, trains, and writes FOLDER/result.npz in
+one rename. Killed at any time, it leaves nothing behind that anybody would read.
+"""
+
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from edge.dataset import MAX_HOLDOUT, Dataset, split
+from edge.store import SampleReader
+from edge.train import DIVERGED, DONE, NOT_ENOUGH, Job, Result, lower_priority, write_result
+from edge.window import stored_windows
+from models.delta import Layout
+from models.scale import Scale
+from models.spec import Task, parse_task
+
+MAX_SAMPLES = 5_000_000
+
+
+def main() -> int:
+    """Run one job; the exit code says why not, and the last line on standard error says it in words."""
+    folder = Path(sys.argv[1])
+    job = msgspec.json.decode((folder / "job.json").read_bytes(), type=Job)
+    lower_priority(job)
+    task = parse_task(job.task_text)
+    train, holdout = stored_dataset(task, job)
+    if len(train) < task.training.min_windows:
+        return _say(NOT_ENOUGH, f"{len(train)} good windows are stored, training wants {task.training.min_windows}")
+    scale = Scale.learn(task, train.x, train.y)
+    y = None if train.y is None else scale.targets(task, train.y)
+    base = np.load(folder / "base.npy", allow_pickle=False)
+
+    import torch  # noqa: PLC0415 - the 270 MB come only once there is something to train on
+
+    from models.fit import fit  # noqa: PLC0415
+
+    torch.set_num_threads(job.threads)
+    try:
+        fitted = fit(task, Layout.from_wire(job.layout), base, scale.inputs(task, train.x), y, seed=job.seed)
+    except FloatingPointError as error:
+        return _say(DIVERGED, str(error))
+    write_result(folder, Result(fitted.vector, len(train), fitted.loss, fitted.seconds, fitted.device, scale, holdout))
+    return DONE
+
+
+def stored_dataset(task: Task, job: Job) -> tuple[Dataset, Dataset]:
+    """Make the training windows and the holdout from the newest of what is stored.
+
+    The stretch read is bounded by `max_windows`, four times over for pauses, so a full ring never fills the memory.
+    """
+    reader = SampleReader(Path(job.store))
+    most = 4 * (task.training.max_windows + MAX_HOLDOUT)
+    since = 0 if task.window.waveform else most * task.window.stride * job.wiring.step_ns
+    first = reader.newest_ns(job.wiring.tags) - since if since else 0
+    limits = {
+        ref: most if task.window.waveform and ref in job.wiring.signals else MAX_SAMPLES for ref in job.wiring.tags
+    }
+    stored = ((ref, reader.columns(ref, first, limits[ref])) for ref in job.wiring.tags)
+    columns = {ref: column for ref, column in stored if column is not None}
+    reader.close()
+    return split(task, stored_windows(job.wiring, columns))
+
+
+def _say(code: int, text: str) -> int:
+    print(text, file=sys.stderr)  # noqa: T201
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

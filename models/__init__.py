@@ -1,0 +1,1 @@
+"""What a model is: numbers only, no network."""

@@ -1,0 +1,162 @@
+"""Delta <-> bytes.
+
+Byte format, version 1 (little endian):
+
+    offset  size  field
+    0       2     magic "TD"
+    2       1     version, 1
+    3       1     bits per value before entropy coding: 2, 4, 8, or 32 (float32, exact)
+    4       4     count: values in the vector, unsigned
+    8       4     step, float32: finite and above 0; 1 when bits is 32
+    12      …     one zstd frame, nothing after it
+
+The frame holds, for 2/4/8 bits, `q` with value = q * step: signed integers in two's complement, packed from the low
+bits up (four, two or one a byte), the last byte padded with zero bits; |q| <= 2^(bits-1) - 1, so the most negative
+code is refused. For 32 bits it holds the float32 values as four byte planes (all lowest bytes first), which zstd
+packs better; each value must be finite.
+
+Error feedback: `encode` also returns what the bytes decode to, so a sender keeps `residual = vector - decoded` and
+adds it to its next vector (Seide et al. 2014, 1-bit SGD; Karimireddy et al. 2019, arXiv:1901.09847).
+
+Not promised: bytes for the same vector may differ between zstd versions; the decoded values do not.
+"""
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from models.delta import MAX_PARAMETERS, Vector
+from models.errors import PeerError
+
+MAGIC = b"TD"
+VERSION = 1
+HEADER = struct.Struct("<2sBBIf")
+BITS = (2, 4, 8, 32)
+EXACT = 32
+_LEVEL = 19
+# A frame may ask its reader for a window of this many bytes at most.
+_WINDOW_LOG_MAX = 27
+_PIECE = 128
+# Share of values that the two-bit step leaves non-zero: the largest 5 % (see the design's codec measurements).
+_TERNARY_KEEP = 0.05
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Bytes to send, and the float32 vector that every receiver will decode from them."""
+
+    data: bytes
+    decoded: Vector
+
+
+def encode(vector: Vector, bits: int = 8) -> Encoded:
+    """Quantise and compress a flat float32 vector; ValueError if it holds a NaN or an infinity."""
+    if bits not in BITS:
+        raise ValueError(f"bits must be one of {BITS}")
+    if vector.ndim != 1 or not 0 < vector.size <= MAX_PARAMETERS:
+        raise ValueError("a codec takes a flat vector of 1 to 50 million values")
+    if not np.isfinite(vector).all():
+        raise ValueError("the vector holds a NaN or an infinity")
+    vector = np.ascontiguousarray(vector, np.float32)
+    if bits == EXACT:
+        step, decoded = 1.0, vector.copy()
+        raw = vector.view(np.uint8).reshape(-1, 4).T.tobytes()
+    else:
+        top = 2 ** (bits - 1) - 1
+        step = _step(np.abs(vector), bits, top)
+        q = np.clip(np.rint(vector / step), -top, top).astype(np.int8)
+        decoded = q * np.float32(step)
+        raw = _pack(q, bits)
+    header = HEADER.pack(MAGIC, VERSION, bits, vector.size, step)
+    return Encoded(header + zstandard.ZstdCompressor(level=_LEVEL).compress(raw), decoded)
+
+
+def decode(data: bytes, count: int) -> Vector:
+    """Bytes from a peer to the float32 vector (count,); PeerError("codec") unless they are exactly that.
+
+    `count` is what the receiver's own layout says; no memory is taken for any other number.
+    """
+    if len(data) < HEADER.size:
+        raise PeerError("codec", f"{len(data)} bytes are shorter than the header")
+    magic, version, bits, declared, step = HEADER.unpack_from(data)
+    if magic != MAGIC or version != VERSION:
+        raise PeerError("codec", f"not a delta of version {VERSION}")
+    if bits not in BITS:
+        raise PeerError("codec", f"{bits} bits per value")
+    if declared != count or not 0 < count <= MAX_PARAMETERS:
+        raise PeerError("codec", f"{declared} values, the layout has {count}")
+    top = 2 ** (bits - 1) - 1
+    if not np.isfinite(step) or step <= 0 or (bits == EXACT and step != 1) or step * top > np.finfo(np.float32).max:
+        raise PeerError("codec", f"step {step}")
+    raw = inflate(data[HEADER.size :], -(-count * bits // 8))
+    if bits == EXACT:
+        planes = np.frombuffer(raw, np.uint8).reshape(4, count)
+        vector = np.ascontiguousarray(planes.T).view(np.float32).reshape(count)
+        if not np.isfinite(vector).all():
+            raise PeerError("codec", "a NaN or an infinity")
+        return vector
+    return _unpack(raw, bits, count) * np.float32(step)
+
+
+def inflate(frame: bytes, size: int) -> bytes:
+    """Decompress one zstd frame that must hold exactly `size` bytes; whatever the frame itself declares is a claim.
+
+    The stream is read with a bound, so a frame that declares a terabyte costs nothing (python-zstandard #332).
+    """
+    window = max(10, min(_WINDOW_LOG_MAX, (max(size, 1) - 1).bit_length() + 1))
+    try:
+        parameters = zstandard.get_frame_parameters(frame)
+        if parameters.content_size not in (size, zstandard.CONTENTSIZE_UNKNOWN):
+            raise PeerError("codec", f"the frame declares {parameters.content_size} bytes, {size} are due")
+        stream = zstandard.ZstdDecompressor(max_window_size=1 << window).decompressobj()
+        out = bytearray()
+        # Fed in small pieces: one of them expands to 4 MiB at the worst before the bound is checked again.
+        for start in range(0, len(frame), _PIECE):
+            out += stream.decompress(frame[start : start + _PIECE])
+            if len(out) > size:
+                raise PeerError("codec", f"the frame holds more than the {size} bytes due")
+    except zstandard.ZstdError as error:
+        raise PeerError("codec", f"zstd: {error}") from error
+    if len(out) != size or not stream.eof or stream.unused_data:
+        raise PeerError("codec", f"the frame holds {len(out)} of {size} bytes, or something follows it")
+    return bytes(out)
+
+
+def deflate(raw: bytes) -> bytes:
+    """Compress bytes into one frame that `inflate` takes."""
+    return zstandard.ZstdCompressor(level=_LEVEL).compress(raw)
+
+
+def _step(magnitude: Vector, bits: int, top: int) -> float:
+    largest = float(magnitude.max())
+    if bits == 2:  # noqa: PLR2004
+        keep = max(1, int(magnitude.size * _TERNARY_KEEP))
+        largest = 2 * float(np.partition(magnitude, -keep)[-keep])
+    # float32 in the header: round-trip it here, so that sender and receiver multiply by the same number.
+    step = float(np.float32(largest / top))
+    return step if step > 0 else float(np.finfo(np.float32).tiny)
+
+
+def _pack(q: NDArray[np.int8], bits: int) -> bytes:
+    per = 8 // bits
+    padded = np.zeros(-(-q.size // per) * per, np.uint8)
+    padded[: q.size] = q.view(np.uint8) & (2**bits - 1)
+    out = np.zeros(padded.size // per, np.uint8)
+    for i in range(per):
+        out |= padded[i::per] << np.uint8(i * bits)
+    return out.tobytes()
+
+
+def _unpack(raw: bytes, bits: int, count: int) -> NDArray[np.int8]:
+    per, top = 8 // bits, 2 ** (bits - 1)
+    packed = np.frombuffer(raw, np.uint8)
+    codes = np.empty(packed.size * per, np.int8)
+    for i in range(per):
+        field = (packed >> np.uint8(i * bits)) & np.uint8(2**bits - 1)
+        codes[i::per] = (field.astype(np.int16) ^ top) - top
+    if codes[count:].any() or (codes[:count] == -top).any():
+        raise PeerError("codec", "padding or a code that no encoder writes")
+    return codes[:count]

@@ -1,0 +1,104 @@
+"""What an ONNX graph from a peer may be: a plain net over exactly the layout's weights, and nothing else.
+
+Run as `python -m models.graphcheck FILE`, it checks the file (npz: graph, layout as JSON, shape as C, T, outputs) in a
+process of its own under a memory limit, and scores two windows of zeros: 66 bytes of ONNX can ask for 6 GB.
+"""
+
+import json
+import resource
+import sys
+
+import msgspec
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+
+from models.delta import Layout
+from models.errors import PeerError
+from models.graph import LOCATION, MAX_GRAPH_BYTES, make_session
+
+MAX_NODES = 2_000
+MAX_CONSTANT_BYTES = 64 * 1024
+MEMORY_LIMIT = 2 << 30
+CPU_LIMIT_S = 60
+# What the nets of models/nets export to. No control flow, no functions, nothing that makes large tensors of small.
+OPERATORS = frozenset({
+    "Add", "AveragePool", "BatchNormalization", "Cast", "Concat", "Constant", "Conv", "Div", "Flatten", "Gather",
+    "Gemm", "GlobalAveragePool", "Identity", "InstanceNormalization", "LayerNormalization", "MatMul", "MaxPool", "Mul",
+    "Pow", "ReduceMax", "ReduceMean", "Relu", "Reshape", "Shape", "Sigmoid", "Slice", "Sqrt", "Squeeze", "Sub", "Tanh",
+    "Transpose", "Unsqueeze",
+})  # fmt: skip
+_STANDARD = ("", "ai.onnx")
+
+
+def check_graph(graph: bytes, layout: Layout) -> None:
+    """Refuse (PeerError "graph") a peer's graph that is not a plain net over exactly the layout's weights."""
+    if len(graph) > MAX_GRAPH_BYTES:
+        raise PeerError("graph", f"{len(graph)} bytes, at most {MAX_GRAPH_BYTES}")
+    try:
+        model = onnx.load_from_string(graph)
+    except (DecodeError, ValueError, TypeError) as error:
+        raise PeerError("graph", f"not an ONNX model: {type(error).__name__}") from error
+    if model.functions or any(o.domain not in _STANDARD for o in model.opset_import):
+        raise PeerError("graph", "has functions or operators of its own")
+    if len(model.graph.node) > MAX_NODES:
+        raise PeerError("graph", f"{len(model.graph.node)} nodes, at most {MAX_NODES}")
+    if model.graph.sparse_initializer:
+        raise PeerError("graph", "has sparse initializers")
+    for node in model.graph.node:
+        _check_node(node)
+    _check_weights(model, layout)
+
+
+def _check_node(node: onnx.NodeProto) -> None:
+    if node.domain not in _STANDARD or node.op_type not in OPERATORS:
+        raise PeerError("graph", f"operator {node.op_type[:40]!r} is not on the list")
+    for attribute in node.attribute:
+        if attribute.g.node or attribute.graphs:
+            raise PeerError("graph", f"{node.op_type} holds a graph of its own")
+        if attribute.t.external_data or attribute.t.ByteSize() > MAX_CONSTANT_BYTES:
+            raise PeerError("graph", f"{node.op_type} holds a large or external constant")
+
+
+def _check_weights(model: onnx.ModelProto, layout: Layout) -> None:
+    shapes = dict(zip(layout.names, layout.shapes, strict=True))
+    for tensor in model.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            if tensor.ByteSize() > MAX_CONSTANT_BYTES:
+                raise PeerError("graph", f"initializer {tensor.name[:40]!r} is too large to be a constant")
+            continue
+        places = [entry.value for entry in tensor.external_data if entry.key == "location"]
+        if places != [LOCATION]:
+            raise PeerError("graph", f"initializer {tensor.name[:40]!r} names a file")
+        if shapes.pop(tensor.name, None) != tuple(tensor.dims) or tensor.data_type != onnx.TensorProto.FLOAT:
+            raise PeerError("graph", f"initializer {tensor.name[:40]!r} is not in the layout with that shape")
+    if shapes:
+        raise PeerError("graph", f"has no weight for {sorted(shapes)[:3]}")
+
+
+def first_run(graph: bytes, layout: Layout, shape: tuple[int, int, int]) -> None:
+    """Check a graph, then score two windows of zeros with it; `shape` is (C, T, outputs)."""
+    check_graph(graph, layout)
+    session = make_session(graph, layout, np.zeros(layout.size, np.float32), threads=1)
+    out = session.run(None, {"x": np.zeros((2, *shape[:2]), np.float32)})
+    if len(out) != 1 or out[0].shape != (2, shape[2]):
+        raise PeerError("graph", f"gives {[list(o.shape) for o in out][:3]} for two windows, not (2, {shape[2]})")
+
+
+def main() -> int:
+    """Check the file named on the command line; 0, or 1 with the reason as the last line on standard error."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, CPU_LIMIT_S))
+    with np.load(sys.argv[1], allow_pickle=False) as z:
+        graph, wire, shape = z["graph"].tobytes(), json.loads(z["layout"].tobytes()), z["shape"].tolist()
+    entries = msgspec.convert(wire, tuple[tuple[str, tuple[int, ...] | None], ...])
+    try:
+        first_run(graph, Layout.from_wire(entries), (shape[0], shape[1], shape[2]))
+    except PeerError as error:
+        print(error.detail, file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One file a net; the file name is its name in a task."""

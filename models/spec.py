@@ -1,0 +1,239 @@
+"""Task: what to learn, from which signals, in which windows; the same file for every site.
+
+Parsed from `task.toml` and checked here, so that the aggregator that publishes a task and the gateway that receives
+one refuse the same mistakes. No torch.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from models.errors import UserError
+from models.tomlfile import TomlFile, read_toml, seconds
+
+MAX_TASK_BYTES = 64 * 1024
+
+
+class Window(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How samples become one input of the net.
+
+    Scalar signals are resampled by last value on a grid of `rate_hz` source-time steps, and `length` steps make a
+    window; a new one starts every `stride` steps. With `waveform`, each signal is an array tag of `length` values
+    and one notification fills one window.
+    """
+
+    length: int
+    stride: int = 1
+    rate_hz: float = 1.0
+    waveform: bool = False
+    normalise: Literal["gateway", "window"] | None = None
+    min_quality: float = 0.8
+
+
+class Signal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A name that every site wires to one of its own tags, and the unit that the net expects."""
+
+    name: str
+    unit: str = "1"
+
+
+class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is learnt: a class index (`classes` names them) or a number (`range` scales it, in `unit`)."""
+
+    name: str
+    unit: str = "1"
+    classes: tuple[str, ...] = ()
+    range: tuple[float, float] | None = None
+
+
+class Alarm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """When a score becomes an alarm: a number above or below, classes by name, or a quantile of own errors."""
+
+    above: float | None = None
+    below: float | None = None
+    classes: tuple[str, ...] = ()
+    quantile: float = 0.99
+
+
+class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The local training of one round. `min_windows` good windows are needed before a gateway takes part."""
+
+    epochs: int = 1
+    batch: int = 64
+    lr: float = 1e-3
+    min_windows: int = 64
+    max_windows: int = 20_000
+    holdout: float = 0.2
+
+
+class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the federation runs the task: `every` from one opening to the next, at most `deadline` per round."""
+
+    strategy: str = "fedavg"
+    mode: Literal["sync"] = "sync"
+    min_gateways: int = 1
+    deadline: str = "2h"
+    every: str = "1d"
+    rounds: int | None = None
+    bits: Literal[2, 4, 8, 32] = 8
+    momentum: float = 0.0
+
+    @property
+    def deadline_s(self) -> float:
+        """Seconds."""
+        return seconds(self.deadline)
+
+    @property
+    def every_s(self) -> float:
+        """Seconds."""
+        return seconds(self.every)
+
+
+class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the task demands of the sum and of each gateway's noise."""
+
+    secure_aggregation: bool = False
+
+
+class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One task; see the room's README for each key."""
+
+    name: str
+    kind: Literal["anomaly", "classification", "regression"]
+    net: str
+    window: Window
+    signal: tuple[Signal, ...]
+    personal: tuple[str, ...] = ()
+    target: Target | None = None
+    alarm: Alarm = Alarm()
+    training: Training = Training()
+    round: Round = Round()
+    privacy: Privacy = Privacy()
+
+    @property
+    def channels(self) -> int:
+        """C of the net's input (B, C, T)."""
+        return len(self.signal)
+
+    @property
+    def input_shape(self) -> tuple[int, int]:
+        """(C, T)."""
+        return self.channels, self.window.length
+
+    @property
+    def outputs(self) -> int:
+        """Values the net gives per window: classes, one number, or the whole window again (C * T)."""
+        if self.kind == "anomaly":
+            return self.channels * self.window.length
+        return len(self.target.classes) if self.kind == "classification" and self.target else 1
+
+    @property
+    def normalise(self) -> Literal["gateway", "window"]:
+        """Whose mean and deviation scale the input: the gateway's, or (waveforms) each window's own."""
+        return self.window.normalise or ("window" if self.window.waveform else "gateway")
+
+    def is_personal(self, parameter: str) -> bool:
+        """Say whether a parameter stays on the gateway (its name starts with a personal prefix and a dot)."""
+        return any(parameter == p or parameter.startswith(f"{p}.") for p in self.personal)
+
+
+def net_names() -> list[str]:
+    """List the nets there are, by file name."""
+    folder = Path(__file__).parent / "nets"
+    return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
+
+
+def parse_task(text: str, name: str = "task.toml") -> Task:
+    """Parse and check a task; raise UserError with file, line, key and remedy."""
+    if len(text) > MAX_TASK_BYTES:
+        raise UserError(name, 0, "", f"larger than {MAX_TASK_BYTES} bytes", "a task is a short text")
+    file = TomlFile(name, text)
+    task = file.convert(Task)
+    _check(file, task)
+    return task
+
+
+def load_task(path: Path) -> tuple[Task, str]:
+    """Read `task.toml`; return the task and its text, which is what gets published."""
+    file = read_toml(path)
+    return parse_task(file.text, file.name), file.text
+
+
+def task_digest(text: str) -> bytes:
+    """SHA-256 of the published text: what a plan and a manifest name a task by (32 bytes)."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _check(file: TomlFile, task: Task) -> None:
+    def need(ok: bool, path: list[str | int], problem: str, remedy: str) -> None:  # noqa: FBT001
+        if not ok:
+            raise file.error(path, problem, remedy)
+
+    need(
+        _is_name(task.name),
+        ["name"],
+        f"{task.name!r} can't be a topic level",
+        "use A-Z a-z 0-9 _ - (at most 64)",
+    )
+    need(task.net in net_names(), ["net"], f"no net {task.net!r}", f"write one of: {', '.join(net_names())}")
+    need(bool(task.signal), ["signal"], "no signal", "add a [[signal]] table with a name and a unit")
+    seen: set[str] = set()
+    for i, signal in enumerate(task.signal):
+        need(
+            signal.name not in seen,
+            ["signal", i, "name"],
+            f"{signal.name!r} is named twice",
+            "give each its own",
+        )
+        seen.add(signal.name)
+    w = task.window
+    need(1 <= w.length <= 65_536, ["window", "length"], "out of range", "write 1 to 65536")  # noqa: PLR2004
+    need(w.stride >= 1, ["window", "stride"], "out of range", "write 1 or more")
+    need(w.rate_hz > 0, ["window", "rate_hz"], "out of range", "write samples per second, above 0")
+    need(0 <= w.min_quality <= 1, ["window", "min_quality"], "out of range", "write 0.0 to 1.0")
+    if task.kind == "anomaly":
+        need(task.target is None, ["target"], "an anomaly task has no target", "remove it, or change kind")
+    else:
+        need(task.target is not None, ["target"], "missing", "add [target] with the name of what is learnt")
+    if task.kind == "classification" and task.target:
+        many = 2 <= len(task.target.classes) <= 1000  # noqa: PLR2004
+        need(many, ["target", "classes"], "needs two classes or more", 'write classes = ["ok", "worn"]')
+        for name in task.alarm.classes:
+            need(
+                name in task.target.classes,
+                ["alarm", "classes"],
+                f"no class {name!r}",
+                "use a name of target.classes",
+            )
+    if task.target and task.target.range:
+        low, high = task.target.range
+        need(low < high, ["target", "range"], "is empty", "write [lowest, highest]")
+    need(
+        task.net != "autoencoder" or task.kind == "anomaly",
+        ["net"],
+        "autoencoder learns no target",
+        "write tcn or mlp",
+    )
+    need(
+        task.kind != "anomaly" or task.net == "autoencoder",
+        ["net"],
+        "gives no reconstruction",
+        "write autoencoder",
+    )
+    t, r = task.training, task.round
+    need(0 < t.holdout < 1, ["training", "holdout"], "out of range", "write a part, such as 0.2")
+    need(t.epochs >= 1 and t.batch >= 1 and t.lr > 0, ["training"], "out of range", "epochs, batch, lr above 0")
+    need(1 <= t.min_windows <= t.max_windows, ["training", "min_windows"], "out of range", "1 to max_windows")
+    need(r.min_gateways >= 1, ["round", "min_gateways"], "out of range", "write 1 or more")
+    need(0 <= r.momentum < 1, ["round", "momentum"], "out of range", "write 0.0 to 0.99")
+    for key in ("deadline", "every"):
+        try:
+            seconds(getattr(r, key))
+        except ValueError as error:
+            raise file.error(["round", key], str(error), 'write "90s", "2h", "7d" or "2w"') from None
+
+
+def _is_name(text: str) -> bool:
+    return 0 < len(text) <= 64 and all(c.isascii() and (c.isalnum() or c in "_-") for c in text)  # noqa: PLR2004

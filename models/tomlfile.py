@@ -1,0 +1,162 @@
+"""A TOML file as a typed, frozen value, every mistake reported as file, line, key and remedy.
+
+`tomllib` parses and `msgspec` checks; neither says on which line a key stands, so `line_of` finds it in the text.
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from models.errors import UserError
+
+T = TypeVar("T")
+
+_TABLE = re.compile(r"^\s*(\[\[?)\s*(.+?)\s*\]\]?\s*(?:#.*)?$")
+_KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=""")
+_PART = re.compile(r"""[A-Za-z0-9_-]+|"[^"]*"|'[^']*'""")
+_FIELD = re.compile(r"`([^`]+)`")
+
+_DURATION = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_SIZE = {
+    "B": 1,
+    "kB": 1000,
+    "KiB": 1 << 10,
+    "MB": 10**6,
+    "MiB": 1 << 20,
+    "GB": 10**9,
+    "GiB": 1 << 30,
+    "TiB": 1 << 40,
+}
+
+
+def line_of(text: str, path: Sequence[str | int]) -> int:
+    """Return the line (from 1) where the key `path` stands, or that of its nearest parent; 1 if none does."""
+    best, best_depth = 1, 0
+    table: list[str | int] = []
+    counts: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if match := _TABLE.match(line):
+            names = [part.strip("\"'") for part in _PART.findall(match[2])]
+            joined = ".".join(names)
+            if match[1] == "[[":
+                counts[joined] = counts.get(joined, -1) + 1
+            table = []
+            for depth, name in enumerate(names):
+                table.append(name)
+                index = counts.get(".".join(names[: depth + 1]))
+                if index is not None:
+                    table.append(index)
+            here: list[str | int] = table
+        elif match := _KEY.match(line):
+            here = table + [part.strip("\"'") for part in _PART.findall(match[1])]
+        else:
+            continue
+        if len(here) > best_depth and list(path[: len(here)]) == here:
+            best, best_depth = number, len(here)
+    return best
+
+
+def key_text(path: Sequence[str | int]) -> str:
+    """Write a key path as people do: `source[0].url`."""
+    out = ""
+    for part in path:
+        out += f"[{part}]" if isinstance(part, int) else f".{part}" if out else part
+    return out
+
+
+class TomlFile:
+    """One parsed file that remembers its text, so that later checks can point at lines too."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name = name
+        self.text = text
+        try:
+            self.data: dict[str, Any] = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            match = re.search(r"line (\d+)", str(error))
+            line = int(match[1]) if match else text.count("\n") + 1
+            raise UserError(name, line, "", f"not TOML: {error}", "mend the syntax at that place") from error
+
+    def error(self, path: Sequence[str | int], problem: str, remedy: str) -> UserError:
+        """Build (not raise) the error for the key at `path`."""
+        return UserError(self.name, line_of(self.text, path), key_text(path), problem, remedy)
+
+    def convert(self, type_: type[T]) -> T:
+        """Check the data against a msgspec type; unknown keys, missing keys and wrong types raise UserError."""
+        try:
+            return msgspec.convert(self.data, type_, strict=True)
+        except msgspec.ValidationError as error:
+            raise self._explain(str(error), type_) from error
+
+    def _explain(self, message: str, type_: Any) -> UserError:
+        what, _, where = message.partition(" - at `$")
+        path = self._path(where.rstrip("`"))
+        field = _FIELD.search(what)
+        if "unknown field" in what and field:
+            known = self._known(type_, path)
+            near = difflib.get_close_matches(field[1], known, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
+            return self.error([*path, field[1]], "unknown key", remedy)
+        if "missing required field" in what and field:
+            return self.error([*path, field[1]], "missing", f"add a line {field[1]} = … there")
+        return self.error(path, what[:1].lower() + what[1:], "write a value of that type")
+
+    def _path(self, where: str) -> list[str | int]:
+        """Turn msgspec's `.source[0].url` and `[...]` (some key of a table) into a key path."""
+        path: list[str | int] = []
+        for name, index in re.findall(r"\.([A-Za-z0-9_-]+)|\[(\d+|\.\.\.)\]", where):
+            if name:
+                path.append(name)
+            elif index == "...":
+                break
+            else:
+                path.append(int(index))
+        return path
+
+    def _known(self, type_: Any, path: Sequence[str | int]) -> list[str]:
+        info = msgspec.inspect.type_info(type_)
+        for part in path:
+            while isinstance(info, msgspec.inspect.UnionType):
+                info = next((t for t in info.types if not isinstance(t, msgspec.inspect.NoneType)), info.types[0])
+            if isinstance(info, msgspec.inspect.StructType):
+                found = [f.type for f in info.fields if f.encode_name == part]
+                if not found:
+                    return []
+                info = found[0]
+            elif isinstance(info, msgspec.inspect.DictType):
+                info = info.value_type
+            elif isinstance(info, msgspec.inspect.VarTupleType | msgspec.inspect.ListType):
+                info = info.item_type
+        while isinstance(info, msgspec.inspect.DictType | msgspec.inspect.UnionType):
+            info = info.value_type if isinstance(info, msgspec.inspect.DictType) else info.types[0]
+        return [f.encode_name for f in info.fields] if isinstance(info, msgspec.inspect.StructType) else []
+
+
+def read_toml(path: Path) -> TomlFile:
+    """Read one file; a missing or unreadable one is the user's error too."""
+    try:
+        return TomlFile(str(path), path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(str(path), 0, "", f"can't be read: {reason}", "check the path and its permissions") from error
+
+
+def seconds(text: str) -> float:
+    """Parse `90s`, `15min`, `2h`, `7d`, `2w` into seconds; ValueError otherwise."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text)
+    if not match or match[2] not in _DURATION:
+        raise ValueError(f"{text!r} is not a duration")
+    return float(match[1]) * _DURATION[match[2]]
+
+
+def size_bytes(text: str) -> int:
+    """Parse `64MiB`, `2GiB`, `500MB` into bytes; ValueError otherwise."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    if not match or match[2] not in _SIZE:
+        raise ValueError(f"{text!r} is not a size")
+    return int(float(match[1]) * _SIZE[match[2]])

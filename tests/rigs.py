@@ -1,0 +1,200 @@
+"""One real server a protocol, on a free loopback port, that the conformance suite can change, cut and bring back."""
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from asyncua import ua
+from asyncua.server.server import Server
+from pymodbus.constants import ExcCodes
+from pymodbus.server import ModbusTcpServer
+from pymodbus.simulator import DataType, SimData, SimDevice
+
+from edge.tags import Sample, Source, Tag
+
+LATER_S = 20.0  # an upper bound for whatever is awaited, generous on a busy machine
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class Collector:
+    """A sink that keeps all it gets."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Sample]] = []
+
+    def __call__(self, samples: list[Sample], /) -> None:
+        self.batches.append(samples)
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [sample for batch in self.batches for sample in batch]
+
+    def of(self, ref: str) -> list[Sample]:
+        return [sample for sample in self.samples if sample.tag == ref]
+
+    def clear(self) -> None:
+        self.batches.clear()
+
+
+async def until(condition: Callable[[], bool], within_s: float = LATER_S) -> None:
+    async with asyncio.timeout(within_s):
+        while not condition():  # noqa: ASYNC110 - the condition is on what a driver did, which sets no event
+            await asyncio.sleep(0.02)
+
+
+class Rig(Protocol):
+    """What the suite needs of a server. Its tags are `a` and `b`, scaled by 2 and moved by 1, and the `flag`."""
+
+    source: Source
+    missing: Tag
+
+    async def start(self) -> None: ...
+    async def stop(self) -> None: ...
+    async def change(self, name: str, value: float) -> None: ...
+    async def appear(self) -> None: ...
+
+
+class OpcuaRig:
+    """An asyncua server."""
+
+    def __init__(self) -> None:
+        port = free_port()
+        self.server: Server | None = None
+        self.port = port
+        tags = [
+            Tag(source="plc", name="a", address="nsu=urn:rig;s=A", scale=2.0, offset=1.0),
+            Tag(source="plc", name="b", address="nsu=urn:rig;s=B", scale=2.0, offset=1.0, sampling_ms=20),
+            Tag(source="plc", name="flag", address="nsu=urn:rig;s=Flag"),
+        ]
+        self.missing = Tag(source="plc", name="missing", address="nsu=urn:rig;s=Missing")
+        self.source = Source(
+            name="plc",
+            driver="opcua",
+            url=f"opc.tcp://127.0.0.1:{port}",
+            tags=(*tags, self.missing),
+            options={"publishing_ms": 50},
+        )
+        self.nodes: dict[str, Any] = {}
+        self.space = 0
+        self.values: dict[str, Any] = {"A": 1.5, "B": 2, "Flag": True}
+
+    async def start(self) -> None:
+        server = Server()
+        await server.init()
+        server.set_endpoint(f"opc.tcp://127.0.0.1:{self.port}/")
+        server.set_security_policy([ua.SecurityPolicyType.NoSecurity])
+        # The URI's index differs from start to start, as it may at a real server.
+        await server.register_namespace(f"urn:other:{id(server)}")
+        if len(self.nodes) % 2:
+            await server.register_namespace("urn:another")
+        self.space = await server.register_namespace("urn:rig")
+        self.server = server
+        for name, value in self.values.items():
+            await self.add(name, value)
+        await server.start()
+
+    async def add(self, name: str, value: Any, kind: ua.VariantType | None = None) -> None:
+        assert self.server is not None
+        node = ua.NodeId(ua.String(name), ua.Int16(self.space))
+        parent = self.server.nodes.objects
+        self.nodes[name] = await parent.add_variable(node, f"{self.space}:{name}", value, varianttype=kind)
+
+    async def put(self, name: str, value: Any, time: datetime | None = None, status: int = 0) -> None:
+        node = self.nodes[name]
+        known = (await node.read_data_value(raise_on_bad_status=False)).Value
+        stamp: Any = time or datetime.now(UTC)
+        variant = ua.Variant(value)
+        if value is not None and known is not None and known.Value is not None:
+            variant = ua.Variant(value, known.VariantType)
+        data = ua.DataValue(variant, ua.StatusCode(ua.UInt32(status)), SourceTimestamp=stamp)
+        await node.write_value(data)
+
+    async def stop(self) -> None:
+        if self.server is not None:
+            server, self.server = self.server, None
+            await server.stop()
+
+    async def change(self, name: str, value: float) -> None:
+        await self.put({"a": "A", "b": "B", "flag": "Flag"}[name], {"a": float, "b": int, "flag": bool}[name](value))
+
+    async def appear(self) -> None:
+        await self.add("Missing", 7.0)
+
+
+class ModbusRig:
+    """A pymodbus server; the register that is missing refuses to be read until it appears."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.server: ModbusTcpServer | None = None
+        self.refused: set[tuple[int, int]] = {(3, 4)}
+        self.requests: list[tuple[int, int, int]] = []
+        tags = [
+            Tag(source="plc", name="a", address="holding:0", type="float32:CDAB", scale=2.0, offset=1.0),
+            Tag(source="plc", name="b", address="40004", type="int16", scale=2.0, offset=1.0, sampling_ms=50),
+            Tag(source="plc", name="flag", address="coil:3"),
+        ]
+        self.missing = Tag(source="plc", name="missing", address="holding:4", type="uint16", sampling_ms=50)
+        self.source = Source(
+            name="plc",
+            driver="modbus",
+            url=f"modbus+tcp://127.0.0.1:{self.port}",
+            tags=(*tags, self.missing),
+            options={"poll_ms": 100, "timeout_s": 0.5},
+        )
+
+    async def action(
+        self, function: int, _start: int, address: int, count: int, _now: list[int], _new: Any
+    ) -> ExcCodes | None:
+        if _new is None:
+            self.requests.append((function, address, count))
+        read = {(function, place) for place in range(address, address + count)}
+        return ExcCodes.ILLEGAL_ADDRESS if read & self.refused and _new is None else None
+
+    async def start(self) -> None:
+        def bits() -> list[SimData]:
+            return [SimData(0, count=16, values=False, datatype=DataType.BITS)]
+
+        def registers() -> list[SimData]:
+            return [SimData(0, count=200, values=0, datatype=DataType.REGISTERS)]
+
+        device = SimDevice(1, simdata=(bits(), bits(), registers(), registers()), action=self.action)
+        self.server = ModbusTcpServer(device, address=("127.0.0.1", self.port))
+        await self.server.serve_forever(background=True)
+        await self.change("a", 1.5)
+        await self.change("b", 2)
+        await self.change("flag", 1)
+
+    async def put(self, address: int, registers: list[int]) -> None:
+        assert self.server is not None
+        await self.server.async_setValues(1, 16, address, registers)
+
+    async def stop(self) -> None:
+        if self.server is not None:
+            server, self.server = self.server, None
+            await server.shutdown()  # type: ignore[no-untyped-call]
+
+    async def change(self, name: str, value: float) -> None:
+        assert self.server is not None
+        if name == "a":
+            high, low = struct.unpack(">HH", struct.pack(">f", value))
+            await self.put(0, [low, high])
+        elif name == "b":
+            await self.put(3, [int(value) & 0xFFFF])
+        else:
+            await self.server.async_setValues(1, 15, 3, [bool(value)])
+
+    async def appear(self) -> None:
+        self.refused.clear()
+
+
+RIGS: dict[str, type[OpcuaRig] | type[ModbusRig]] = {"opcua": OpcuaRig, "modbus": ModbusRig}

@@ -1,0 +1,199 @@
+"""The byte format of a delta: exact where it says so, bounded where it does not, and never a crash."""
+
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from models import codec
+from models.delta import Vector
+from models.errors import PeerError
+
+VECTOR = np.array([0, 1, -1, 0.5, -0.25, 3, -3, 0.125], np.float32)
+# Bytes may differ between zstd versions; what they decode to may not.
+VECTORS = {
+    4: (
+        "5444010408000000b76ddb3e28b52ffd2004210000201e7f09",
+        [0.0, 0.8571428656578064, -0.8571428656578064, 0.4285714328289032, -0.4285714328289032, 3.0, -3.0, 0.0],
+    ),
+    8: (
+        "54440108080000000683c13c28b52ffd2008410000002ad615f57f8105",
+        [
+            0.0,
+            0.9921259880065918,
+            -0.9921259880065918,
+            0.4960629940032959,
+            -0.25984251499176025,
+            3.0,
+            -3.0,
+            0.11811023950576782,
+        ],
+    ),
+    32: (
+        "54440120080000000000803f28b52ffd2020b50000800080800080404000003fbf3fbe40c03e0100081002",
+        [0.0, 1.0, -1.0, 0.5, -0.25, 3.0, -3.0, 0.125],
+    ),
+}
+# A frame of 13 bytes whose header declares 2^40 bytes.
+TERABYTE = bytes.fromhex("28b52ffd e0 0000000000010000".replace(" ", ""))
+
+vectors = hnp.arrays(np.float32, st.integers(1, 300), elements=st.floats(-1e6, 1e6, width=32))
+
+
+def frame(bits: int, count: int, step: float, body: bytes) -> bytes:
+    return codec.HEADER.pack(codec.MAGIC, codec.VERSION, bits, count, step) + body
+
+
+@pytest.mark.parametrize("bits", codec.BITS)
+@given(vector=vectors)
+@settings(max_examples=60, deadline=None)
+def test_receivers_decode_what_the_sender_says(bits: int, vector: Vector) -> None:
+    encoded = codec.encode(vector, bits)
+    decoded = codec.decode(encoded.data, vector.size)
+    assert decoded.dtype == np.float32
+    assert np.array_equal(decoded, encoded.decoded)
+    if bits == 32:
+        assert np.array_equal(decoded, vector)
+    elif bits in (4, 8):
+        step = codec.HEADER.unpack_from(encoded.data)[4]
+        assert np.abs(decoded - vector).max() <= step * 0.501 + 1e-6 * np.abs(vector).max()
+
+
+@pytest.mark.parametrize("bits", list(VECTORS))
+def test_vectors(bits: int) -> None:
+    data, values = VECTORS[bits]
+    assert codec.decode(bytes.fromhex(data), len(values)).tolist() == values
+    assert codec.encode(VECTOR, bits).decoded.tolist() == values
+
+
+@pytest.mark.parametrize("bits", codec.BITS)
+def test_truncated_at_every_byte(bits: int) -> None:
+    data = codec.encode(np.random.default_rng(1).normal(size=200).astype(np.float32), bits).data
+    for end in range(len(data)):
+        with pytest.raises(PeerError, match="codec"):
+            codec.decode(data[:end], 200)
+    with pytest.raises(PeerError, match="codec"):
+        codec.decode(data + b"\0", 200)
+
+
+@pytest.mark.parametrize("bits", codec.BITS)
+def test_flipped_bits_are_refused_or_give_finite_values(bits: int) -> None:
+    data = codec.encode(np.random.default_rng(2).normal(size=60).astype(np.float32), bits).data
+    for position in range(len(data) * 8):
+        bad = bytearray(data)
+        bad[position // 8] ^= 1 << position % 8
+        try:
+            vector = codec.decode(bytes(bad), 60)
+        except PeerError as error:
+            assert error.reason == "codec"
+        else:
+            assert vector.shape == (60,)
+            assert np.isfinite(vector).all()
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=100), st.integers(1, 100))
+def test_any_bytes(data: bytes, count: int) -> None:
+    for body in (data, frame(8, count, 1.0, data), frame(8, count, 1.0, b"\x28\xb5\x2f\xfd" + data)):
+        try:
+            assert codec.decode(body, count).shape == (count,)
+        except PeerError as error:
+            assert error.reason == "codec"
+
+
+@pytest.mark.parametrize(
+    "step",
+    [0.0, -1.0, float("nan"), float("inf"), float(np.finfo(np.float32).max)],
+    ids=["0", "-", "nan", "inf", "max"],
+)
+def test_steps_no_encoder_writes(step: float) -> None:
+    with pytest.raises(PeerError, match="step"):
+        codec.decode(frame(8, 4, step, codec.deflate(b"\1\2\3\4")), 4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "count", "raw"),
+    [
+        (8, 2, b"\x80\0"),  # the most negative code
+        (4, 2, b"\x08"),
+        (2, 4, b"\x02"),
+        (4, 1, b"\x10"),  # padding that is not zero
+        (32, 1, struct.pack("<f", float("nan"))),
+        (32, 1, struct.pack("<f", float("inf"))),
+    ],
+)
+def test_codes_no_encoder_writes(bits: int, count: int, raw: bytes) -> None:
+    with pytest.raises(PeerError, match="codec"):
+        codec.decode(frame(bits, count, 1.0, codec.deflate(raw)), count)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 3, 16, 64, 255])
+def test_unknown_widths(bits: int) -> None:
+    with pytest.raises(PeerError, match="bits per value"):
+        codec.decode(frame(bits, 4, 1.0, b""), 4)
+
+
+def test_the_layout_decides_the_count() -> None:
+    data = codec.encode(VECTOR, 8).data
+    for count in (7, 9, 0):
+        with pytest.raises(PeerError, match="values, the layout has"):
+            codec.decode(data, count)
+
+
+def bombs() -> list[bytes]:
+    plain = zstandard.ZstdCompressor(level=19).compress(bytes(200_000_000))
+    stream = zstandard.ZstdCompressor(level=19, write_content_size=False).compressobj()
+    silent = stream.compress(bytes(200_000_000)) + stream.flush()
+    return [TERABYTE, TERABYTE + bytes(50), plain, silent, codec.deflate(b"\1\2\3\4") * 2]
+
+
+def test_bombs_cost_no_memory() -> None:
+    assert len(TERABYTE) == 13
+    assert zstandard.get_frame_parameters(TERABYTE).content_size == 2**40
+    made = bombs()
+    for bomb in made:
+        tracemalloc.start()
+        with pytest.raises(PeerError, match="codec"):
+            codec.inflate(bomb, 4)
+        with pytest.raises(PeerError, match="codec"):
+            codec.decode(frame(8, 4, 1.0, bomb), 4)
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_error_feedback_loses_nothing(bits: int) -> None:
+    """What was decoded in all plus what is still held back is what was meant, and the rest stays bounded."""
+    random = np.random.default_rng(3)
+    mean = random.normal(size=400).astype(np.float32)
+    meant, sent, residual = np.zeros(400), np.zeros(400), np.zeros(400, np.float32)
+    held = []
+    for _ in range(200):
+        delta = mean + random.normal(scale=0.1, size=400).astype(np.float32)
+        encoded = codec.encode(delta + residual, bits)
+        residual = delta + residual - encoded.decoded
+        meant += delta
+        sent += encoded.decoded
+        held.append(float(np.abs(residual).max()))
+    assert np.allclose(meant, sent + residual, atol=1e-2)
+    assert max(held[100:]) < 2 * max(held[:100])
+
+
+@given(vector=hnp.arrays(np.float32, 40, elements=st.floats(-1, 1, width=32)), where=st.integers(0, 39))
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_senders_refuse_what_is_not_a_number(bad: float, vector: Vector, where: int) -> None:
+    vector[where] = bad
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        codec.encode(vector, 8)
+
+
+def test_zero_and_tiny_vectors() -> None:
+    for bits in codec.BITS:
+        assert not codec.encode(np.zeros(5, np.float32), bits).decoded.any()
+        tiny = np.full(3, np.finfo(np.float32).smallest_subnormal, np.float32)
+        assert np.isfinite(codec.decode(codec.encode(tiny, bits).data, 3)).all()

@@ -1,0 +1,166 @@
+"""The journal: what was committed is there after kill -9, and a file of another schema is left alone."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from broker import ledger
+from broker.genesis import put_first_model
+from broker.journal import Journal, ModelRow, TaskRow
+from models.delta import Layout
+from models.errors import LocalError
+from models.spec import parse_task
+
+TASK_ROW = TaskRow("text", "[]", b"graph", 5, bytes(32))
+WRITER = """
+import sys
+from pathlib import Path
+from broker.journal import Journal
+journal = Journal(Path(sys.argv[1]))
+for i in range(1, 100000):
+    with journal.transaction():
+        for path in ("a", "b", "c"):
+            journal.count_update("t", i, path, digest=bytes(32), samples=i, metric=None, payload=bytes(2000), now_ms=i)
+        journal.note(i, "update", {"round": i})
+    print(i, flush=True)
+"""
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal(tmp_path / "state")
+
+
+def count(journal: Journal, number: int, path: str, payload: bytes = b"p", samples: int = 3) -> None:
+    journal.count_update(
+        "t", number, path, digest=path.encode() * 32, samples=samples, metric=0.5, payload=payload, now_ms=9
+    )
+
+
+def test_keeps_its_key_to_itself(tmp_path: Path) -> None:
+    os.umask(0o022)
+    journal = Journal(tmp_path / "state")
+    key = journal.signer().public_key
+    for file in (tmp_path / "state").iterdir():
+        assert file.stat().st_mode & 0o777 == 0o600, file
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
+    journal.close()
+    assert Journal(tmp_path / "state").signer().public_key == key
+
+
+def test_all_or_nothing(journal: Journal) -> None:
+    with journal.transaction():
+        count(journal, 1, "a")
+    with pytest.raises(KeyError), journal.transaction():
+        count(journal, 1, "b")
+        raise KeyError
+    with pytest.raises(LocalError, match="UNIQUE"), journal.transaction():
+        count(journal, 1, "c")
+        count(journal, 1, "a")
+    assert journal.counted("t", 1) == {"a": b"a" * 32}
+    assert journal.was_counted("t", 1, "a")
+    assert not journal.was_counted("t", 1, "b")
+
+
+def test_a_round_and_its_updates(journal: Journal) -> None:
+    assert journal.latest_round("t") is None
+    with journal.transaction():
+        journal.put_task("t", TASK_ROW)
+        journal.open_round("t", 1, 0, 10, 20)
+        journal.extend_round("t", 1, 30)
+        for path, samples in (("b", 2), ("a", 1), ("c", 3)):
+            count(journal, 1, path, path.encode(), samples)
+    assert journal.latest_round("t") == (1, 0, 10, 30, "open")
+    assert list(journal.payloads("t", 1)) == [(b"a", 1), (b"b", 2), (b"c", 3)]
+    assert journal.totals("t", 1) == (3, 6)
+    with journal.transaction():
+        journal.put_model("t", ModelRow(1, 1, b"weights", bytes(32), 3, 6, 40))
+        journal.close_round("t", 1, 40, 1, b"state")
+    assert journal.latest_round("t") == (1, 0, 10, 30, "closed")
+    assert journal.strategy_state("t") == b"state"
+    # Payloads are gone, digests are not.
+    assert [payload for payload, _ in journal.payloads("t", 1)] == [None] * 3
+    assert journal.was_counted("t", 1, "a")
+
+
+def test_models_and_tasks(journal: Journal) -> None:
+    assert journal.model("t") is None
+    assert journal.task("t") is None
+    rows = [ModelRow(v, v, bytes([v]), bytes(32), 1, 2, 3) for v in range(3)]
+    with journal.transaction():
+        journal.put_task("t", TASK_ROW)
+        for row in rows:
+            journal.put_model("t", row)
+        journal.put_task("t", TASK_ROW._replace(text="changed"))
+    assert journal.model("t") == rows[2]
+    assert journal.model("t", 1) == rows[1]
+    assert journal.model("t", 7) is None
+    assert journal.task("t") == TASK_ROW._replace(text="changed")
+
+
+def test_the_roster_is_seen_by_a_second_process(tmp_path: Path, journal: Journal) -> None:
+    before = journal.data_version()
+    other = Journal(tmp_path / "state")
+    with other.transaction():
+        other.add_to_roster("a/b/c/d/e", bytes(32), 1, "enrolled")
+        other.note(1, "enrolled", {})
+    assert journal.data_version() != before
+    assert journal.roster() == {"a/b/c/d/e": bytes(32)}
+    assert journal.key_of("a/b/c/d/e") == bytes(32)
+    assert journal.roster_size() == 1
+    with journal.transaction():
+        journal.note(2, "more", {})
+    ledger.verify(journal.ledger_lines())
+
+
+def test_the_first_model(journal: Journal) -> None:
+    text = 'name = "t"\nkind = "anomaly"\nnet = "autoencoder"\n[window]\nlength = 2\n[[signal]]\nname = "s"\n'
+    layout = Layout(("w",), ((3,),))
+    with journal.transaction():
+        vector = np.ones(3, np.float32)
+        put_first_model(journal, parse_task(text), text, graph=b"g", vector=vector, layout=layout, now_ms=1)
+    assert journal.task("t").layout == '[["w", [3]]]'  # type: ignore[union-attr]
+    assert journal.model("t").version == 0  # type: ignore[union-attr]
+
+
+def test_kill_9_loses_nothing_committed(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path / "state")], stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout
+        deadline = time.monotonic() + 60
+        promised = 0
+        while promised < 50 and time.monotonic() < deadline:
+            promised = int(child.stdout.readline())
+        child.send_signal(signal.SIGKILL)
+        rest = child.stdout.read().split()
+    promised = int(rest[-1]) if rest else promised
+    journal = Journal(tmp_path / "state")
+    ledger.verify(journal.ledger_lines())
+    lines = len(list(journal.ledger_lines()))
+    assert lines in (promised, promised + 1)
+    for number in range(1, lines + 1):
+        assert journal.counted("t", number).keys() == {"a", "b", "c"}
+    assert journal.counted("t", lines + 1) == {}
+
+
+def test_refuses_an_unknown_schema(tmp_path: Path) -> None:
+    Journal(tmp_path).close()
+    db = sqlite3.connect(tmp_path / "journal.db")
+    db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(LocalError, match="schema 99"):
+        Journal(tmp_path)
+
+
+def test_refuses_what_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / "journal.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(LocalError, match="not a database"):
+        Journal(tmp_path)

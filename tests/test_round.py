@@ -1,0 +1,256 @@
+"""Rounds and federations as lists of events on a fake clock: no broker, no disk, no waiting."""
+
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from broker import federation, round
+from broker.federation import Aggregated, Answered, Born, Connected, Died, Federation, Finish, Open, Past, Rules, Tick
+from broker.round import Action, Close, Extend, Outcome, Round
+from models.errors import LocalError
+
+D = [bytes([i]) * 32 for i in range(8)]
+HOUR = 3_600_000
+
+
+def sync(expected: str = "abc", minimum: int = 2, **options: Any) -> Round:
+    return Round(1, 0, deadline_ms=100, length_ms=100, min_gateways=minimum, expected=expected, **options)
+
+
+def words(actions: list[Action]) -> list[str]:
+    return [a.word if isinstance(a, Outcome) else type(a).__name__ for a in actions]
+
+
+def feed(r: Round, *events: round.Event, now: int = 1) -> list[str]:
+    return words([action for event in events for action in r.handle(event, now)])
+
+
+def submit(path: str, digest: bytes = D[0], base: int = 0) -> round.Submitted:
+    return round.Submitted(path, base, digest)
+
+
+def test_every_transition_stands_in_the_table() -> None:
+    events = [round.Arrived, round.Left, round.Declined, round.Joined, round.Submitted, round.Held, round.Tick]
+    assert round.TRANSITIONS.keys() == set(itertools.product(round.State, events))
+    with pytest.raises(LocalError, match="knows no Event"):
+        sync().handle(round.Event(), 0)
+    more = [Born, Died, Answered, federation.Submitted, Connected, Tick]
+    pairs = {*itertools.product(federation.State, more), (federation.State.CLOSING, Aggregated)}
+    assert federation.TRANSITIONS.keys() == pairs
+    with pytest.raises(LocalError, match="waiting knows no Aggregated"):
+        Federation(Rules(1, 1, 1), version=0, past=None).handle(Aggregated(1), 0)
+
+
+def test_closes_when_all_are_counted() -> None:
+    r = sync()
+    assert feed(r, submit("a"), submit("b")) == ["counted", "counted"]
+    assert feed(r, submit("c")) == ["counted", "Close"]
+    assert feed(r, submit("a"), submit("d")) == ["duplicate", "late"]
+
+
+def test_counts_a_gateway_once() -> None:
+    r = sync()
+    assert feed(r, submit("a"), submit("a"), submit("a", D[1])) == ["counted", "duplicate", "duplicate"]
+    assert r.counted == {"a": D[0]}
+
+
+def test_refuses_another_base() -> None:
+    r = sync()
+    assert feed(r, submit("a", base=1)) == ["stale"]
+    assert feed(r, submit("a")) == ["counted"]
+
+
+def test_needs_the_quorum_however_few_are_expected() -> None:
+    r = sync("a", minimum=2)
+    assert feed(r, submit("a"), round.Tick()) == ["counted"]
+    assert feed(r, submit("b")) == ["counted", "Close"]
+
+
+def test_who_declines_dies_or_returns() -> None:
+    r = sync("abcd")
+    feed(r, submit("a"), submit("b"), round.Declined("c"))
+    assert r.waiting_for == {"d"}
+    assert feed(r, round.Arrived("e"), round.Left("d")) == []
+    assert r.waiting_for == {"e"}
+    assert feed(r, round.Arrived("d"), round.Left("e")) == []
+    assert feed(r, round.Arrived("c"), submit("d")) == ["counted", "Close"]
+
+
+def test_a_restart_or_a_change_of_mind_undoes_a_decline() -> None:
+    for event in (round.Arrived("c", restarted=True), round.Joined("c")):
+        r = sync()
+        assert feed(r, submit("a"), round.Declined("c"), event, submit("b")) == ["counted", "counted"]
+        assert r.waiting_for == {"c"}
+
+
+def test_the_last_decline_closes() -> None:
+    r = sync()
+    assert feed(r, submit("a"), submit("b"), round.Declined("c")) == ["counted", "counted", "Close"]
+
+
+def test_the_deadline_closes_or_moves_on() -> None:
+    r = sync()
+    assert feed(r, submit("a"), now=50) == ["counted"]
+    assert feed(r, round.Tick(), now=99) == []
+    assert r.handle(round.Tick(), 120) == [Extend(1, 220)]
+    assert feed(r, round.Tick(), now=219) == []
+    assert r.handle(round.Tick(), 220) == [Extend(1, 320)]
+    assert feed(r, submit("a"), submit("b"), now=300) == ["duplicate", "counted"]
+    assert r.handle(round.Tick(), 320) == [Close(1, 0)]
+
+
+def test_a_held_round_does_not_close() -> None:
+    r = sync("", minimum=1, counted={"a": D[0]}, hold_ms=round.FOREVER_MS)
+    assert feed(r, round.Tick(), now=10**9) == []
+    assert feed(r, round.Held(10**9 + 5), round.Tick(), now=10**9) == []
+    assert feed(r, round.Tick(), now=10**9 + 5) == ["Close"]
+
+
+events = st.one_of(
+    st.builds(round.Arrived, st.sampled_from("abcd"), st.booleans()),
+    st.builds(round.Left, st.sampled_from("abcd")),
+    st.builds(round.Declined, st.sampled_from("abcd")),
+    st.builds(round.Joined, st.sampled_from("abcd")),
+    st.builds(round.Submitted, st.sampled_from("abcd"), st.integers(0, 1), st.sampled_from(D)),
+    st.just(round.Tick()),
+)
+
+
+@settings(max_examples=300)
+@given(st.lists(st.tuples(events, st.integers(0, 60)), max_size=60), st.integers(1, 4))
+def test_whatever_happens(script: list[tuple[round.Event, int]], minimum: int) -> None:
+    """No gateway is counted twice, nothing counted is lost, a round closes once and never below its quorum."""
+    r, now, counted, closes = sync(minimum=minimum), 0, [], 0
+    for event, step in script:
+        now += step
+        for action in r.handle(event, now):
+            if isinstance(action, Outcome) and action.word == round.COUNTED:
+                assert closes == 0
+                counted.append(action.path)
+            closes += isinstance(action, Close)
+    assert len(counted) == len(set(counted))
+    assert set(counted) == r.counted.keys()
+    assert closes == (r.state is round.State.CLOSED) <= 1
+    assert not closes or len(counted) >= minimum
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(events, st.integers(0, 60)), max_size=40), st.integers(0, 40))
+def test_a_restart_changes_no_outcome(script: list[tuple[round.Event, int]], crash_at: int) -> None:
+    """A round rebuilt from what was counted gives every later update the same outcome."""
+    r, twin, now = sync(minimum=5), None, 0
+    for i, (event, step) in enumerate(script):
+        now += step
+        if i == crash_at:
+            twin = sync(minimum=5, counted=r.counted, hold_ms=round.FOREVER_MS)
+        mine = r.handle(event, now)
+        if twin and isinstance(event, round.Submitted):
+            assert twin.handle(event, now) == mine
+
+
+# Federations.
+
+
+def fed(minimum: int = 2, every: int = HOUR, rounds: int | None = None, past: Past | None = None) -> Federation:
+    return Federation(Rules(minimum, 100, every, rounds), version=past.base if past else 0, past=past)
+
+
+def tell(f: Federation, *happened: round.Event, now: int = 0) -> list[Action]:
+    return [action for event in happened for action in f.handle(event, now)]
+
+
+def update(path: str, number: int = 1, base: int = 0, *, known: bool = False) -> federation.Submitted:
+    return federation.Submitted(path, number, base, D[0], known)
+
+
+def test_opens_with_enough_gateways_and_then_every() -> None:
+    f = fed()
+    assert tell(f, Tick(), Born("a", 1), Born("c", 1, serves=False)) == []
+    assert tell(f, Born("b", 1), now=7) == [Open(1, 0, 7, 107)]
+    assert words(tell(f, update("a"), update("b"), now=8)) == ["counted", "counted", "Close"]
+    assert f.state is federation.State.CLOSING
+    assert tell(f, Aggregated(1), Tick(), now=9) == []
+    assert f.next_opening_ms == 7 + HOUR
+    assert tell(f, Tick(), now=6 + HOUR) == []
+    assert tell(f, Tick(), now=7 + HOUR) == [Open(2, 1, 7 + HOUR, 107 + HOUR)]
+
+
+def test_every_zero_opens_at_once_and_rounds_end() -> None:
+    f = fed(every=0, rounds=2)
+    tell(f, Born("a", 1), Born("b", 1), update("a"), update("b"))
+    assert tell(f, Aggregated(1), now=5) == [Open(2, 1, 5, 105)]
+    tell(f, update("a", 2, 1), update("b", 2, 1))
+    assert tell(f, Aggregated(2), Tick(), now=HOUR) == [Finish()]
+    assert f.state is federation.State.DONE
+    assert words(tell(f, Born("c", 1), Connected(), update("a", 2, 2), update("a", 3, 2))) == ["late", "unknown-round"]
+
+
+def test_never_opens_while_one_is_open_nor_with_too_few() -> None:
+    f = fed(every=0)
+    tell(f, Born("a", 1), Born("b", 1), update("a"))
+    assert not [a for a in tell(f, Tick(), Born("c", 1), now=50) if isinstance(a, Open)]
+    f = fed(every=0)
+    tell(f, Born("a", 1), Died("a", 1))
+    assert tell(f, Born("b", 1)) == []
+
+
+def test_outcomes_of_other_rounds() -> None:
+    f = fed(every=0)
+    tell(f, Born("a", 1), Born("b", 1), update("a"), update("b"), Aggregated(1))
+    late = tell(f, update("c"), update("a", known=True), update("a", 3), update("a", 2, 0), update("a", 2, 1))
+    assert words(late) == ["late", "duplicate", "unknown-round", "stale", "counted"]
+
+
+def test_sessions_order_births_and_deaths() -> None:
+    f = fed()
+    tell(f, Born("a", 5), Died("a", 4))
+    assert f.online == {"a"}
+    tell(f, Died("a", 5), Born("a", 4))
+    assert f.online == set()
+    tell(f, Born("a", 5))
+    assert f.online == {"a"}
+    tell(f, Born("a", 6, serves=False))
+    assert f.online == set()
+
+
+def test_answers_are_kept_for_people_and_count_for_the_open_round_alone() -> None:
+    f = fed()
+    tell(f, Born("a", 1), Born("b", 1), Born("c", 1))
+    tell(f, Answered("c", 1, joined=False, code="too-few", reason="x"), Answered("b", 0, joined=False))
+    assert f.round
+    assert f.round.waiting_for == {"a", "b"}
+    assert (f.gateways["c"].answer_round, f.gateways["c"].code) == (1, "too-few")
+    assert words(tell(f, update("a"), update("b"))) == ["counted", "counted", "Close"]
+
+
+def test_who_is_silent_after_a_lost_connection_is_gone() -> None:
+    f = fed(minimum=1)
+    tell(f, Born("a", 1), Born("b", 1), now=0)
+    tell(f, Connected(), now=10)
+    assert words(tell(f, Born("a", 1), update("a"), now=20)) == ["counted"]
+    assert tell(f, Tick(), now=99) == []
+    f.round.deadline_ms = 10 * HOUR  # type: ignore[union-attr]
+    assert words(tell(f, Tick(), now=10 + federation.CONFIRM_MS)) == ["Close"]
+    assert f.online == {"a"}
+
+
+def test_an_open_round_is_taken_up_after_a_restart() -> None:
+    past = Past(4, 3, 1000, 1100, is_open=True, counted={"a": D[0]})
+    f = fed(past=past)
+    assert tell(f, Tick(), now=5000) == []  # nobody had a chance to be heard yet
+    tell(f, Connected(), now=5000)
+    done = tell(f, Born("a", 1), Born("b", 1), update("a", 4, 3), update("b", 4, 3), now=5001)
+    assert words(done) == ["duplicate", "counted"]
+    assert words(tell(f, Tick(), now=5000 + federation.SETTLE_MS)) == ["Close"]
+    assert tell(f, Aggregated(4), now=9000) == []
+    assert f.next_opening_ms == 1000 + HOUR
+
+
+def test_a_closed_or_last_round_is_known_after_a_restart() -> None:
+    past = Past(4, 3, 1000, 1100, is_open=False)
+    assert fed(past=past).next_opening_ms == 1000 + HOUR
+    assert fed(rounds=4, past=past).state is federation.State.DONE
+    assert fed(rounds=5, past=past).state is federation.State.WAITING

@@ -1,0 +1,434 @@
+"""The aggregator against both real brokers, with gateways built from the real messages and a real link."""
+
+import asyncio
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from broker import ledger, topics
+from broker.config import load_federation
+from broker.genesis import put_first_model
+from broker.journal import Journal
+from broker.link import Inbound, Link, MqttSettings
+from broker.messages import (
+    MAX_PAYLOAD,
+    Answer,
+    Birth,
+    Death,
+    FederationBirth,
+    ModelManifest,
+    Plan,
+    Receipt,
+    Signer,
+    Update,
+    open_envelope,
+    peek,
+)
+from broker.service import Service
+from models import codec
+from models.delta import Layout, Vector
+from models.errors import UserError
+from models.spec import load_task
+from tests.brokers import BROKERS, BrokerProcess, mosquitto_path
+
+WAIT_S = 40
+LAYOUT = Layout(("body.weight", "body.bias", "head.weight"), ((8, 4), (8,), (3,)), ("steps",))
+SHARED = 40
+GRAPH = b"a graph" * 100
+
+TASK = """
+name = "wear"
+kind = "regression"
+net = "mlp"
+personal = ["head"]
+[window]
+length = 4
+[[signal]]
+name = "T"
+[target]
+name = "rul"
+[round]
+min_gateways = {min_gateways}
+deadline = "1h"
+every = "0s"
+rounds = {rounds}
+"""
+
+
+@pytest.fixture(params=BROKERS)
+def broker(request: pytest.FixtureRequest) -> Iterator[BrokerProcess]:
+    if request.param == "mosquitto" and not mosquitto_path():
+        pytest.skip("mosquitto is not installed")
+    with BrokerProcess(request.param) as process:
+        yield process
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+class Plant:
+    """A federation's files and memory, with version 0 already made, as after the first start."""
+
+    def __init__(
+        self, folder: Path, url: str, *, min_gateways: int = 3, rounds: int = 1, join: str = "first-seen"
+    ) -> None:
+        self.config = folder / "federation.toml"
+        self.state = folder / "state"
+        self.config.write_text(
+            f'[federation]\nname = "press"\nroots = ["acme"]\njoin = "{join}"\n'
+            f'[mqtt]\nurl = "{url}"\n[[task]]\nfile = "wear.toml"\n'
+        )
+        (folder / "wear.toml").write_text(TASK.format(min_gateways=min_gateways, rounds=rounds))
+        task, text = load_task(folder / "wear.toml")
+        self.first = np.linspace(-1, 1, LAYOUT.size, dtype=np.float32)
+        journal = Journal(self.state)
+        with journal.transaction():
+            put_first_model(journal, task, text, graph=GRAPH, vector=self.first, layout=LAYOUT, now_ms=1)
+        journal.close()
+
+    @asynccontextmanager
+    async def service(self) -> AsyncIterator[Service]:
+        service = Service(load_federation(self.config), self.state)
+        running = asyncio.create_task(service.run())
+        try:
+            yield service
+            assert not running.done(), running.exception()
+        finally:
+            service.stop()
+            await running
+
+    async def process(self) -> asyncio.subprocess.Process:
+        command = [sys.executable, "-m", "broker.cli", "run", "-c", str(self.config), "--state", str(self.state)]
+        with (self.state / "log").open("ab") as out:
+            return await asyncio.create_subprocess_exec(*command, stderr=out)
+
+    def status(self) -> dict:
+        return json.loads((self.state / "status.json").read_text())
+
+
+class Gateway:
+    """A gateway reduced to its protocol: births, answers, updates, and everything that it hears."""
+
+    def __init__(self, url: str, cell: str, signer: Signer | None = None) -> None:
+        self.path = topics.GatewayPath.parse(f"acme/lyon/press/line4/{cell}")
+        self.signer = signer or Signer.generate()
+        self.session = time.time_ns() // 1_000_000
+        self.heard: dict[str, list[bytes]] = {}
+        self.ups = 0
+        self.status = topics.Status(self.path).topic
+        self.receipt_topic = topics.ReceiptFor("press", "wear", self.path).topic
+        self.link = Link(
+            MqttSettings(url=url),
+            client_id=cell,
+            will=(self.status, self.signer.seal(Death(1, self.session), self.status)),
+            on_message=self._on_message,
+            on_up=self._on_up,
+            on_down=lambda _: None,
+        )
+        self.link.subscribe(*topics.downlink_filters("press", "wear", self.path), "_fl/press/wear/model/#")
+        self.link.subscribe("_fl/press/status")
+
+    def _on_message(self, inbound: Inbound) -> None:
+        self.heard.setdefault(inbound.topic, []).append(inbound.payload)
+
+    def _on_up(self) -> None:
+        self.ups += 1
+        birth = Birth(1, self.session, self.session, self.signer.public_key, "test", ("wear",))
+        self.link.publish(self.status, self.signer.seal(birth, self.status), retain=True)
+
+    @property
+    def key(self) -> bytes:
+        return peek(self.heard["_fl/press/status"][-1], FederationBirth).public_key
+
+    def plan(self) -> Plan | None:
+        topic = topics.RoundPlan("press", "wear").topic
+        if topic not in self.heard or "_fl/press/status" not in self.heard:
+            return None
+        return open_envelope(self.heard[topic][-1], topic, self.key, Plan)
+
+    def manifest(self) -> ModelManifest | None:
+        topic = topics.Manifest("press", "wear").topic
+        if topic not in self.heard or "_fl/press/status" not in self.heard:
+            return None
+        return open_envelope(self.heard[topic][-1], topic, self.key, ModelManifest)
+
+    def receipts(self) -> list[Receipt]:
+        envelopes = self.heard.get(self.receipt_topic, [])
+        return [open_envelope(e, self.receipt_topic, self.key, Receipt) for e in envelopes]
+
+    def outcomes(self) -> list[str]:
+        return [r.outcome for r in self.receipts()]
+
+    def model(self) -> Vector | None:
+        """The newest weights, put together from the retained chunks and checked."""
+        manifest = self.manifest()
+        if not manifest:
+            return None
+        chunks = []
+        for i, digest in enumerate(manifest.weights.chunks):
+            got = self.heard.get(topics.Chunk("press", "wear", manifest.version, f"weights{i}").topic)
+            if not got or hashlib.sha256(got[-1]).digest() != digest:
+                return None
+            chunks.append(got[-1])
+        vector = codec.decode(b"".join(chunks), LAYOUT.size)
+        assert hashlib.sha256(vector.tobytes()).digest() == manifest.weights.digest
+        assert manifest.weights.size == vector.nbytes
+        return vector
+
+    def answer(self, number: int, verdict: str) -> None:
+        topic = topics.Uplink(self.path, "wear", "answer").topic
+        code, reason = ("", "") if verdict == "joined" else ("too-few", "not enough windows")
+        self.link.publish(topic, self.signer.seal(Answer(1, number, verdict, code, reason, 1), topic))
+
+    def send(self, plan: Plan, delta: Vector, samples: int = 100, *, base: int | None = None) -> bytes:
+        topic = topics.Uplink(self.path, "wear", "update").topic
+        payload = codec.encode(delta, 32).data
+        update = Update(1, plan.round, plan.base if base is None else base, samples, 0.5, payload)
+        envelope = self.signer.seal(update, topic)
+        self.link.publish(topic, envelope)
+        return envelope
+
+
+@asynccontextmanager
+async def gateways(url: str, count: int = 3) -> AsyncIterator[list[Gateway]]:
+    there = [Gateway(url, f"cell{i}") for i in range(count)]
+    for g in there:
+        g.link.start()
+    try:
+        yield there
+    finally:
+        for g in there:
+            await g.link.stop()
+
+
+async def open_plan(there: list[Gateway], number: int = 1) -> Plan:
+    await until(lambda: all((p := g.plan()) and p.state == "open" and p.round == number for g in there))
+    plan = there[0].plan()
+    assert plan
+    return plan
+
+
+def delta(i: int) -> Vector:
+    return np.full(SHARED, i + 1, np.float32)
+
+
+async def test_a_full_round(broker: BrokerProcess, tmp_path: Path) -> None:
+    plant = Plant(tmp_path, broker.url, rounds=2)
+    async with gateways(broker.url) as there, plant.service():
+        plan = await open_plan(there)
+        assert (plan.round, plan.base, plan.min_gateways) == (1, 0, 3)
+        await until(lambda: all(g.model() is not None for g in there))
+        assert np.array_equal(there[0].model(), plant.first)
+        manifest = there[0].manifest()
+        assert manifest
+        graph = there[0].heard[topics.Chunk("press", "wear", 0, "graph0").topic][-1]
+        assert codec.inflate(graph, manifest.graph.size) == GRAPH
+        assert manifest.graph.digest == hashlib.sha256(GRAPH).digest()
+        for i, g in enumerate(there):
+            g.answer(1, "joined")
+            g.send(plan, delta(i), samples=100 * (i + 1))
+            g.send(plan, delta(i), samples=100 * (i + 1))
+        await until(lambda: all(g.outcomes().count("counted") == 1 and "duplicate" in g.outcomes() for g in there))
+        plan = await open_plan(there, 2)
+        assert plan.base == 1
+        await until(lambda: all((m := g.manifest()) and m.version == 1 and g.model() is not None for g in there))
+        expected = plant.first.copy()
+        expected[:SHARED] += np.float32((1 * 100 + 2 * 200 + 3 * 300) / 600)
+        assert np.allclose(there[0].model(), expected, rtol=1e-6)
+        manifest = there[0].manifest()
+        assert manifest
+        assert (manifest.gateways, manifest.samples) == (3, 600)
+        there[0].send(Plan(1, bytes(32), 1, 0, bytes(32), "open", 0, 0, 0, 32, secure_aggregation=False), delta(5))
+        there[1].send(plan, delta(1), base=0)
+        await until(lambda: there[0].outcomes().count("duplicate") == 2 and "stale" in there[1].outcomes())
+        for i, g in enumerate(there):
+            g.send(plan, delta(i))
+        await until(lambda: all((p := g.plan()) and p.state == "done" for g in there))
+        # Version 0's weights are older than the previous version's now, so their chunk is cleared.
+        await until(lambda: there[0].heard[topics.Chunk("press", "wear", 0, "weights0").topic][-1] == b"")
+    journal = Journal(plant.state)
+    ledger.verify(journal.ledger_lines())
+    kinds = [json.loads(line)["kind"] for line in journal.ledger_lines()]
+    assert kinds.count("update") == 6
+    assert kinds.count("model") == 3
+    assert kinds.count("pinned") == 3
+    journal.close()
+
+
+async def test_who_declines_or_dies_is_not_waited_for(broker: BrokerProcess, tmp_path: Path) -> None:
+    plant = Plant(tmp_path, broker.url, min_gateways=1)
+    async with gateways(broker.url) as there:
+        await until(lambda: all(g.link.connected for g in there))
+        async with plant.service():
+            plan = await open_plan(there)
+            await until(lambda: (plant.state / "status.json").exists())
+            await until(lambda: len(plant.status()["tasks"]["wear"]["gateways"]) == 3)
+            there[0].answer(1, "declined")
+            gone = there[1]
+            gone.link.publish(gone.status, gone.signer.seal(Death(1, gone.session), gone.status), retain=True)
+            await until(lambda: plant.status()["tasks"]["wear"]["waiting_for"] == [str(there[2].path)])
+            there[2].send(plan, delta(0))
+            await until(lambda: all((p := g.plan()) and p.state == "done" for g in there))
+            await until(lambda: plant.status()["tasks"]["wear"]["state"] == "done")
+            said = plant.status()["tasks"]["wear"]["gateways"][str(there[0].path)]
+            assert (said["verdict"], said["code"]) == ("declined", "too-few")
+
+
+async def test_kill_9_after_one_counted_update(broker: BrokerProcess, tmp_path: Path) -> None:
+    plant = Plant(tmp_path, broker.url)
+    async with gateways(broker.url) as there:
+        process = await plant.process()
+        plan = await open_plan(there)
+        there[0].send(plan, delta(0))
+        await until(lambda: there[0].outcomes() == ["counted"])
+        process.send_signal(signal.SIGKILL)
+        await process.wait()
+        await until(lambda: peek(there[0].heard["_fl/press/status"][-1], FederationBirth).state == "down")
+        process = await plant.process()
+        try:
+            await until(lambda: peek(there[0].heard["_fl/press/status"][-1], FederationBirth).state == "up")
+            for i, g in enumerate(there):
+                g.send(plan, delta(i))
+            await until(lambda: all((p := g.plan()) and p.state == "done" for g in there))
+            assert there[0].outcomes() == ["counted", "duplicate"]
+            await until(lambda: there[1].outcomes() == ["counted"] and there[2].outcomes() == ["counted"])
+            await until(lambda: there[0].model() is not None and there[0].manifest().version == 1)  # type: ignore[union-attr]
+            assert np.allclose(there[0].model()[:SHARED], plant.first[:SHARED] + 2)  # type: ignore[index]
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert await process.wait() == 0
+        await until(lambda: peek(there[0].heard["_fl/press/status"][-1], FederationBirth).state == "down")
+
+
+async def test_a_broker_that_comes_back_empty_is_filled_again(broker: BrokerProcess, tmp_path: Path) -> None:
+    plant = Plant(tmp_path, broker.url)
+    async with gateways(broker.url) as there, plant.service():
+        plan = await open_plan(there)
+        there[0].send(plan, delta(0))
+        await until(lambda: there[0].outcomes() == ["counted"])
+        broker.stop()
+        await until(lambda: not any(g.link.connected for g in there))
+        broker.start()
+        await until(lambda: all(g.ups == 2 for g in there))
+        late = Gateway(broker.url, "cell0", there[0].signer)
+        late.link = Link(  # another client, so that what it hears is what the broker retains
+            MqttSettings(url=broker.url),
+            client_id="late",
+            will=None,
+            on_message=late._on_message,
+            on_up=lambda: None,
+            on_down=lambda _: None,
+        )
+        late.link.subscribe("_fl/#")
+        late.link.start()
+        await until(lambda: (p := late.plan()) and p.state == "open" and late.model() is not None)
+        await late.link.stop()
+        for i, g in enumerate(there[1:], 1):
+            g.send(plan, delta(i))
+        await until(lambda: all((p := g.plan()) and p.state == "done" for g in there))
+
+
+async def test_hostile_messages_are_counted_and_nothing_stops(broker: BrokerProcess, tmp_path: Path) -> None:
+    plant = Plant(tmp_path, broker.url)
+    stranger = Signer.generate()
+    async with gateways(broker.url) as there, plant.service():
+        plan = await open_plan(there)
+        g = there[0]
+        topic = topics.Uplink(g.path, "wear", "update").topic
+        good = Update(1, 1, 0, 10, None, codec.encode(delta(0), 8).data)
+        wrong_layout = Update(1, 1, 0, 10, None, codec.encode(np.ones(SHARED + 1, np.float32), 8).data)
+        bomb = bytes.fromhex("28b52ffde0000000000001000001000000")
+        hostile = [
+            b"garbage",
+            bytes(MAX_PAYLOAD + 10),
+            stranger.seal(good, topic),
+            g.signer.seal(good, g.status),
+            g.signer.seal(wrong_layout, topic),
+            g.signer.seal(Update(1, 1, 0, 10, None, b"TD"), topic),
+            g.signer.seal(Update(1, 1, 0, 10, None, codec.HEADER.pack(b"TD", 1, 8, SHARED, 1.0) + bomb), topic),
+            g.signer.seal(Update(1, 1, 0, 2**40, None, good.payload), topic),
+            g.signer.seal(Update(1, 1, 0, 10, None, codec.encode(np.full(SHARED, 3e38, np.float32), 8).data), topic),
+            g.signer.seal(Answer(1, 1, "joined", "", "", 1), topic),
+        ]
+        for payload in hostile:
+            assert g.link.publish(topic, payload)
+        g.link.publish("acme/lyon/press/line4/cell0/_fl/other/update", b"x")
+        g.link.publish("acme/lyon/press/line4/cell0/_fl/wear/nothing", b"x")
+        g.link.publish("evil/lyon/press/line4/cell0/_fl/status", b"x")
+        g.link.publish("acme/ly on/press/line4/cell0/_fl/status", b"x")
+        other = Birth(1, g.session + 1, 1, stranger.public_key, "", ("wear",))
+        g.link.publish(g.status, stranger.seal(other, g.status))
+        wanted = {"refused-layout", "refused-codec", "refused-samples", "refused-range"}
+        await until(lambda: wanted <= set(g.outcomes()))
+        for i, one in enumerate(there):
+            one.send(plan, delta(i))
+        await until(lambda: all("counted" in one.outcomes() for one in there))
+        await until(lambda: {"key", "topic", "root"} <= plant.status()["refused"].keys())
+        refused = plant.status()["refused"]
+        assert refused["signature"] == 2
+        assert refused["codec"] == 2
+        for reason in ("envelope", "layout", "samples", "range", "schema", "root", "key"):
+            assert refused[reason] == 1, reason
+    journal = Journal(plant.state)
+    assert journal.key_of(str(there[0].path)) == there[0].signer.public_key
+    ledger.verify(journal.ledger_lines())
+    journal.close()
+
+
+async def test_enrolled_gateways_alone_take_part(tmp_path: Path) -> None:
+    with BrokerProcess("amqtt") as broker:
+        plant = Plant(tmp_path, broker.url, min_gateways=1, join="enrolled")
+        async with gateways(broker.url, 1) as there, plant.service():
+            await until(lambda: there[0].model() is not None)
+            await until(lambda: plant.status()["refused"].get("unknown-gateway"))
+            assert there[0].plan() is None
+            # Another process, while the service runs: the retained birth counts without a reconnection.
+            command = [
+                sys.executable,
+                "-m",
+                "broker.cli",
+                "enrol",
+                "-c",
+                str(plant.config),
+                "--state",
+                str(plant.state),
+            ]
+            key = there[0].signer.public_key.hex()
+            enrol = await asyncio.create_subprocess_exec(*command, "--path", str(there[0].path), "--key", key)
+            assert await enrol.wait() == 0
+            await open_plan(there)
+
+
+async def test_a_changed_net_needs_a_new_name(tmp_path: Path) -> None:
+    plant = Plant(tmp_path, "mqtt://127.0.0.1:1")
+    task = tmp_path / "wear.toml"
+    task.write_text(task.read_text().replace("length = 4", "length = 5"))
+    with pytest.raises(UserError, match="window: changed since"):
+        await Service(load_federation(plant.config), plant.state).run()
+
+
+async def test_status_command(tmp_path: Path) -> None:
+    plant = Plant(tmp_path, "mqtt://127.0.0.1:1")
+    async with plant.service():
+        await until(lambda: (plant.state / "status.json").exists())
+        command = [sys.executable, "-m", "broker.cli", "status", "--state", str(plant.state)]
+        for extra in ([], ["--json"]):
+            child = await asyncio.create_subprocess_exec(*command, *extra, stdout=asyncio.subprocess.PIPE)
+            out, _ = await child.communicate()
+            assert child.returncode == 0
+            assert b"wear" in out
+        assert json.loads(out)["running"]
+    mode = os.stat(plant.state / "journal.db").st_mode & 0o777
+    assert mode == 0o600

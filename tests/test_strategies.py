@@ -1,0 +1,107 @@
+"""One suite over every strategy there is: what a mean must be, whatever else a rule does."""
+
+import tracemalloc
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from broker.aggregate import dump_state, load_state, next_model, strategy, strategy_names
+from models import codec
+from models.delta import Vector
+
+NAMES = strategy_names()
+updates_strategy = st.lists(
+    st.tuples(st.lists(st.floats(-10, 10, width=32), min_size=3, max_size=3), st.integers(1, 10_000)),
+    min_size=1,
+    max_size=8,
+)
+
+
+def as_updates(rows: list[tuple[list[float], int]]) -> list[tuple[Vector, int]]:
+    return [(np.array(values, np.float32), samples) for values, samples in rows]
+
+
+def test_there_is_one() -> None:
+    assert "fedavg" in NAMES
+    with pytest.raises(KeyError):
+        strategy("../fedavg")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(rows=updates_strategy, data=st.data())
+def test_order_does_not_matter(name: str, rows: list[tuple[list[float], int]], data: st.DataObject) -> None:
+    updates = as_updates(rows)
+    mixed = data.draw(st.permutations(updates))
+    _, one = strategy(name)({}, iter(updates), momentum=0.0)
+    _, other = strategy(name)({}, iter(mixed), momentum=0.0)
+    assert np.allclose(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(row=updates_strategy.map(lambda rows: rows[:1]))
+def test_one_gateway_is_its_delta(name: str, row: list[tuple[list[float], int]]) -> None:
+    ((delta, samples),) = as_updates(row)
+    state, out = strategy(name)({}, iter([(delta, samples)]), momentum=0.0)
+    assert out.dtype == np.float32
+    assert np.array_equal(out, delta)
+    assert dict(state) == {}
+
+
+def test_fedavg_weights_by_samples() -> None:
+    updates = as_updates([([0, 0, 1], 100), ([4, 0, 1], 300)])
+    _, out = strategy("fedavg")({}, iter(updates), momentum=0.0)
+    assert out.tolist() == [3.0, 0.0, 1.0]
+
+
+def test_fedavg_momentum_is_kept_in_the_state() -> None:
+    state, velocity = {}, np.zeros(3)
+    for i in range(4):
+        delta = np.array([1, i, -i], np.float32)
+        velocity = 0.5 * velocity + delta
+        state, out = strategy("fedavg")(state, iter([(delta, 7)]), momentum=0.5)
+        state = load_state(dump_state(state))
+        assert np.allclose(out, velocity)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_update_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="no update"):
+        strategy(name)({}, iter([]), momentum=0.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_does_not_grow_with_gateways(name: str) -> None:
+    size = 50_000
+
+    def many(count: int) -> Iterator[tuple[Vector, int]]:
+        for i in range(count):
+            yield np.full(size, i, np.float32), 1
+
+    peaks = []
+    for count in (3, 200):
+        tracemalloc.start()
+        strategy(name)({}, many(count), momentum=0.0)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + size * 4
+
+
+@settings(max_examples=20)
+@given(st.lists(st.booleans(), min_size=4, max_size=20).filter(any))
+def test_next_model_leaves_personal_values_alone(shared: list[bool]) -> None:
+    mask = np.array(shared)
+    base = np.arange(mask.size, dtype=np.float32)
+    payload = codec.encode(np.full(mask.sum(), 2, np.float32), 32).data
+    state, vector = next_model("fedavg", b"", base, mask, iter([(payload, 5), (payload, 1)]), momentum=0.0)
+    assert state == b""
+    assert np.array_equal(vector, base + np.where(mask, 2, 0))
+
+
+def test_next_model_refuses_an_overflow() -> None:
+    base = np.full(2, 3e38, np.float32)
+    payload = codec.encode(base, 32).data
+    with np.errstate(over="ignore"), pytest.raises(ValueError, match="infinity"):
+        next_model("fedavg", b"", base, np.ones(2, np.bool_), iter([(payload, 1)]), momentum=0.0)
