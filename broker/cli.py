@@ -47,6 +47,8 @@ def run_command(args: argparse.Namespace) -> int:
     config = load_federation(_config_path(args))
     level = logging.DEBUG if args.verbose else logging.INFO
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if args.verbose:
+        logging.getLogger().setLevel(level)  # whoever called may have set logging up already
     from broker.service import Service  # noqa: PLC0415 - the other commands need none of it
 
     asyncio.run(_serve(Service(config, _state(args, config))))

@@ -6,6 +6,7 @@ for. The folder is 0700 and the file 0600, because the aggregator's private key 
 """
 
 import contextlib
+import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -73,6 +74,7 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "journal.db"
+        self._lock: int | None = None
         with _blame_disk(self.path):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)
@@ -81,9 +83,23 @@ class Journal:
             self._db = sqlite3.connect(self.path, isolation_level=None)
             self._prepare()
 
+    def claim(self) -> None:
+        """Be the one aggregator of this folder until closed; LocalError when there is another."""
+        path = self.path.with_name("lock")
+        with _blame_disk(path):
+            self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                problem = "another aggregator runs with this state; stop it, or choose another --state"
+                raise LocalError(f"{path}: {problem}") from error
+
     def close(self) -> None:
         """Close the file; the journal can't be used afterwards."""
         self._db.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:

@@ -94,6 +94,7 @@ class Link:
         self._lost = False
         self._stopped = False
         self._connection = 0
+        self._max_packet: int | None = None
         self._silence: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[object]] = set()
 
@@ -134,10 +135,15 @@ class Link:
             self._client.unsubscribe(old)
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> bool:
-        """Hand a message to the network thread; False when not connected or when the queue is full."""
+        """Hand a message to the network thread; False when offline, full, or too large for the broker."""
         full = len(self._sent) >= OUTBOUND_MESSAGES or sum(self._sent.values()) + len(payload) > OUTBOUND_BYTES
         if not self.connected or full:
             self.counters["publish-full" if full else "publish-offline"] += 1
+            return False
+        if self._max_packet and len(payload) + _OVERHEAD > self._max_packet:
+            # An MQTT 5 broker would end the connection over it, again and again.
+            self.counters["publish-large"] += 1
+            self._fault(f"{len(payload)} bytes are too large for the broker", "raise its max_packet_size to 256 KiB")
             return False
         info = self._client.publish(topic, payload, qos=qos, retain=retain)
         if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
@@ -176,6 +182,7 @@ class Link:
         if self._will:
             client.will_set(self._will[0], self._will[1], qos=1, retain=True)
         client.max_inflight_messages_set(RECEIVE_MAXIMUM)
+        client.max_queued_messages_set(OUTBOUND_MESSAGES)
         client.reconnect_delay_set(*RECONNECT_S)
         client.on_socket_open = self._socket_open
         client.on_connect = self._connack
@@ -207,12 +214,12 @@ class Link:
     def _socket_open(self, client: paho.Client, _userdata: Any, _socket: Any) -> None:
         self._hand(client, self._listen)
 
-    def _connack(self, client: paho.Client, _u: Any, _flags: Any, reason: ReasonCode, _p: Any) -> None:
+    def _connack(self, client: paho.Client, _u: Any, _flags: Any, reason: ReasonCode, properties: Any) -> None:
         if reason.is_failure:
             self._hand(client, self._refused, reason.value, str(reason))
         else:
             self._connection += 1
-            self._hand(client, self._up)
+            self._hand(client, self._up, getattr(properties, "MaximumPacketSize", None))
 
     def _connect_fail(self, client: paho.Client, _userdata: Any) -> None:
         # paho calls this while it handles the exception, and hands it to nobody.
@@ -262,8 +269,9 @@ class Link:
             self._silence.cancel()
             self._silence = None
 
-    def _up(self) -> None:
+    def _up(self, max_packet: int | None) -> None:
         self._hush()
+        self._max_packet = max_packet
         self.connected, self.error = True, ""
         self._sent.clear()
         self.counters["connections"] += 1

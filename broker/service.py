@@ -70,6 +70,7 @@ class Service:
         """Serve until stopped; UserError for a task that can't be served, LocalError when the disk refuses."""
         self._journal = Journal(self._state)
         try:
+            self._journal.claim()
             for file in self._config.tasks:
                 await ensure_model(self._journal, file, self._clock())
                 self._jobs[file.task.name] = load_job(self._journal, file)
@@ -221,7 +222,7 @@ class Service:
         count = self._refusals[reason]
         # A flood of refusals must not become a flood of log lines.
         if count <= _LOUD or count % 1000 == 0:
-            log.warning("refused (%s, %d so far) %r: %s", reason, count, topic[:400], detail[:400])
+            log.warning("refused (%s, %d so far) %r: %r", reason, count, topic[:400], detail[:400])
 
     def _tell(self, job: Job, event: rounds.Event, now_ms: int) -> None:
         self._act(job, job.federation.handle(event, now_ms), now_ms)

@@ -77,11 +77,18 @@ class Settled:
 
 
 @dataclass(frozen=True)
+class Unable:
+    """This gateway can't train the task, whatever its data: wired wrongly, or no target. Empty: it can after all."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Reconnected:
     """The broker is there again; what we said may not have arrived."""
 
 
-Event = PlanSeen | ModelStored | WindowsReady | Trained | TrainingFailed | Settled | Reconnected
+Event = PlanSeen | ModelStored | WindowsReady | Trained | TrainingFailed | Settled | Unable | Reconnected
 
 
 @dataclass(frozen=True)
@@ -227,6 +234,13 @@ class Participant:
             self.state = State.IDLE
         return []
 
+    def on_unable(self, event: Unable) -> list[Action]:
+        """Decline a round that is under way; the next plan meets the reason at once."""
+        self.can_train = event.reason
+        if not event.reason or self.state not in {State.FETCHING, State.WAITING}:
+            return []
+        return self._decline("training", event.reason)
+
     def on_again(self, _event: Reconnected) -> list[Action]:
         """Repeat the answer: the aggregator may not have heard it."""
         return [self.answer] if self.answer and self.plan and self.plan.state == "open" else []
@@ -238,6 +252,7 @@ _ANY: dict[type[Event], _Step] = {
     ModelStored: Participant.on_model,
     WindowsReady: Participant.on_windows,
     Settled: Participant.on_settled,
+    Unable: Participant.on_unable,
     Reconnected: Participant.on_again,
 }
 TRANSITIONS: dict[tuple[State, type[Event]], _Step] = {

@@ -267,12 +267,13 @@ class Runner:
             wiring = wire(task, self.table, self.shop.config.tags, self.shop.config.file)
         except UserError as error:
             self.problem = str(error)
-            self.participant.can_train = str(error)[:400]
+            self._do(self.participant.handle(p.Unable(str(error)[:400])))
             log.error("%s: %s", self.name, error)
             return
         self.problem = ""
         self.participant.min_windows = task.training.min_windows
-        self.participant.can_train = "" if wiring.target or task.kind == "anomaly" else "no target tag is wired"
+        unable = "" if wiring.target or task.kind == "anomaly" else "no target tag is wired"
+        self._do(self.participant.handle(p.Unable(unable)))
         if self.live is None or self.live.task != task:
             lag = int(seconds(self.table.max_lag) * 1e9)
             scale = self.memory.keep_scale

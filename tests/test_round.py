@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker import federation, round
+from broker import federation
+from broker import round as rounds
 from broker.federation import Aggregated, Answered, Born, Connected, Died, Federation, Finish, Open, Past, Rules, Tick
 from broker.round import Action, Close, Extend, Outcome, Round
 from models.errors import LocalError
@@ -24,19 +25,19 @@ def words(actions: list[Action]) -> list[str]:
     return [a.word if isinstance(a, Outcome) else type(a).__name__ for a in actions]
 
 
-def feed(r: Round, *events: round.Event, now: int = 1) -> list[str]:
+def feed(r: Round, *events: rounds.Event, now: int = 1) -> list[str]:
     return words([action for event in events for action in r.handle(event, now)])
 
 
-def submit(path: str, digest: bytes = D[0], base: int = 0) -> round.Submitted:
-    return round.Submitted(path, base, digest)
+def submit(path: str, digest: bytes = D[0], base: int = 0) -> rounds.Submitted:
+    return rounds.Submitted(path, base, digest)
 
 
 def test_every_transition_stands_in_the_table() -> None:
-    events = [round.Arrived, round.Left, round.Declined, round.Joined, round.Submitted, round.Held, round.Tick]
-    assert round.TRANSITIONS.keys() == set(itertools.product(round.State, events))
+    events = [rounds.Arrived, rounds.Left, rounds.Declined, rounds.Joined, rounds.Submitted, rounds.Held, rounds.Tick]
+    assert rounds.TRANSITIONS.keys() == set(itertools.product(rounds.State, events))
     with pytest.raises(LocalError, match="knows no Event"):
-        sync().handle(round.Event(), 0)
+        sync().handle(rounds.Event(), 0)
     more = [Born, Died, Answered, federation.Submitted, Connected, Tick]
     pairs = {*itertools.product(federation.State, more), (federation.State.CLOSING, Aggregated)}
     assert federation.TRANSITIONS.keys() == pairs
@@ -65,89 +66,89 @@ def test_refuses_another_base() -> None:
 
 def test_needs_the_quorum_however_few_are_expected() -> None:
     r = sync("a", minimum=2)
-    assert feed(r, submit("a"), round.Tick()) == ["counted"]
+    assert feed(r, submit("a"), rounds.Tick()) == ["counted"]
     assert feed(r, submit("b")) == ["counted", "Close"]
 
 
 def test_who_declines_dies_or_returns() -> None:
     r = sync("abcd")
-    feed(r, submit("a"), submit("b"), round.Declined("c"))
+    feed(r, submit("a"), submit("b"), rounds.Declined("c"))
     assert r.waiting_for == {"d"}
-    assert feed(r, round.Arrived("e"), round.Left("d")) == []
+    assert feed(r, rounds.Arrived("e"), rounds.Left("d")) == []
     assert r.waiting_for == {"e"}
-    assert feed(r, round.Arrived("d"), round.Left("e")) == []
-    assert feed(r, round.Arrived("c"), submit("d")) == ["counted", "Close"]
+    assert feed(r, rounds.Arrived("d"), rounds.Left("e")) == []
+    assert feed(r, rounds.Arrived("c"), submit("d")) == ["counted", "Close"]
 
 
 def test_a_restart_or_a_change_of_mind_undoes_a_decline() -> None:
-    for event in (round.Arrived("c", restarted=True), round.Joined("c")):
+    for event in (rounds.Arrived("c", restarted=True), rounds.Joined("c")):
         r = sync()
-        assert feed(r, submit("a"), round.Declined("c"), event, submit("b")) == ["counted", "counted"]
+        assert feed(r, submit("a"), rounds.Declined("c"), event, submit("b")) == ["counted", "counted"]
         assert r.waiting_for == {"c"}
 
 
 def test_the_last_decline_closes() -> None:
     r = sync()
-    assert feed(r, submit("a"), submit("b"), round.Declined("c")) == ["counted", "counted", "Close"]
+    assert feed(r, submit("a"), submit("b"), rounds.Declined("c")) == ["counted", "counted", "Close"]
 
 
 def test_the_deadline_closes_or_moves_on() -> None:
     r = sync()
     assert feed(r, submit("a"), now=50) == ["counted"]
-    assert feed(r, round.Tick(), now=99) == []
-    assert r.handle(round.Tick(), 120) == [Extend(1, 220)]
-    assert feed(r, round.Tick(), now=219) == []
-    assert r.handle(round.Tick(), 220) == [Extend(1, 320)]
+    assert feed(r, rounds.Tick(), now=99) == []
+    assert r.handle(rounds.Tick(), 120) == [Extend(1, 220)]
+    assert feed(r, rounds.Tick(), now=219) == []
+    assert r.handle(rounds.Tick(), 220) == [Extend(1, 320)]
     assert feed(r, submit("a"), submit("b"), now=300) == ["duplicate", "counted"]
-    assert r.handle(round.Tick(), 320) == [Close(1, 0)]
+    assert r.handle(rounds.Tick(), 320) == [Close(1, 0)]
 
 
 def test_a_held_round_does_not_close() -> None:
-    r = sync("", minimum=1, counted={"a": D[0]}, hold_ms=round.FOREVER_MS)
-    assert feed(r, round.Tick(), now=10**9) == []
-    assert feed(r, round.Held(10**9 + 5), round.Tick(), now=10**9) == []
-    assert feed(r, round.Tick(), now=10**9 + 5) == ["Close"]
+    r = sync("", minimum=1, counted={"a": D[0]}, hold_ms=rounds.FOREVER_MS)
+    assert feed(r, rounds.Tick(), now=10**9) == []
+    assert feed(r, rounds.Held(10**9 + 5), rounds.Tick(), now=10**9) == []
+    assert feed(r, rounds.Tick(), now=10**9 + 5) == ["Close"]
 
 
 events = st.one_of(
-    st.builds(round.Arrived, st.sampled_from("abcd"), st.booleans()),
-    st.builds(round.Left, st.sampled_from("abcd")),
-    st.builds(round.Declined, st.sampled_from("abcd")),
-    st.builds(round.Joined, st.sampled_from("abcd")),
-    st.builds(round.Submitted, st.sampled_from("abcd"), st.integers(0, 1), st.sampled_from(D)),
-    st.just(round.Tick()),
+    st.builds(rounds.Arrived, st.sampled_from("abcd"), st.booleans()),
+    st.builds(rounds.Left, st.sampled_from("abcd")),
+    st.builds(rounds.Declined, st.sampled_from("abcd")),
+    st.builds(rounds.Joined, st.sampled_from("abcd")),
+    st.builds(rounds.Submitted, st.sampled_from("abcd"), st.integers(0, 1), st.sampled_from(D)),
+    st.just(rounds.Tick()),
 )
 
 
 @settings(max_examples=300)
 @given(st.lists(st.tuples(events, st.integers(0, 60)), max_size=60), st.integers(1, 4))
-def test_whatever_happens(script: list[tuple[round.Event, int]], minimum: int) -> None:
+def test_whatever_happens(script: list[tuple[rounds.Event, int]], minimum: int) -> None:
     """No gateway is counted twice, nothing counted is lost, a round closes once and never below its quorum."""
     r, now, counted, closes = sync(minimum=minimum), 0, [], 0
     for event, step in script:
         now += step
         for action in r.handle(event, now):
-            if isinstance(action, Outcome) and action.word == round.COUNTED:
+            if isinstance(action, Outcome) and action.word == rounds.COUNTED:
                 assert closes == 0
                 counted.append(action.path)
             closes += isinstance(action, Close)
     assert len(counted) == len(set(counted))
     assert set(counted) == r.counted.keys()
-    assert closes == (r.state is round.State.CLOSED) <= 1
+    assert closes == (r.state is rounds.State.CLOSED) <= 1
     assert not closes or len(counted) >= minimum
 
 
 @settings(max_examples=200)
 @given(st.lists(st.tuples(events, st.integers(0, 60)), max_size=40), st.integers(0, 40))
-def test_a_restart_changes_no_outcome(script: list[tuple[round.Event, int]], crash_at: int) -> None:
+def test_a_restart_changes_no_outcome(script: list[tuple[rounds.Event, int]], crash_at: int) -> None:
     """A round rebuilt from what was counted gives every later update the same outcome."""
     r, twin, now = sync(minimum=5), None, 0
     for i, (event, step) in enumerate(script):
         now += step
         if i == crash_at:
-            twin = sync(minimum=5, counted=r.counted, hold_ms=round.FOREVER_MS)
+            twin = sync(minimum=5, counted=r.counted, hold_ms=rounds.FOREVER_MS)
         mine = r.handle(event, now)
-        if twin and isinstance(event, round.Submitted):
+        if twin and isinstance(event, rounds.Submitted):
             assert twin.handle(event, now) == mine
 
 
@@ -158,7 +159,7 @@ def fed(minimum: int = 2, every: int = HOUR, rounds: int | None = None, past: Pa
     return Federation(Rules(minimum, 100, every, rounds), version=past.base if past else 0, past=past)
 
 
-def tell(f: Federation, *happened: round.Event, now: int = 0) -> list[Action]:
+def tell(f: Federation, *happened: rounds.Event, now: int = 0) -> list[Action]:
     return [action for event in happened for action in f.handle(event, now)]
 
 

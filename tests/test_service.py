@@ -3,18 +3,22 @@
 import asyncio
 import hashlib
 import json
-import os
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import cbor2
+import cwt
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from broker import ledger, topics
+from broker import intake, ledger, topics
 from broker.config import load_federation
 from broker.genesis import put_first_model
 from broker.journal import Journal
@@ -36,7 +40,7 @@ from broker.messages import (
 from broker.service import Service
 from models import codec
 from models.delta import Layout, Vector
-from models.errors import UserError
+from models.errors import PeerError, UserError
 from models.spec import load_task
 from tests.brokers import BROKERS, BrokerProcess, mosquitto_path
 
@@ -74,7 +78,7 @@ def broker(request: pytest.FixtureRequest) -> Iterator[BrokerProcess]:
 
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(WAIT_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - what is waited for is another process
             await asyncio.sleep(0.02)
 
 
@@ -114,8 +118,12 @@ class Plant:
         with (self.state / "log").open("ab") as out:
             return await asyncio.create_subprocess_exec(*command, stderr=out)
 
-    def status(self) -> dict:
-        return json.loads((self.state / "status.json").read_text())
+    def has_status(self) -> bool:
+        return (self.state / "status.json").exists()
+
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = json.loads((self.state / "status.json").read_text())
+        return status
 
 
 class Gateway:
@@ -187,6 +195,11 @@ class Gateway:
         assert manifest.weights.size == vector.nbytes
         return vector
 
+    def weights(self) -> Vector:
+        vector = self.model()
+        assert vector is not None
+        return vector
+
     def answer(self, number: int, verdict: str) -> None:
         topic = topics.Uplink(self.path, "wear", "answer").topic
         code, reason = ("", "") if verdict == "joined" else ("too-few", "not enough windows")
@@ -209,8 +222,7 @@ async def gateways(url: str, count: int = 3) -> AsyncIterator[list[Gateway]]:
     try:
         yield there
     finally:
-        for g in there:
-            await g.link.stop()
+        await asyncio.gather(*(g.link.stop() for g in there))
 
 
 async def open_plan(there: list[Gateway], number: int = 1) -> Plan:
@@ -230,7 +242,7 @@ async def test_a_full_round(broker: BrokerProcess, tmp_path: Path) -> None:
         plan = await open_plan(there)
         assert (plan.round, plan.base, plan.min_gateways) == (1, 0, 3)
         await until(lambda: all(g.model() is not None for g in there))
-        assert np.array_equal(there[0].model(), plant.first)
+        assert np.array_equal(there[0].weights(), plant.first)
         manifest = there[0].manifest()
         assert manifest
         graph = there[0].heard[topics.Chunk("press", "wear", 0, "graph0").topic][-1]
@@ -246,7 +258,7 @@ async def test_a_full_round(broker: BrokerProcess, tmp_path: Path) -> None:
         await until(lambda: all((m := g.manifest()) and m.version == 1 and g.model() is not None for g in there))
         expected = plant.first.copy()
         expected[:SHARED] += np.float32((1 * 100 + 2 * 200 + 3 * 300) / 600)
-        assert np.allclose(there[0].model(), expected, rtol=1e-6)
+        assert np.allclose(there[0].weights(), expected, rtol=1e-6)
         manifest = there[0].manifest()
         assert manifest
         assert (manifest.gateways, manifest.samples) == (3, 600)
@@ -273,7 +285,7 @@ async def test_who_declines_or_dies_is_not_waited_for(broker: BrokerProcess, tmp
         await until(lambda: all(g.link.connected for g in there))
         async with plant.service():
             plan = await open_plan(there)
-            await until(lambda: (plant.state / "status.json").exists())
+            await until(plant.has_status)
             await until(lambda: len(plant.status()["tasks"]["wear"]["gateways"]) == 3)
             there[0].answer(1, "declined")
             gone = there[1]
@@ -305,7 +317,7 @@ async def test_kill_9_after_one_counted_update(broker: BrokerProcess, tmp_path: 
             assert there[0].outcomes() == ["counted", "duplicate"]
             await until(lambda: there[1].outcomes() == ["counted"] and there[2].outcomes() == ["counted"])
             await until(lambda: there[0].model() is not None and there[0].manifest().version == 1)  # type: ignore[union-attr]
-            assert np.allclose(there[0].model()[:SHARED], plant.first[:SHARED] + 2)  # type: ignore[index]
+            assert np.allclose(there[0].weights()[:SHARED], plant.first[:SHARED] + 2)
         finally:
             process.send_signal(signal.SIGTERM)
             assert await process.wait() == 0
@@ -387,6 +399,51 @@ async def test_hostile_messages_are_counted_and_nothing_stops(broker: BrokerProc
     journal.close()
 
 
+CELL = "acme/lyon/press/line4/cell0"
+KNOWN = Signer.from_bytes(bytes(range(32)))
+cbor_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.binary(max_size=60),
+    lambda inner: st.lists(inner, max_size=8) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=12,
+)
+fields = st.tuples(
+    st.sampled_from(["birth", "death", "answer", "update", "plan", "x"]), st.integers(0, 2), cbor_values, cbor_values
+)
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Journal, intake.Intake]]:
+    plant = Plant(tmp_path_factory.mktemp("intake"), "mqtt://127.0.0.1:1")
+    config, journal = load_federation(plant.config), Journal(plant.state)
+    with journal.transaction():
+        journal.add_to_roster(CELL, KNOWN.public_key, 1, "enrolled")
+    yield journal, intake.Intake(config, journal, {"wear": intake.Wanted(config.tasks[0].task, SHARED)})
+    journal.close()
+
+
+@given(
+    st.sampled_from(["_fl/status", "_fl/wear/update", "_fl/wear/answer", "_fl/wear/x", "_fl/no/update", "_raw/x"]),
+    st.one_of(cbor_values, fields, st.lists(cbor_values, max_size=9).map(lambda rest: ["update", 1, *rest])),
+    st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_whatever_is_sent_is_heard_or_refused(
+    reader: tuple[Journal, intake.Intake],
+    tail: str,
+    content: Any,
+    signed: bool,  # noqa: FBT001
+) -> None:
+    """Even what an enrolled gateway signs can only be a message or a refusal."""
+    topic, payload = f"{CELL}/{tail}", cbor2.dumps(content)
+    if signed:
+        payload = cwt.COSE.new(alg_auto_inclusion=True).encode(payload, KNOWN._cose, external_aad=topic.encode())
+    try:
+        heard = reader[1].read(Inbound(topic, payload, retain=False, qos=1, mid=1), 1)
+    except PeerError:
+        heard = None
+    assert heard is None or signed
+
+
 async def test_enrolled_gateways_alone_take_part(tmp_path: Path) -> None:
     with BrokerProcess("amqtt") as broker:
         plant = Plant(tmp_path, broker.url, min_gateways=1, join="enrolled")
@@ -422,7 +479,7 @@ async def test_a_changed_net_needs_a_new_name(tmp_path: Path) -> None:
 async def test_status_command(tmp_path: Path) -> None:
     plant = Plant(tmp_path, "mqtt://127.0.0.1:1")
     async with plant.service():
-        await until(lambda: (plant.state / "status.json").exists())
+        await until(plant.has_status)
         command = [sys.executable, "-m", "broker.cli", "status", "--state", str(plant.state)]
         for extra in ([], ["--json"]):
             child = await asyncio.create_subprocess_exec(*command, *extra, stdout=asyncio.subprocess.PIPE)
@@ -430,5 +487,5 @@ async def test_status_command(tmp_path: Path) -> None:
             assert child.returncode == 0
             assert b"wear" in out
         assert json.loads(out)["running"]
-    mode = os.stat(plant.state / "journal.db").st_mode & 0o777
+    mode = (plant.state / "journal.db").stat().st_mode & 0o777
     assert mode == 0o600

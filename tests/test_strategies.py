@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.aggregate import dump_state, load_state, next_model, strategy, strategy_names
+from broker.aggregate import State, dump_state, load_state, next_model, strategy, strategy_names
 from models import codec
 from models.delta import Vector
 
@@ -57,7 +57,8 @@ def test_fedavg_weights_by_samples() -> None:
 
 
 def test_fedavg_momentum_is_kept_in_the_state() -> None:
-    state, velocity = {}, np.zeros(3)
+    state: State = {}
+    velocity = np.zeros(3)
     for i in range(4):
         delta = np.array([1, i, -i], np.float32)
         velocity = 0.5 * velocity + delta

@@ -104,7 +104,7 @@ class Block(NamedTuple):
 class Spot(Point):
     """One tag, and where and how it is read."""
 
-    __slots__ = ("address", "at", "count", "kind", "period_s")
+    __slots__ = ("address", "at", "count", "kind", "period_s", "read_ns")
 
     def __init__(self, tag: Tag, base: int, poll_ms: int) -> None:
         super().__init__(tag)
@@ -113,6 +113,7 @@ class Spot(Point):
         self.at = self.address.at
         self.count = self.kind.registers
         self.period_s = (tag.sampling_ms or poll_ms) / 1000
+        self.read_ns = 0
 
 
 class _Refused(NamedTuple):
@@ -204,8 +205,9 @@ class Driver(Reader[Spot]):
         samples = []
         for spot in spots:
             if spot in found:
-                was = spot.latest_ns, spot.last
+                was = spot.read_ns, spot.last
                 sample = spot.take(found[spot], time_ns, Quality.GOOD)
+                spot.read_ns = time_ns
                 # Polled twice within one tick of the device's clock: nothing new.
                 if sample is not None and was != (time_ns, sample.value):
                     samples.append(sample)

@@ -54,6 +54,8 @@ _FILTER_REFUSED = {
     StatusCodes.BadMonitoredItemFilterUnsupported,
     StatusCodes.BadFilterNotAllowed,
 }
+_NUMBER = (float, int)  # bool is an int
+_BAD = Quality.BAD
 _QUALITY = (Quality.GOOD, Quality.UNCERTAIN, Quality.BAD, Quality.BAD)  # by a status code's two severity bits
 
 
@@ -272,10 +274,10 @@ class Driver(Reader[_Item]):
 
 def _sample(item: _Item, raw: object, time_ns: int, quality: Quality) -> Sample | None:
     """Make a sample of one value; None within the deadband, BAD for what is no value of that tag."""
-    if quality is not Quality.BAD:
+    if quality is not _BAD:
         if item.width:
             return _wave(item, raw, time_ns, quality)
-        if isinstance(raw, float | int):
+        if isinstance(raw, _NUMBER):
             return item.take(raw, time_ns, quality)
         if isinstance(raw, ua.LocalizedText):
             raw = raw.Text
@@ -289,7 +291,7 @@ def _sample(item: _Item, raw: object, time_ns: int, quality: Quality) -> Sample 
 def _wave(item: _Item, raw: object, time_ns: int, quality: Quality) -> Sample:
     """Make a waveform sample: float32 (width,); BAD for an array of another length or not of finite numbers."""
     item.latest_ns = max(item.latest_ns, time_ns)
-    if not isinstance(raw, list) or len(raw) != item.width or not isinstance(raw[0], float | int):
+    if not isinstance(raw, list) or len(raw) != item.width or not isinstance(raw[0], _NUMBER):
         return item.bad(time_ns)
     wave = np.array(raw, np.float32)
     if not item.plain:

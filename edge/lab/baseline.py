@@ -10,47 +10,40 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from edge.dataset import Dataset
 from edge.infer import Scorer
+from edge.lab.figures import Comparison, Plant
 from edge.memory import Memory
 from edge.store import State
-from edge.train import Job
 from edge.trainer import stored_dataset
 from models.delta import Layout, Vector
 from models.errors import LocalError
+from models.evaluate import auroc
 from models.fit import fit
 from models.scale import Scale
 from models.spec import Task, parse_task
 
 
-class Plant(msgspec.Struct, frozen=True, kw_only=True):
-    """One plant: its gateway's training job as a file of the lab, and its test set (npz: x, y)."""
-
-    name: str
-    job: Job
-    test: str
-
-
-class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """What to compare: plants, passes over the data, the global models' weights by version (npz), the graph."""
-
-    plants: tuple[Plant, ...]
-    passes: int
-    models: str
-    seed: int
-
-
 def _load(plant: Plant, task: Task) -> tuple[Dataset, Dataset, Scale]:
     train, _ = stored_dataset(task, plant.job)
     with np.load(plant.test, allow_pickle=False) as z:
-        test = Dataset(z["x"], None if task.kind == "anomaly" else z["y"].astype(np.float32))
+        test = Dataset(z["x"], z["y"].astype(np.float32))
     state = State(Path(plant.job.store))
     scale = Memory(state, task.name).scale()
     state.close()
     if scale is None:
         raise LocalError(f"{plant.name} has not trained")
     return train, test, scale
+
+
+def _worth(scorer: Scorer, test: Dataset) -> float:
+    """The task's metric; for anomaly the AUROC of the error against the labels that only the test has."""
+    if scorer.task.kind != "anomaly" or test.y is None:
+        return scorer.metric(test)
+    inputs = np.nan_to_num(scorer.scale.inputs(scorer.task, test.x)).reshape(len(test), -1)
+    return auroc(test.y, ((scorer.outputs(test.x) - inputs) ** 2).mean(1))
 
 
 def compare(c: Comparison) -> dict[str, object]:
@@ -62,13 +55,10 @@ def compare(c: Comparison) -> dict[str, object]:
         graph, versions, vectors = z["graph"].tobytes(), z["versions"].tolist(), z["vectors"]
 
     def judge(vector: Vector) -> list[float]:
-        out = []
-        for _, test, scale in plants:
-            scorer = Scorer.build(task, 0, graph, layout, vector, scale)
-            out.append(scorer.metric(test))
-        return out
+        scorers = [Scorer.build(task, 0, graph, layout, vector, scale) for _, _, scale in plants]
+        return [_worth(scorer, test) for scorer, (_, test, _) in zip(scorers, plants, strict=True)]
 
-    def learn(x: list[np.ndarray], y: list[np.ndarray]) -> Vector:
+    def learn(x: list[NDArray[np.float32]], y: list[NDArray[np.float32]]) -> Vector:
         inputs = np.concatenate(x)
         targets = np.concatenate(y) if y else None
         steps = c.passes * max(1, len(inputs) // min(task.training.batch, len(inputs)))

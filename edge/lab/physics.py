@@ -10,8 +10,8 @@ of the shaft's speed (Randall and Antoni, "Rolling element bearing diagnostics: 
 
 A spall is struck at one of these rates (a ball's on either race, so twice a spin), with some slip. Each stroke rings a
 structural resonance; the inner race carries its spall through the load zone once a turn, the ball once a turn of the
-cage. Every row is what a condition monitor would report of a 50 ms snapshot: RMS, crest factor and the lines of the
-envelope spectrum at the bearing's rates.
+cage. Every row is what a condition monitor would report of a 50 ms snapshot: RMS, crest factor and the levels
+of the envelope spectrum's lines at the bearing's rates.
 
 A life is time-lapsed to seconds: a new bearing (serial + 1) runs well, a fault begins at some age and grows
 exponentially, the machine stops for a repair. Which fault, how fast, how loud and how warm is the plant's own.
@@ -44,6 +44,7 @@ SAMPLE_HZ = 10_240.0
 _LEAD = 96  # samples before the snapshot, so that it may begin amid a ringing
 _SIZE = 1024  # of the transforms
 _THRESHOLD = 0.15  # the severity from which a fault is called one
+_LEAST_G = 1e-3  # what the envelope's levels are relative to
 _STILL_RPM = 30.0  # below it the drive is off
 _BAND_HZ = (1_500.0, 4_800.0)  # of the envelope's band-pass
 
@@ -131,8 +132,8 @@ def _plant(number: int) -> _Plant:
             strict=True,
         )
     )
-    kinds = [0.05, 0.05, 0.05]
-    kinds[number % 3] = 0.9
+    kinds = [0.07, 0.07, 0.07]
+    kinds[number % 3] = 0.86
     return _Plant(
         geometry=_GEOMETRIES[number % len(_GEOMETRIES)],
         regimes=regimes,
@@ -288,7 +289,7 @@ class Spindle:
         )
 
     def _lines(self, wave: Array, shaft_hz: float) -> tuple[float, float, float]:
-        """Return the envelope's lines at BPFO, BPFI and BSF, each with its second harmonic, in g."""
+        """Return the envelope's lines at BPFO, BPFI and BSF, each with its second harmonic, in dB over 1 mg."""
         spectrum = np.fft.rfft(wave, _SIZE) * self._band
         full = np.zeros(_SIZE, np.complex128)
         full[: len(spectrum)] = 2 * spectrum
@@ -297,7 +298,8 @@ class Spindle:
         magnitude = np.abs(np.fft.rfft(envelope * _HANN, 2 * _SIZE)) * (4 / SNAPSHOT)
         at = np.array([order * shaft_hz for order in self.orders[:3]]) * (2 * _SIZE / SAMPLE_HZ)
         found = np.interp(np.concatenate((at, 2 * at)), np.arange(len(magnitude)), magnitude)
-        return float(found[0] + found[3]), float(found[1] + found[4]), float(found[2] + found[5])
+        level = 20.0 * np.log10(np.maximum(found[:3] + found[3:], _LEAST_G) / _LEAST_G)
+        return float(level[0]), float(level[1]), float(level[2])
 
 
 _HANN = np.hanning(SNAPSHOT)

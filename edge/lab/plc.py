@@ -69,9 +69,9 @@ Spindle.BearingSerial,nsu={NAMESPACE};s=Spindle.BearingSerial,uint32,,,,,10,whic
 Spindle.Condition,nsu={NAMESPACE};s=Spindle.Condition,int32,,,,,10,"0 healthy, 1 outer, 2 inner, 3 ball"
 Spindle.VibRms,nsu={NAMESPACE};s=Spindle.VibRms,,g,,,,10,vibration of the bearing's housing
 Spindle.Crest,nsu={NAMESPACE};s=Spindle.Crest,,1,,,,10,crest factor of the vibration
-Spindle.EnvBPFO,nsu={NAMESPACE};s=Spindle.EnvBPFO,,g,,,,10,envelope line of the outer race
-Spindle.EnvBPFI,nsu={NAMESPACE};s=Spindle.EnvBPFI,,g,,,,10,envelope line of the inner race
-Spindle.EnvBSF,nsu={NAMESPACE};s=Spindle.EnvBSF,,g,,,,10,envelope line of the balls
+Spindle.EnvBPFO,nsu={NAMESPACE};s=Spindle.EnvBPFO,,dB,,,,10,envelope line of the outer race
+Spindle.EnvBPFI,nsu={NAMESPACE};s=Spindle.EnvBPFI,,dB,,,,10,envelope line of the inner race
+Spindle.EnvBSF,nsu={NAMESPACE};s=Spindle.EnvBSF,,dB,,,,10,envelope line of the balls
 Spindle.BearingTemp,nsu={NAMESPACE};s=Spindle.BearingTemp,,degC,,,,10,temperature of the bearing
 Spindle.Waveform,nsu={NAMESPACE};s=Spindle.Waveform,float32[{SNAPSHOT}],g,,,,,acceleration at 10240 Hz
 """,

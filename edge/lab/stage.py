@@ -1,5 +1,7 @@
 """A whole federation on one machine: the files a user would write, and the processes that a user would start."""
 
+import csv
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +18,16 @@ FEDERATION = "demo"
 _SPINDLE_HZ = 50.0
 _SPINDLE_WINDOW = 32
 _TEST_WINDOWS = 400
-_UNITS = {
-    "speed_rpm": ("Drive.Speed", "rpm"),
-    "torque_pct": ("Drive.Torque", "%"),
-    "current_a": ("Drive.Current", "A"),
-    "vib_rms": ("Spindle.VibRms", "g"),
-    "crest": ("Spindle.Crest", "1"),
-    "env_bpfo": ("Spindle.EnvBPFO", "g"),
-    "env_bpfi": ("Spindle.EnvBPFI", "g"),
-    "env_bsf": ("Spindle.EnvBSF", "g"),
-    "temp_c": ("Spindle.BearingTemp", "degC"),
+_WIRES = {
+    "speed_rpm": "drive/Drive.Speed",
+    "torque_pct": "drive/Drive.Torque",
+    "current_a": "drive/Drive.Current",
+    "vib_rms": "plc/Spindle.VibRms",
+    "crest": "plc/Spindle.Crest",
+    "env_bpfo": "plc/Spindle.EnvBPFO",
+    "env_bpfi": "plc/Spindle.EnvBPFI",
+    "env_bsf": "plc/Spindle.EnvBSF",
+    "temp_c": "plc/Spindle.BearingTemp",
 }
 # Rows of recorded data played a second, by how they are served; a second of wall clock is so much source time.
 _PLAY_HZ = {"series": 60.0, "rows": 40.0, "waveform": 8.0}
@@ -87,7 +89,10 @@ bits = 8
 {rounds}"""
     layout = scenario.layout
     if layout is None:
-        signals = "".join(f'\n[[signal]]\nname = "{name}"\nunit = "{_UNITS[name][1]}"\n' for name in FEATURES)
+        rows = [row for text in tags_csv(None) for row in csv.DictReader(io.StringIO(text))]
+        units = {row["tag"]: row["unit"] for row in rows}
+        tags = {name: _WIRES[name].partition("/")[2] for name in FEATURES}
+        signals = "".join(f'\n[[signal]]\nname = "{name}"\nunit = "{units[tags[name]]}"\n' for name in FEATURES)
         return f"""name = "{scenario.task}"
 kind = "classification"
 net = "tcn"
@@ -145,15 +150,15 @@ min_windows = 60
 def _gateway_toml(scenario: Scenario, i: int, mqtt: int, opcua: int, modbus: int) -> str:
     layout, task = scenario.layout, scenario.task
     if layout is None:
-        wires = {name: ("plc" if tag.startswith("Spindle.") else "drive", tag) for name, (tag, _) in _UNITS.items()}
+        wires = _WIRES
         target, gate, segment = "Spindle.Condition", "Spindle.Running", "Spindle.BearingSerial"
         clock = ""
     else:
         first_modbus = layout.channels - layout.modbus
-        wires = {n: ("plc" if k < first_modbus else "drive", f"Data.{n}") for k, n in enumerate(layout.names)}
+        wires = {n: f"{'plc' if k < first_modbus else 'drive'}/Data.{n}" for k, n in enumerate(layout.names)}
         target, gate, segment = "Data.Target", "Data.Running", "Data.Segment"
         clock = f'clock = "{CLOCK}"\npoll_ms = 10\n'
-    signals = ", ".join(f'{name} = "{source}/{tag}"' for name, (source, tag) in wires.items())
+    signals = ", ".join(f'{name} = "{ref}"' for name, ref in wires.items())
     drive = (
         f"""
 [[source]]
