@@ -100,9 +100,12 @@ class Agent:
 
     def _pin(self, federation: str, key: bytes, how: str) -> None:
         self.shop.federation, self.shop.federation_key = federation, key
-        with self.state.transaction():
+
+        def work() -> None:
             self.state.put("federation", key + federation.encode())
             self.state.record("federation-pinned", {"federation": federation, "key": key.hex(), "how": how})
+
+        self._pinning = asyncio.ensure_future(self.state.commit(work))
         log.warning("federation %s is trusted from now on, by key %s (%s)", federation, key.hex(), how)
 
     # -- life -------------------------------------------------------------------------------------------------------
@@ -130,7 +133,7 @@ class Agent:
             self.status, self.shop.signer.seal(m.Death(m.VERSION, self.session), self.status), retain=True
         )
         await self.link.stop()
-        self._write_status(running=False)
+        self._write_status(self.snapshot() | {"running": False})
         self.samples.close()
         self.state.close()
 
@@ -177,14 +180,14 @@ class Agent:
             for runner in self.runners.values():
                 runner.tick()
             self._resend()
-            self._write_status(running=True)
+            await asyncio.to_thread(self._write_status, self.snapshot() | {"running": True})
 
     def _resend(self) -> None:
         """Send again what has no receipt: at once after a connection, then less and less often."""
         now = time.monotonic()
         if not self.link.connected or now < self._resend_at:
             return
-        waiting = self.state.outbox()
+        waiting = self.state.waiting
         if waiting and self._resend_at:
             for out in waiting:
                 if out.task in self.runners:
@@ -281,7 +284,7 @@ class Agent:
             "federation": {"name": self.shop.federation, "key": self.shop.federation_key.hex()},
             "sources": {name: asdict(driver.health) for name, driver in self.drivers.items()},
             "tasks": {name: self._task_snapshot(runner) for name, runner in self.runners.items()},
-            "outbox": len(self.state.outbox()),
+            "outbox": len(self.state.waiting),
             "samples_dropped": self.samples.dropped,
             "store_error": self.samples.error,
             "refused": dict(self.shop.refused),
@@ -301,9 +304,9 @@ class Agent:
             **(asdict(live.stats) if live else {}),
         }
 
-    def _write_status(self, *, running: bool) -> None:
+    def _write_status(self, snapshot: dict[str, object]) -> None:
         """Replace status.json in one rename, so that a reader never sees half of it."""
-        text = json.dumps(self.snapshot() | {"running": running}, default=str)
+        text = json.dumps(snapshot, default=str)
         try:
             (self.folder / "status.tmp").write_text(text)
             (self.folder / "status.tmp").rename(self.folder / STATUS_FILE)

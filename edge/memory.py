@@ -38,11 +38,10 @@ class Memory:
         return Model(manifest, task, layout, graph, np.frombuffer(vector, np.float32))
 
     def keep_model(self, model: Model, envelope: bytes) -> None:
-        """Store a verified model with the manifest that it came by."""
-        with self.state.transaction():
-            self._put("manifest", envelope)
-            self._put("graph", model.graph)
-            self._put("weights", model.vector.tobytes())
+        """Store a verified model with the manifest that it came by; the caller makes it one transaction."""
+        self._put("manifest", envelope)
+        self._put("graph", model.graph)
+        self._put("weights", model.vector.tobytes())
 
     def scoring(self) -> tuple[int, Vector] | None:
         """Version and weights of the model that scores, when that is not the newest global one."""

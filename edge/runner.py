@@ -9,7 +9,7 @@ import logging
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,9 @@ class Runner:
         self._jobs: set[asyncio.Task[None]] = set()
         self._training: asyncio.Task[None] | None = None
         self._stored_before = 0
+        # What the memory holds, at hand for the event loop.
+        self.scale, self.holdout = self.memory.scale(), self.memory.holdout()
+        self.personal = self.memory.vector("personal")
         sent = [o.round for o in shop.state.outbox() if o.task == name]
         self.participant = p.Participant(shop.config.policy, 1, handled=max([self.memory.handled(), *sent]))
 
@@ -135,14 +138,21 @@ class Runner:
 
     def on_receipt(self, receipt: m.Receipt) -> None:
         """Let the outbox go of what the aggregator has answered for."""
-        state = self.shop.state
-        with state.transaction():
-            ours = state.settle(receipt.digest)
-            if ours:
-                self.memory.keep_handled(max(receipt.round, self.memory.handled()))
-                body = {"task": self.name, "round": receipt.round, "digest": receipt.digest.hex()}
-                state.record("receipt", body | {"outcome": receipt.outcome, "detail": receipt.detail})
-        if ours:
+        if any(out.digest == receipt.digest for out in self.shop.state.waiting):
+            self._spawn(self._settle(receipt))
+
+    async def _settle(self, receipt: m.Receipt) -> None:
+        body: dict[str, object] = {"task": self.name, "round": receipt.round, "digest": receipt.digest.hex()}
+        body |= {"outcome": receipt.outcome, "detail": receipt.detail}
+
+        def work() -> bool:
+            if not self.shop.state.settle(receipt.digest):
+                return False
+            self.memory.keep_handled(max(receipt.round, self.memory.handled()))
+            self.shop.state.record("receipt", body)
+            return True
+
+        if await self.shop.state.commit(work):
             log.info("%s: round %d: %s %s", self.name, receipt.round, receipt.outcome, receipt.detail)
             self._do(self.participant.handle(p.Settled(receipt.round, receipt.outcome)))
 
@@ -164,7 +174,7 @@ class Runner:
                 case p.StopTraining() if self._training:
                     self._training.cancel()
 
-    def _spawn(self, work: Any) -> asyncio.Task[None]:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         job = asyncio.get_running_loop().create_task(work)
         self._jobs.add(job)
         job.add_done_callback(self._done)
@@ -176,12 +186,18 @@ class Runner:
             self.problem = f"{type(error).__name__}: {error}"
             log.error("%s: %s", self.name, self.problem, exc_info=error)
 
+    def _note(self, kind: str, body: dict[str, object]) -> None:
+        """Write to the ledger, soon."""
+        self._spawn(self.shop.state.commit(lambda: self.shop.state.record(kind, body)))
+
     def _answer(self, answer: p.Answer) -> None:
         if answer.verdict == "declined":
             log.warning("%s: round %d declined: %s", self.name, answer.round, answer.reason)
-            self.shop.state.record("declined", {"task": self.name, "round": answer.round, "reason": answer.reason})
+            self._note("declined", {"task": self.name, "round": answer.round, "reason": answer.reason})
         topic = Uplink(self.shop.config.path, self.name, "answer").topic
-        word = m.Answer(m.VERSION, answer.round, answer.verdict, answer.code, answer.reason[:512], _now_ms())
+        word = m.Answer(
+            m.VERSION, answer.round, answer.verdict, answer.code, answer.reason[:512], int(time.time() * 1000)
+        )
         self.shop.publish(topic, self.shop.signer.seal(word, topic))
 
     def _publish_inference(self, payload: bytes) -> None:
@@ -229,7 +245,7 @@ class Runner:
         """Put what was learnt into the outbox, with the state that belongs to it, in one commit; then send it."""
         shared = model.layout.mask(model.task.personal)
         delta = (result.vector - model.vector)[shared]
-        residual = self.memory.vector("residual")
+        residual = await self.shop.state.commit(lambda: self.memory.vector("residual"))
         if residual is not None and residual.size == delta.size:
             delta = delta + residual
         encoded = await asyncio.to_thread(codec.encode, delta, action.bits)
@@ -241,19 +257,26 @@ class Runner:
         )
         envelope = self.shop.signer.seal(update, topic)
         digest = hashlib.sha256(envelope).digest()
-        state = self.shop.state
-        with state.transaction():
-            state.send(Outgoing(digest, self.name, action.round, envelope))
+        body: dict[str, object] = {
+            "task": self.name, "round": action.round, "base": action.base, "samples": result.samples,
+            "digest": digest.hex(), "bytes": len(encoded.data), "message_bytes": len(envelope),
+            "metric": update.metric, "steps": result.steps, "device": result.device,
+            "seconds": round(result.seconds, 3),
+        }  # fmt: skip
+
+        def work() -> None:
+            self.shop.state.send(Outgoing(digest, self.name, action.round, envelope))
             self.memory.keep_vector("residual", delta - encoded.decoded)
             if not shared.all():
                 self.memory.keep_vector("personal", result.vector)
             self.memory.keep_scale(result.scale)
             self.memory.keep_holdout(result.holdout)
-            state.record("update", {
-                "task": self.name, "round": action.round, "base": action.base, "samples": result.samples,
-                "digest": digest.hex(), "bytes": len(encoded.data), "message_bytes": len(envelope),
-                "metric": update.metric, "device": result.device, "seconds": round(result.seconds, 3),
-            })  # fmt: skip
+            self.shop.state.record("update", body)
+
+        await self.shop.state.commit(work)
+        self.scale, self.holdout = result.scale, result.holdout
+        if not shared.all():
+            self.personal = result.vector
         log.info("%s: round %d: %d windows, %d bytes", self.name, action.round, result.samples, len(encoded.data))
         self._do(self.participant.handle(p.Trained(action.round)))
         self.shop.publish(topic, envelope)
@@ -276,12 +299,16 @@ class Runner:
         self._do(self.participant.handle(p.Unable(unable)))
         if self.live is None or self.live.task != task:
             lag = int(seconds(self.table.max_lag) * 1e9)
-            scale = self.memory.keep_scale
-            self.live = Live(task, wiring, lag, self._publish_inference, self.shop.samples.score, scale)
+            self.live = Live(task, wiring, lag, self._publish_inference, self.shop.samples.score, self._first_scale)
+
+    def _first_scale(self, scale: Scale) -> None:
+        """Keep a normalisation that was learnt before any training."""
+        self.scale = scale
+        self._spawn(self.shop.state.commit(lambda: self.memory.keep_scale(scale)))
 
     def _personalised(self, model: Model) -> Vector:
         """The global weights, with this gateway's own values where the task keeps them personal."""
-        own = self.memory.vector("personal")
+        own = self.personal
         if own is None or own.size != model.vector.size:
             return model.vector
         return np.where(model.layout.mask(model.task.personal), model.vector, own)
@@ -297,14 +324,13 @@ class Runner:
         """At start: the model that scored when the gateway went down."""
         self.model = model
         self.participant.handle(p.ModelStored(model.manifest.version))
-        scorer = self._scorer(model, self._personalised(model), self.memory.scale())
+        scorer = self._scorer(model, self._personalised(model), self.scale)
         kept = self.memory.scoring()
         if kept is not None and kept[1].size == model.layout.size:
-            scorer = self._scorer(model, kept[1], self.memory.scale())
+            scorer = self._scorer(model, kept[1], self.scale)
             scorer.version = kept[0]
-        holdout = self.memory.holdout()
-        if holdout is not None and scorer.scale.mean:
-            scorer.metric(holdout)
+        if self.holdout is not None and scorer.scale.mean:
+            scorer.metric(self.holdout)
         self._swap(scorer, model)
 
     def _swap(self, scorer: Scorer, model: Model) -> None:
@@ -325,7 +351,7 @@ class Runner:
             return
         changed = self.model is None or self.model.layout != model.layout
         self.model = model
-        self.memory.keep_model(model, envelope)
+        await self.shop.state.commit(lambda: self.memory.keep_model(model, envelope))
         self._wire(model)
         if changed:
             self.kept = {}
@@ -333,11 +359,11 @@ class Runner:
         await self._offer(model, changed=changed)
 
     async def _offer(self, model: Model, *, changed: bool) -> None:
-        live, holdout = self.live, self.memory.holdout()
+        live, holdout = self.live, self.holdout
         if live is None:
             return
         vector = self._personalised(model)
-        new = await asyncio.to_thread(self._scorer, model, vector, self.memory.scale())
+        new = await asyncio.to_thread(self._scorer, model, vector, self.scale)
         name, old = metric_name(model.task), live.scorer
         body: dict[str, object] = {"task": self.name, "version": model.manifest.version, "metric": name}
         adopt = True
@@ -350,9 +376,14 @@ class Runner:
                 adopt = not_worse(name, worth, was, len(holdout))
         if adopt:
             self._swap(new, model)
-            self.memory.keep_scoring(new.version, vector)
         self.kept = body | {"adopted": adopt}
-        self.shop.state.record("model-adopted" if adopt else "model-kept", _finite(body))
+
+        def work() -> None:
+            if adopt:
+                self.memory.keep_scoring(new.version, vector)
+            self.shop.state.record("model-adopted" if adopt else "model-kept", _finite(body))
+
+        await self.shop.state.commit(work)
         word = "scores now" if adopt else f"is worse here; version {old.version if old else 0} goes on scoring"
         log.info("%s: model %d %s (%s %s, was %s)", self.name, model.manifest.version, word, name, body.get("new"),
                  body.get("old"))  # fmt: skip
@@ -361,10 +392,6 @@ class Runner:
         """Count and log a peer's bytes that were refused; nothing stops because of them."""
         self.shop.refused[error.reason] += 1
         log.warning("%s: %s refused: %s", self.name, what, error)
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)
 
 
 def _finite(body: dict[str, object]) -> dict[str, object]:

@@ -6,15 +6,17 @@ syncs at checkpoints only (a power cut costs the last seconds of samples, not th
 keys, models, the outbox, the ledger.
 """
 
+import asyncio
 import logging
 import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import zstandard
@@ -25,6 +27,8 @@ from edge.window import Columns
 from models.errors import LocalError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SCHEMA = 1
 _FLUSH_S = 1.0
@@ -89,15 +93,33 @@ def _open(path: Path, schema: str, synchronous: str) -> sqlite3.Connection:
 
 
 class State:
-    """`state.db`: every commit is on the disk when the call returns."""
+    """`state.db`: every commit is on the disk when the call returns, which on a bad day takes seconds.
+
+    So the event loop, where scoring lives, calls the methods directly only before it starts; later they run inside
+    `commit`, in a thread of the state's own. `waiting` mirrors the outbox for those who only want to look.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._db = _open(folder / "state.db", _STATE_SCHEMA, "FULL")
+        self._thread = ThreadPoolExecutor(1, "state")
+        self.waiting: tuple[Outgoing, ...] = tuple(self.outbox())
 
     def close(self) -> None:
-        """Release the file."""
+        """Finish what was begun, and release the file."""
+        self._thread.shutdown()
         self._db.close()
+
+    async def commit(self, work: Callable[[], T]) -> T:
+        """Run `work`, which calls the methods below, as one transaction in the state's thread."""
+
+        def run() -> T:
+            with self.transaction():
+                done = work()
+            self.waiting = tuple(self.outbox())
+            return done
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

@@ -53,10 +53,11 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
 @dataclass(frozen=True)
 class Result:
-    """What the child learnt: weights (layout.size,), windows used, loss, scale, holdout, and what it cost."""
+    """What the child learnt: weights (layout.size,), the windows and optimiser steps it took, scale and holdout."""
 
     vector: Vector
     samples: int
+    steps: int
     loss: float
     seconds: float
     device: str
@@ -150,7 +151,7 @@ def resident_bytes(pid: int) -> int:
 def write_result(folder: Path, result: Result) -> None:
     """In the child: write everything, then rename, so that the parent sees all of it or nothing."""
     y = np.empty(0, np.float32) if result.holdout.y is None else result.holdout.y
-    numbers = np.array([result.samples, result.loss, result.seconds])
+    numbers = np.array([result.samples, result.steps, result.loss, result.seconds])
     with (folder / "partial").open("wb") as file:
         np.savez(
             file, vector=result.vector, numbers=numbers, device=np.array(result.device),
@@ -161,10 +162,10 @@ def write_result(folder: Path, result: Result) -> None:
 
 def _read(path: Path, size: int) -> Result:
     with np.load(path, allow_pickle=False) as z:
-        samples, loss, took = z["numbers"].tolist()
+        samples, steps, loss, took = z["numbers"].tolist()
         holdout = Dataset(z["holdout_x"], z["holdout_y"] if len(z["holdout_y"]) or not len(z["holdout_x"]) else None)
         scale = Scale.from_json(z["scale"].tobytes())
-        result = Result(z["vector"], int(samples), loss, took, str(z["device"]), scale, holdout)
+        result = Result(z["vector"], int(samples), int(steps), loss, took, str(z["device"]), scale, holdout)
     if result.vector.shape != (size,) or not np.isfinite(result.vector).all():
         raise TrainingError("the training process gave weights of another shape, or not finite")
     return result

@@ -43,7 +43,10 @@ def main() -> int:
         fitted = fit(task, Layout.from_wire(job.layout), base, scale.inputs(task, train.x), y, seed=job.seed)
     except FloatingPointError as error:
         return _say(DIVERGED, str(error))
-    write_result(folder, Result(fitted.vector, len(train), fitted.loss, fitted.seconds, fitted.device, scale, holdout))
+    write_result(
+        folder,
+        Result(fitted.vector, len(train), fitted.steps, fitted.loss, fitted.seconds, fitted.device, scale, holdout),
+    )
     return DONE
 
 

@@ -89,7 +89,12 @@ def decode(data: bytes, count: int) -> Vector:
     if declared != count or not 0 < count <= MAX_PARAMETERS:
         raise PeerError("codec", f"{declared} values, the layout has {count}")
     top = 2 ** (bits - 1) - 1
-    if not np.isfinite(step) or step <= 0 or (bits == EXACT and step != 1) or step * top > np.finfo(np.float32).max:
+    if (
+        not np.isfinite(step)
+        or step <= 0
+        or (bits == EXACT and step != 1)
+        or step * top > float(np.finfo(np.float32).max)
+    ):
         raise PeerError("codec", f"step {step}")
     raw = inflate(data[HEADER.size :], -(-count * bits // 8))
     if bits == EXACT:
@@ -134,7 +139,8 @@ def _step(magnitude: Vector, bits: int, top: int) -> float:
     largest = float(magnitude.max())
     if bits == 2:  # noqa: PLR2004
         keep = max(1, int(magnitude.size * _TERNARY_KEEP))
-        largest = 2 * float(np.partition(magnitude, -keep)[-keep])
+        # A hair below twice the smallest kept value, or rint would round that one half to even: to nothing.
+        largest = 2 * float(np.partition(magnitude, -keep)[-keep]) * (1 - 2**-20)
     # float32 in the header: round-trip it here, so that sender and receiver multiply by the same number.
     step = float(np.float32(largest / top))
     return step if step > 0 else float(np.finfo(np.float32).tiny)

@@ -13,6 +13,8 @@ from torch.nn import functional
 from models.delta import Layout, Vector
 from models.spec import Task
 
+_BETA1, _BETA2, _EPSILON, _CLIP = 0.9, 0.999, 1e-8, 5.0
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -70,7 +72,7 @@ def fit(
     inputs = torch.from_numpy(np.nan_to_num(x)).to(device)
     present = torch.from_numpy(np.isfinite(x)).to(device)
     targets = None if y is None else torch.from_numpy(y).to(device)
-    optimiser = torch.optim.Adam(net.parameters(), lr=task.training.lr)
+    adam = _Adam(list(net.parameters()), task.training.lr)
     batch = min(task.training.batch, len(x))
     per_epoch = len(x) // batch
     total = steps or task.training.epochs * per_epoch
@@ -80,16 +82,46 @@ def fit(
         if step % per_epoch == 0:
             order, losses = torch.randperm(len(x), generator=generator), []
         rows = order[step % per_epoch * batch :][:batch].to(device)
-        optimiser.zero_grad(set_to_none=True)
         loss = _loss(task, net(inputs[rows]), inputs[rows], present[rows], None if targets is None else targets[rows])
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(net.parameters(), 5.0)
-        optimiser.step()
+        adam.step()
         losses.append(loss.detach())
     vector = layout.join(arrays_of(net))
     if not np.isfinite(vector).all():
         raise FloatingPointError("training diverged: the weights are not finite")
     return Fitted(vector, float(torch.stack(losses).mean()), total, time.perf_counter() - start, device.type)
+
+
+class _Adam:
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980) with the gradient's norm clipped to 5.
+
+    torch's own imports its compiler when it is made: 1.4 s and 70 MB on every training of a small gateway.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float) -> None:
+        self.parameters, self.lr, self.steps = parameters, lr, 0
+        self.mean = [torch.zeros_like(p) for p in parameters]
+        self.square = [torch.zeros_like(p) for p in parameters]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every parameter along its gradient, then forget the gradients."""
+        self.steps += 1
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        torch._foreach_mul_(gradients, self._clip(gradients))
+        torch._foreach_lerp_(self.mean, gradients, 1 - _BETA1)
+        torch._foreach_mul_(self.square, _BETA2)
+        torch._foreach_addcmul_(self.square, gradients, gradients, 1 - _BETA2)
+        root = torch._foreach_sqrt(self.square)  # noqa: SLF001
+        torch._foreach_div_(root, (1 - _BETA2**self.steps) ** 0.5)
+        torch._foreach_add_(root, _EPSILON)
+        torch._foreach_addcdiv_(self.parameters, self.mean, root, -self.lr / (1 - _BETA1**self.steps))
+        for p in self.parameters:
+            p.grad = None
+
+    def _clip(self, gradients: list[Tensor]) -> Tensor:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # noqa: SLF001
+        return (_CLIP / (norm + _EPSILON)).clamp(max=1.0)
 
 
 def _loss(task: Task, out: Tensor, x: Tensor, present: Tensor, y: Tensor | None) -> Tensor:

@@ -1,15 +1,18 @@
 """What federation is measured against: each plant alone, and all data in one place. Run as a child, reaches torch.
 
-`python -m edge.lab.baseline JOB OUT`: same net, same first weights, and as many passes over the data that the gateways
-stored as the federation made; each plant scales with its own normalisation. Every model is judged on each plant's own
-held-out test.
+`python -m edge.lab.baseline JOB OUT`: same net, same first weights, the data that the gateways stored, and as many
+optimiser steps as the federation made: a plant alone as many as its gateway, all data together as many as all of
+them. Each plant scales with its own normalisation, and every model is judged on each plant's own held-out test.
 """
 
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from edge.dataset import Dataset
@@ -58,21 +61,24 @@ def compare(c: Comparison) -> dict[str, object]:
         scorers = [Scorer.build(task, 0, graph, layout, vector, scale) for _, _, scale in plants]
         return [_worth(scorer, test) for scorer, (_, test, _) in zip(scorers, plants, strict=True)]
 
-    def learn(x: list[NDArray[np.float32]], y: list[NDArray[np.float32]]) -> Vector:
+    def learn(x: list[NDArray[np.float32]], y: list[NDArray[np.float32]], steps: int) -> Vector:
         inputs = np.concatenate(x)
         targets = np.concatenate(y) if y else None
-        steps = c.passes * max(1, len(inputs) // min(task.training.batch, len(inputs)))
         return fit(task, layout, vectors[0], inputs, targets, seed=c.seed, steps=steps).vector
 
     inputs = [scale.inputs(task, train.x) for train, _, scale in plants]
     targets = [scale.targets(task, train.y) for train, _, scale in plants if train.y is not None]
-    alone = [learn([x], targets[i : i + 1]) for i, x in enumerate(inputs)]
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        whole = pool.submit(learn, inputs, targets, sum(plant.steps for plant in c.plants))
+        jobs = [pool.submit(learn, [x], targets[i : i + 1], c.plants[i].steps) for i, x in enumerate(inputs)]
+        alone, together = [job.result() for job in jobs], whole.result()
     curve = [judge(vector) for vector in vectors]
     return {
         "windows": [len(train) for train, _, _ in plants],
         "test_windows": [len(test) for _, test, _ in plants],
         "silo": [judge(vector)[i] for i, vector in enumerate(alone)],
-        "centralised": judge(learn(inputs, targets)),
+        "centralised": judge(together),
         "curve": [{"version": v, "metric": m} for v, m in zip(versions, curve, strict=True)],
         "federated": curve[-1],
     }

@@ -56,14 +56,12 @@ class Demo:
             self.say("last round closed; waiting until every gateway scores with the last model")
             self._settle()
         finally:
-            for process in reversed(stage.processes):
-                if process is not stage.broker:
-                    process.stop()
             stage.stop()
             if self._journal:
                 self._journal.close()
         self.say("training the baselines: each plant alone, and all data in one place")
-        return figures(stage, self.outage, time.monotonic() - self.started)
+        found = figures(stage, self.outage)
+        return found | {"seconds": round(time.monotonic() - self.started, 1)}
 
     def _start(self) -> None:
         stage, scenario = self.stage, self.scenario

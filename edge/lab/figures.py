@@ -1,9 +1,12 @@
 """The demo's figures, read from what the processes left behind: stores, journal and ledgers."""
 
 import json
+import os
 import subprocess
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -17,7 +20,7 @@ from broker.journal import Journal
 from broker.topics import GatewayPath
 from edge.config import load_config, wire
 from edge.lab.processes import python
-from edge.lab.stage import Stage, gateway_path
+from edge.lab.stage import Stage, gateway_path, test_set
 from edge.store import SampleReader, State
 from edge.train import Job
 from models import codec
@@ -40,23 +43,23 @@ class Outage(NamedTuple):
 
 
 class Plant(msgspec.Struct, frozen=True, kw_only=True):
-    """One plant: its gateway's training job as a file of the lab, and its test set (npz: x, y)."""
+    """One plant: its gateway's training job, the optimiser steps that it made in all, and its test set (npz: x, y)."""
 
     name: str
     job: Job
+    steps: int
     test: str
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """What to compare: plants, passes over the data, the global models' weights by version (npz), the graph."""
+    """What to compare: the plants, and the global models (npz: graph, versions, vectors)."""
 
     plants: tuple[Plant, ...]
-    passes: int
     models: str
     seed: int
 
 
-def figures(stage: Stage, outage: Outage | None, seconds: float) -> dict[str, Any]:
+def figures(stage: Stage, outage: Outage | None) -> dict[str, Any]:
     """Everything that report.json holds. The processes have ended."""
     scenario, count = stage.scenario, range(stage.scenario.gateways)
     journal = Journal(stage.aggregator_state)
@@ -65,15 +68,16 @@ def figures(stage: Stage, outage: Outage | None, seconds: float) -> dict[str, An
         raise LocalError("the aggregator has no task")
     task = parse_task(row.text)
     layout = Layout.from_wire(msgspec.convert(json.loads(row.layout), tuple[tuple[str, tuple[int, ...] | None], ...]))
-    compared = _compare(stage, journal, task, layout)
     lines = list(journal.ledger_lines())
     aggregator = _export(stage, "aggregator", lines)
-    journal.close()
     gateways = []
     for i in count:
         state = State(stage.gateway_state(i))
         gateways.append(_export(stage, f"gateway-{i + 1}", list(state.ledger())))
         state.close()
+    steps = [sum(e["body"]["steps"] for e in entries if e["kind"] == "update") for entries in gateways]
+    compared = _compare(stage, journal, task, layout, steps)
+    journal.close()
     sent = [e["body"] for entries in gateways for e in entries if e["kind"] == "update"]
     counts = _account(sent, gateways, aggregator)
     gaps = [_gaps(stage, i, scenario.task, outage) for i in count]
@@ -93,6 +97,7 @@ def figures(stage: Stage, outage: Outage | None, seconds: float) -> dict[str, An
         "centralised_by_plant": dict(zip(names, compared["centralised"], strict=True)),
         "curve": [{"version": c["version"], "metric": mean(c["metric"])} for c in compared["curve"]],
         "train_windows": dict(zip(names, compared["windows"], strict=True)),
+        "optimiser_steps": dict(zip(names, steps, strict=True)),
         "test_windows": dict(zip(names, compared["test_windows"], strict=True)),
         **counts,
         "bytes_per_update": round(message),
@@ -110,7 +115,6 @@ def figures(stage: Stage, outage: Outage | None, seconds: float) -> dict[str, An
         "broker": scenario.broker,
         "data": scenario.data.name if scenario.data else "simulated spindles",
         "seed": scenario.seed,
-        "seconds": round(seconds, 1),
     }  # fmt: skip
 
 
@@ -121,9 +125,9 @@ def _outage(outage: Outage | None, first_ms: int) -> dict[str, Any] | None:
     return outage._asdict() | seconds
 
 
-def _compare(stage: Stage, journal: Journal, task: Task, layout: Layout) -> dict[str, Any]:
+def _compare(stage: Stage, journal: Journal, task: Task, layout: Layout, steps: list[int]) -> dict[str, Any]:
     """Judge the global models and train the baselines, in a child that may import torch."""
-    folder, name, rounds = stage.folder, task.name, stage.scenario.rounds or 1
+    folder, name = stage.folder, task.name
     row = journal.task(name)
     newest = journal.model(name)
     if row is None or newest is None:
@@ -133,10 +137,10 @@ def _compare(stage: Stage, journal: Journal, task: Task, layout: Layout) -> dict
     vectors = np.stack([codec.decode(m.weights, layout.size) for m in models if m])
     graph = np.frombuffer(codec.inflate(row.graph, row.graph_size), np.uint8)
     np.savez(folder / "models.npz", graph=graph, versions=np.array(versions), vectors=vectors)
-    plants = tuple(_plant(stage, i, task, row.text, layout) for i in range(stage.scenario.gateways))
-    job = Comparison(
-        plants=plants, passes=rounds * task.training.epochs, models=str(folder / "models.npz"), seed=stage.scenario.seed
-    )
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        tests = list(pool.map(partial(test_set, stage.scenario, stage.folder), range(len(steps))))
+    plants = tuple(_plant(stage, i, task, row.text, layout, steps[i], tests[i]) for i in range(len(steps)))
+    job = Comparison(plants=plants, models=str(folder / "models.npz"), seed=stage.scenario.seed)
     (folder / "comparison.json").write_bytes(msgspec.json.encode(job))
     out = folder / "compared.json"
     done = subprocess.run(
@@ -148,7 +152,7 @@ def _compare(stage: Stage, journal: Journal, task: Task, layout: Layout) -> dict
     return compared
 
 
-def _plant(stage: Stage, i: int, task: Task, text: str, layout: Layout) -> Plant:
+def _plant(stage: Stage, i: int, task: Task, text: str, layout: Layout, steps: int, test: Path) -> Plant:
     """One plant as the baselines see it: the training job that its gateway ran, on all that it stored."""
     config = load_config(stage.folder / f"plant{i + 1}" / "gateway.toml")
     job = Job(
@@ -162,7 +166,7 @@ def _plant(stage: Stage, i: int, task: Task, text: str, layout: Layout) -> Plant
         memory=_EVALUATION_MEMORY,
         cpu_seconds=600,
     )
-    return Plant(name=gateway_path(i), job=job, test=str(stage.test_set(i)))
+    return Plant(name=gateway_path(i), job=job, steps=steps, test=str(test))
 
 
 def _export(stage: Stage, name: str, lines: list[str]) -> list[dict[str, Any]]:

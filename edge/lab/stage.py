@@ -85,7 +85,7 @@ strategy = "fedavg"
 min_gateways = {count}
 deadline = "60s"
 every = "0s"
-bits = 8
+bits = 4
 {rounds}"""
     layout = scenario.layout
     if layout is None:
@@ -99,7 +99,7 @@ net = "tcn"
 
 [window]
 length = {_SPINDLE_WINDOW}
-stride = 4
+stride = 8
 rate_hz = {_SPINDLE_HZ}
 {signals}
 [target]
@@ -113,7 +113,7 @@ classes = ["outer", "inner", "ball"]
 epochs = 6
 batch = 32
 lr = 2e-3
-min_windows = 120
+min_windows = 48
 {tail}"""
     return _recorded_task(scenario, layout) + tail
 
@@ -275,16 +275,17 @@ class Stage:
         for process in self.processes:
             process.stop()
 
-    def test_set(self, i: int) -> Path:
-        """Write plant i's held-out test (npz: x, y) and return where."""
-        scenario, path = self.scenario, self.folder / f"plant{i + 1}" / "test.npz"
-        if scenario.data is None:
-            x, y = test_windows(scenario.seed + 1, i, _SPINDLE_HZ, _TEST_WINDOWS, _SPINDLE_WINDOW)
-        else:
-            layout = data_layout(scenario.data)
-            with np.load(scenario.data, allow_pickle=False) as z:
-                mine = z["client_test"] == i
-                x = z["x_test"][mine].reshape(-1, layout.channels, layout.length)
-                y = z["y_test"][mine]
-        np.savez(path, x=x.astype(np.float32), y=y)
-        return path
+
+def test_set(scenario: Scenario, folder: Path, i: int) -> Path:
+    """Write plant i's held-out test (npz: x, y) and return where."""
+    path = folder / f"plant{i + 1}" / "test.npz"
+    if scenario.data is None:
+        x, y = test_windows(scenario.seed + 1, i, _SPINDLE_HZ, _TEST_WINDOWS, _SPINDLE_WINDOW)
+    else:
+        layout = data_layout(scenario.data)
+        with np.load(scenario.data, allow_pickle=False) as z:
+            mine = z["client_test"] == i
+            x = z["x_test"][mine].reshape(-1, layout.channels, layout.length)
+            y = z["y_test"][mine]
+    np.savez(path, x=x.astype(np.float32), y=y)
+    return path
