@@ -264,9 +264,10 @@ class Journal:
             yield line
 
     def _prepare(self) -> None:
+        # First of all: changing the journal mode waits for others too.
+        self._db.execute("PRAGMA busy_timeout = 5000")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
-        self._db.execute("PRAGMA busy_timeout = 5000")
         # The other files that SQLite makes take the mode of the first.
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version == 0:

@@ -47,7 +47,7 @@ class Fetch:
         self.manifest = manifest
         try:
             self.task = parse_task(manifest.task_text, "published task")
-        except UserError as error:
+        except (UserError, RecursionError) as error:
             raise PeerError("task", str(error)) from error
         self.layout = Layout.from_wire(manifest.layout)
         if self.layout.size > MAX_PARAMETERS:

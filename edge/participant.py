@@ -225,14 +225,16 @@ class Participant:
         self.failures += 1
         if self.failures >= MAX_FAILURES:
             return self._decline("training-failed", event.reason)
-        return [StartTraining(self.plan.round, self.plan.base, self.plan.bits)]
+        return self._begin()  # the base may have gone on meanwhile
 
     def on_settled(self, event: Settled) -> list[Action]:
         """The receipt came: nothing of this round is left to do."""
         self.handled = max(self.handled, event.round)
-        if self.plan and event.round == self.plan.round:
-            self.state = State.IDLE
-        return []
+        if not self.plan or event.round != self.plan.round:
+            return []
+        stop = self.state is State.TRAINING
+        self.state = State.IDLE
+        return [StopTraining()] if stop else []
 
     def on_unable(self, event: Unable) -> list[Action]:
         """Decline a round that is under way; the next plan meets the reason at once."""

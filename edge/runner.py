@@ -170,7 +170,7 @@ class Runner:
                 case p.Answer():
                     self._answer(action)
                 case p.StartTraining():
-                    self._training = self._spawn(self._train(action))
+                    self._training = self._spawn(self._train(action, self._training))
                 case p.StopTraining() if self._training:
                     self._training.cancel()
 
@@ -205,7 +205,9 @@ class Runner:
 
     # -- training ---------------------------------------------------------------------------------------------------
 
-    async def _train(self, action: p.StartTraining) -> None:
+    async def _train(self, action: p.StartTraining, before: asyncio.Task[None] | None) -> None:
+        if before:
+            await asyncio.wait([before])  # a stopped child's folder is the next one's too
         model, live = self.model, self.live
         if model is None or live is None:
             return

@@ -8,6 +8,7 @@ keys, models, the outbox, the ledger.
 
 import asyncio
 import logging
+import shutil
 import sqlite3
 import threading
 import time
@@ -36,6 +37,10 @@ _FLUSH_S = 1.0
 _MAX_QUEUED = 2_000_000
 _MAX_BLOCK = 65_536
 _MAX_SCORES = 500_000
+# Room on the disk that samples never take: for the write-ahead logs, the outbox and the models.
+_RESERVE = 16 << 20
+# The last time that an int64 of nanoseconds can say (2262): a source may stamp a value with the year 9999.
+_LAST_NS = 2**63 - 1
 _BLOCK = "tag, first_ns, last_ns, count, width, data"
 _SCORE = "task, scored_ms, end_ns, score, verdict, version"
 _SAMPLES_SCHEMA = """
@@ -168,15 +173,14 @@ class State:
             yield line
 
 
-def _pack(samples: Sequence[Sample]) -> bytes:
+def _pack(samples: Sequence[Sample], width: int) -> bytes:
     """Columns of one tag: time deltas int64, values float64 (or float32 waveforms), qualities int8, in one frame."""
     times = np.array([s.time_ns for s in samples], np.int64)
     quality = np.array([s.quality for s in samples], np.int8)
-    first = samples[0].value
-    if isinstance(first, float):
-        values = np.array([s.value for s in samples], np.float64).tobytes()
-    else:
+    if width:
         values = np.stack([s.value for s in samples]).astype(np.float32).tobytes()
+    else:  # a waveform that is Bad has an empty array
+        values = np.array([s.value if isinstance(s.value, float) else np.nan for s in samples], np.float64).tobytes()
     raw = np.diff(times, prepend=0).tobytes() + quality.tobytes() + values
     return zstandard.ZstdCompressor(level=3).compress(raw)
 
@@ -195,23 +199,25 @@ class Samples:
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.max_bytes = max_bytes
+        self.max_bytes, self._folder = max_bytes, folder
         # Samples that could not be kept (disk full, or slower than the plant), and the last error of the disk.
         self.dropped, self.error = 0, ""
         self._batches: deque[list[Sample]] = deque()
         self._scores: deque[Score] = deque()
         self._waiting: deque[threading.Event] = deque()
-        self._queued, self._stop, self._wake = 0, False, threading.Event()
+        # Each counted by one thread alone: samples taken from drivers, and those of them that left the queue.
+        self._put, self._taken = 0, 0
+        self._stop, self._wake = False, threading.Event()
         self._db = _open(folder / "samples.db", _SAMPLES_SCHEMA, "NORMAL")
         self._thread = threading.Thread(target=self._write_loop, name="samples", daemon=True)
         self._thread.start()
 
     def append(self, samples: list[Sample]) -> None:
         """Take a batch; it is on its way to the disk within a second or so."""
-        if self._queued > _MAX_QUEUED:
+        if self._put - self._taken > _MAX_QUEUED:
             self.dropped += len(samples)
             return
-        self._queued += len(samples)
+        self._put += len(samples)
         self._batches.append(samples)
 
     def score(self, score: Score) -> None:
@@ -239,14 +245,16 @@ class Samples:
             self._wake.clear()
             stop, waiting = self._stop, [self._waiting.popleft() for _ in range(len(self._waiting))]
             by_tag: dict[tuple[str, int], list[Sample]] = {}
-            taken = 0
             for _ in range(len(self._batches)):
-                for sample in self._batches.popleft():
+                batch = self._batches.popleft()
+                for sample in batch:
+                    if not 0 <= sample.time_ns <= _LAST_NS:
+                        self.dropped += 1
+                        continue
                     width = 0 if isinstance(sample.value, float) else len(sample.value)
                     by_tag.setdefault((sample.tag, width), []).append(sample)
-                    taken += 1
+                self._taken += len(batch)
             scores = [self._scores.popleft() for _ in range(len(self._scores))]
-            self._queued -= taken
             self._write(by_tag, scores)
             for event in waiting:
                 event.set()
@@ -263,13 +271,14 @@ class Samples:
             for start in range(0, len(samples), most):
                 # Concurrent sources are ordered among themselves only.
                 part = sorted(samples[start : start + most], key=lambda s: s.time_ns)
-                rows.append((tag, part[0].time_ns, part[-1].time_ns, len(part), width, _pack(part)))
+                rows.append((tag, part[0].time_ns, part[-1].time_ns, len(part), width, _pack(part, width)))
         for attempt in range(2):
             try:
                 self._db.execute("BEGIN IMMEDIATE")
                 self._db.executemany(f"INSERT INTO block ({_BLOCK}) VALUES (?, ?, ?, ?, ?, ?)", rows)
                 self._db.executemany(f"INSERT INTO score ({_SCORE}) VALUES (?, ?, ?, ?, ?, ?)", scores)
-                self._trim(self.max_bytes)
+                room = self._room()
+                full = self._trim(min(self.max_bytes, room)) and room < self.max_bytes
                 self._db.execute("COMMIT")
             except sqlite3.Error as error:
                 self.error = f"samples can't be stored: {error}; free space on the disk of the state directory"
@@ -277,8 +286,11 @@ class Samples:
                 self._recover()
                 if attempt:
                     self.dropped += sum(row[3] for row in rows)
+            except OSError as error:
+                self.error = f"samples can't be stored: {error}; check the state directory"
+                self._recover()
             else:
-                self.error = ""
+                self.error = "the disk is nearly full, old samples go early; free space on it" if full else ""
                 return
 
     def _recover(self) -> None:
@@ -297,14 +309,27 @@ class Samples:
         )
         return int((pages - free) * size)
 
-    def _trim(self, most: int) -> None:
+    def _room(self) -> int:
+        """Bytes that the file may hold if the disk is to keep its reserve; pages that it holds already are its own."""
+        pages, size = (self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
+        return int(pages * size) + shutil.disk_usage(self._folder).free - _RESERVE
+
+    def _trim(self, most: int) -> int:
+        """Drop the oldest blocks until what is left fits; return how many went."""
+        gone = 0
         while self._used() > most:
             (count,) = self._db.execute("SELECT count(*) FROM block").fetchone()
-            if count == 0:
-                return
-            drop = max(1, count // 50)
-            self._db.execute("DELETE FROM block WHERE id IN (SELECT id FROM block ORDER BY id LIMIT ?)", (drop,))
+            # The newest block of a tag stays: of one that seldom changes it holds the value of today.
+            found = self._db.execute(
+                "DELETE FROM block WHERE id IN (SELECT id FROM block"
+                " WHERE id NOT IN (SELECT max(id) FROM block GROUP BY tag) ORDER BY id LIMIT ?)",
+                (max(1, count // 50),),
+            )
+            if not found.rowcount:
+                break
+            gone += found.rowcount
         self._db.execute("DELETE FROM score WHERE id <= (SELECT max(id) FROM score) - ?", (_MAX_SCORES,))
+        return gone
 
 
 class SampleReader:
@@ -318,20 +343,28 @@ class SampleReader:
         self._db.close()
 
     def newest_ns(self, tags: Sequence[str]) -> int:
-        """Source time of the newest stored sample of any of the tags; 0 without one."""
+        """Source time of the block of any of the tags that was stored last; 0 without one.
+
+        The last by arrival, not the largest time: one stamp of a wrong clock must not hide what came before it.
+        """
         marks = ", ".join("?" * len(tags))
-        row = self._db.execute(f"SELECT max(last_ns) FROM block WHERE tag IN ({marks})", tuple(tags)).fetchone()
-        return int(row[0] or 0)
+        query = f"SELECT last_ns FROM block WHERE tag IN ({marks}) ORDER BY id DESC LIMIT 1"
+        row = self._db.execute(query, tuple(tags)).fetchone()
+        return int(row[0]) if row else 0
 
     def columns(self, tag: str, since_ns: int = 0, most: int = 5_000_000) -> Columns | None:
         """Stored samples of one tag from `since_ns` on, by source time; None if there are none.
 
-        Of more than `most` samples the newest blocks are taken. The last sample before `since_ns` comes along when it
-        shares a block with later ones. A waveform tag's Bad notices have no values, and are left out.
+        Of more than `most` samples the newest blocks are taken. The block of the last sample before `since_ns` comes
+        along, because that value holds then. A waveform tag's Bad notices have no values, and are left out.
         """
         rows, total = [], 0
+        (first,) = self._db.execute(
+            "SELECT max(last_ns) FROM block WHERE tag = ? AND last_ns < ?", (tag, since_ns)
+        ).fetchone()
         for row in self._db.execute(
-            "SELECT data, count, width FROM block WHERE tag = ? AND last_ns >= ? ORDER BY id DESC", (tag, since_ns)
+            "SELECT data, count, width FROM block WHERE tag = ? AND last_ns >= ? ORDER BY id DESC",
+            (tag, since_ns if first is None else first),
         ):
             rows.append(row)
             total += row[1]

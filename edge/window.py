@@ -34,6 +34,7 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
 }
 _PIECE = 4096
+_MOST_BEHIND = 64
 _CONDITION = re.compile(r"\s*(\S+)\s*(==|!=|<=|>=|<|>)\s*(-?\d+(?:\.\d+)?)\s*")
 
 
@@ -101,11 +102,11 @@ class _Rows:
         self.c, self.t = len(wiring.signals), wiring.window.length
         self.buffer = np.empty((max(4 * self.t, 256), len(self.index)))
         self.gap = 2 * self.t + 1
-        self.fill, self.since, self.segment = 0, 0, math.nan
+        self.fill, self.wait, self.segment = 0, self.t, math.nan
 
     def clear(self) -> None:
         """Begin again: the next window holds only rows from now on."""
-        self.fill = self.since = 0
+        self.fill, self.wait = 0, self.t
 
     def push(self, end_ns: int, row: Wide) -> Win | None:
         """Take one row (all tags, NaN for not good); give the window that it completes."""
@@ -120,10 +121,10 @@ class _Rows:
             self.fill = self.t - 1
         self.buffer[self.fill] = row
         self.fill += 1
-        self.since += 1
-        if self.fill < self.t or (self.since < self.wiring.window.stride and self.since != self.t):
+        self.wait -= 1
+        if self.wait:
             return None
-        self.since = 0
+        self.wait = self.wiring.window.stride
         rows = self.buffer[self.fill - self.t : self.fill]
         x = np.ascontiguousarray(rows[:, : self.c].T, np.float32)
         return Win(end_ns, x, float(np.isfinite(x).mean()), self.gate(rows), self.segment, self.label(row))
@@ -146,12 +147,14 @@ class Windower:
     """The live half: feed it samples as they come, from any source, and take the windows.
 
     `lag_ns` is how long (source time) a row waits for a source that has gone quiet. Samples that come later than
-    that are counted in `late` and hold from then on.
+    that are counted in `late` and hold from then on. When nothing but late samples comes, the sources' clock was set
+    back (or a first stamp was wrong): the windows begin again on the new time, counted in `restarts`.
     """
 
     wiring: Wiring
     lag_ns: int = 2_000_000_000
     late: int = 0
+    restarts: int = 0
     _pending: list[Sample] = field(default_factory=list)
     _newest: dict[str, int] = field(default_factory=dict)
     _done_ns: int = -1
@@ -161,7 +164,16 @@ class Windower:
         self._wanted = frozenset(self.wiring.tags)
         self._latest = np.full(len(self._rows.index), np.nan)
         self._arrays: dict[str, tuple[int, Float]] = {}
-        self._row = -1
+        self._row = self._due = -1  # the last row that was closed; the row that the last sample first counts in
+        # Late samples in a row, and how many of them say that a clock was set back: more than one old value of each tag.
+        self._behind, self._most_behind = 0, max(_MOST_BEHIND, 8 * len(self._wanted))
+        # A source that has not said anything yet is waited for like one that has gone quiet.
+        self._newest = dict.fromkeys((ref.partition("/")[0] for ref in self.wiring.tags), -1)
+
+    @property
+    def closed_ns(self) -> int:
+        """Source time up to which rows are closed; -1 before the first."""
+        return self._done_ns
 
     def feed(self, samples: Iterable[Sample]) -> list[Win]:
         """Take a batch; return the windows that are now complete, in time order."""
@@ -169,26 +181,38 @@ class Windower:
         for sample in samples:
             if sample.tag in self._wanted:
                 self._pending.append(sample)
+                self._behind = self._behind + 1 if sample.time_ns < self._done_ns else 0
                 source = sample.tag.partition("/")[0]
-                if sample.time_ns > newest.get(source, -1):
+                if sample.time_ns > newest[source]:
                     newest[source] = sample.time_ns
+        if self._behind > self._most_behind:
+            self._restart()
         return self._run(self._watermark())
+
+    def _restart(self) -> None:
+        """Begin again on the sources' new time, with the values held."""
+        # The wrong stamps first: what came later on the new time is the newer value.
+        for sample in sorted(self._pending, key=lambda s: (s.time_ns < self._done_ns, s.time_ns)):
+            self._apply(sample, [])
+        self.late += len(self._pending)
+        self._pending.clear()
+        self._newest = dict.fromkeys(self._newest, -1)
+        self._done_ns = self._row = self._due = -1
+        self._rows.clear()
+        self._behind = 0
+        self.restarts += 1
 
     def advance(self, elapsed_ns: int) -> list[Win]:
         """Say that nothing has come for `elapsed_ns`: rows older than the lag are closed with the values held."""
-        if not self._newest:
-            return []
-        return self._run(max(self._newest.values()) + elapsed_ns - self.lag_ns)
+        newest = max(self._newest.values())
+        return self._run(newest + elapsed_ns - self.lag_ns) if newest >= 0 else []
 
     def _watermark(self) -> int:
-        if not self._newest:
-            return -1
         return max(min(self._newest.values()), max(self._newest.values()) - self.lag_ns)
 
     def _run(self, until_ns: int) -> list[Win]:
         """Apply samples older than the watermark and close the rows before it."""
-        if until_ns <= self._done_ns:
-            return []
+        until_ns = max(until_ns, self._done_ns)
         due = [s for s in self._pending if s.time_ns < until_ns]
         if due:
             self._pending = [s for s in self._pending if s.time_ns >= until_ns]
@@ -201,7 +225,7 @@ class Windower:
             if not self.wiring.window.waveform:
                 out += self._close(sample.time_ns)
             self._apply(sample, out)
-        if not self.wiring.window.waveform:
+        if not self.wiring.window.waveform and self._row >= 0:
             out += self._close(until_ns)
         self._done_ns = until_ns
         return out
@@ -209,6 +233,7 @@ class Windower:
     def _apply(self, sample: Sample, out: list[Win]) -> None:
         good = sample.quality is Quality.GOOD
         column = self._rows.index[sample.tag]
+        self._due = -(-sample.time_ns // self.wiring.step_ns)
         if isinstance(sample.value, float):
             self._latest[column] = sample.value if good else np.nan
         elif good and column < self._rows.c:
@@ -233,19 +258,22 @@ class Windower:
 
     def _close(self, until_ns: int) -> list[Win]:
         """Close every row whose time is before `until_ns`."""
-        step = self.wiring.step_ns
-        last = (until_ns - 1) // step
+        last = (until_ns - 1) // self.wiring.step_ns
+        out: list[Win] = []
         if self._row < 0 or last - self._row > self._rows.gap:
             # The first samples, or a gap longer than two windows: no window spans it.
+            self._push(self._due, out)
             self._rows.clear()
             self._row = last
-        out = []
+        self._push(last, out)
+        return out
+
+    def _push(self, last: int, out: list[Win]) -> None:
         while self._row < last:
             self._row += 1
-            window = self._rows.push(self._row * step, self._latest)
+            window = self._rows.push(self._row * self.wiring.step_ns, self._latest)
             if window is not None:
                 out.append(window)
-        return out
 
 
 def stored_windows(wiring: Wiring, columns: Mapping[str, Columns]) -> Iterable[Win]:

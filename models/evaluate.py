@@ -73,8 +73,8 @@ def not_worse(name: str, new: float, old: float, count: int) -> bool:
     The noise is one standard error: binomial for accuracy, and for errors a relative 1/sqrt(2 count), which is that
     of a root mean square of Gaussian residuals.
     """
-    if not np.isfinite(new):
-        return False
+    if not np.isfinite(new) or not np.isfinite(old):
+        return bool(np.isfinite(new))
     if name in LOWER_IS_BETTER:
         return bool(new <= old * (1 + 1 / np.sqrt(2 * max(count, 1))))
     return bool(new >= old - np.sqrt(max(old * (1 - old), 0.25 / max(count, 1)) / max(count, 1)))

@@ -54,8 +54,10 @@ def _check_node(node: onnx.NodeProto) -> None:
     if node.domain not in _STANDARD or node.op_type not in OPERATORS:
         raise PeerError("graph", f"operator {node.op_type[:40]!r} is not on the list")
     for attribute in node.attribute:
-        if attribute.g.node or attribute.graphs:
+        if attribute.HasField("g") or attribute.graphs:
             raise PeerError("graph", f"{node.op_type} holds a graph of its own")
+        if attribute.tensors or attribute.sparse_tensors or attribute.HasField("sparse_tensor"):
+            raise PeerError("graph", f"{node.op_type} holds a kind of constant that no net needs")
         if attribute.t.external_data or attribute.t.ByteSize() > MAX_CONSTANT_BYTES:
             raise PeerError("graph", f"{node.op_type} holds a large or external constant")
 

@@ -5,6 +5,7 @@
 #   EXTRAS='[train]'   builds it with torch, and trains one epoch inside
 #   PYTHON=…           an interpreter with the project's [train] extra, which makes the model (default .venv/bin/python)
 #   WORK=…             a folder of about 4 GB (default build/arm64); the base system in it is made once
+#   KEEP=1             leaves the image there: buildah --root WORK/storage --runroot WORK/run images
 set -euo pipefail
 cd "$(dirname "$0")/.."
 EXTRAS=${EXTRAS-}
@@ -20,27 +21,55 @@ fail() { say "$*"; exit 1; }
 [ "$(id -u)" = 0 ] || fail "this needs root: it makes a Debian system and registers an interpreter for arm64"
 "$PYTHON" -c 'import torch' || fail "$PYTHON has no torch to make the model with; run make demo or set PYTHON"
 
-tools=(mmdebstrap arch-test buildah)
-[ "$(uname -m)" = aarch64 ] || tools+=(qemu-user-static)
+install() {
+  apt-get update -q >&2
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$@" >&2
+}
 missing=()
-for tool in "${tools[@]}"; do
+for tool in mmdebstrap arch-test buildah; do
   dpkg-query -W -f '${Status}' "$tool" 2>/dev/null | grep -q 'ok installed' || missing+=("$tool")
 done
-if [ ${#missing[@]} -gt 0 ]; then
-  say "installing ${missing[*]}"
-  apt-get update -q >&2
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}" >&2
-fi
+[ ${#missing[@]} -eq 0 ] || install "${missing[@]}"
 
-# The kernel hands arm64 programs to qemu. Debian does this at boot; a container or a bare machine may not have.
+box=""
+mkdir -p "$WORK"
+finish() {
+  [ ! -e "$formats/$entry" ] || echo -1 >"$formats/$entry"
+  [ -n "${KEEP-}" ] || rm -rf "$WORK/storage" "$WORK/run"
+}
 formats=/proc/sys/fs/binfmt_misc
-if [ "$(uname -m)" != aarch64 ] && ! arch-test arm64 >/dev/null 2>&1; then
+entry=tundish-arm64
+trap finish EXIT
+
+# Elsewhere than on arm64 the kernel hands arm64 programs to qemu, 10 or newer: onnxruntime 1.28 and newer crash under
+# Debian 12's qemu 7.2 as they are loaded. Debian 12 has qemu 10 in its backports; it is unpacked, not installed.
+if [ "$(uname -m)" != aarch64 ]; then
+  qemu=$(command -v qemu-aarch64-static || command -v qemu-aarch64 || true)
+  if [ -z "$qemu" ] || ! "$qemu" --version | grep -qE 'version [1-9][0-9]\.'; then
+    qemu=$WORK/qemu/usr/bin/qemu-aarch64
+    if [ ! -x "$qemu" ]; then
+      say "fetching qemu 10"
+      mkdir -p "$WORK/apt/lists/partial"
+      chmod -R a+rX "$WORK/apt"
+      echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $MIRROR bookworm-backports main" \
+        >"$WORK/apt/sources.list"
+      apt=(apt-get -q -o "Dir::Etc::sourcelist=$WORK/apt/sources.list" -o Dir::Etc::sourceparts=-
+        -o "Dir::State::lists=$WORK/apt/lists" -o APT::Sandbox::User=root)
+      "${apt[@]}" update >&2
+      (cd "$WORK/apt" && "${apt[@]}" download qemu-user/bookworm-backports >&2)
+      dpkg -x "$WORK"/apt/qemu-user_*.deb "$WORK/qemu"
+    fi
+  fi
+  say "$("$qemu" --version | head -n 1)"
   [ -e $formats/register ] || mount -t binfmt_misc binfmt_misc $formats
-  [ -e $formats/qemu-aarch64 ] || tr -d '\n' </usr/lib/binfmt.d/qemu-aarch64.conf >$formats/register
+  [ ! -e $formats/$entry ] || echo -1 >$formats/$entry
+  # The latest entry is asked first; F opens the interpreter now, so that it is found from inside a chroot.
+  magic='\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00'
+  mask='\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff'
+  printf '%s' ":$entry:M::$magic:$mask:$qemu:F" >$formats/register
 fi
 arch-test arm64 >&2 || fail "arm64 programs don't run here"
 
-mkdir -p "$WORK"
 if [ ! -s "$WORK/base.tar" ]; then
   say "making a Debian 12 base system"
   mmdebstrap --variant=minbase --architectures=arm64 --include=ca-certificates bookworm "$WORK/base.partial.tar" "$MIRROR"
@@ -50,13 +79,6 @@ fi
 # Storage of its own, so that nothing is left in the machine's.
 rm -rf "$WORK/storage" "$WORK/run"
 buildah() { command buildah --root "$WORK/storage" --runroot "$WORK/run" "$@"; }
-box=""
-finish() {
-  [ -z "$box" ] || buildah rm "$box" >/dev/null 2>&1 || true
-  rm -rf "$WORK/storage" "$WORK/run"
-}
-trap finish EXIT
-
 base=$(buildah from --arch arm64 scratch)
 buildah add -q "$base" "$WORK/base.tar" / >&2
 buildah commit -q --rm "$base" localhost/debian-arm64:12 >&2

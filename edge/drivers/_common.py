@@ -74,6 +74,7 @@ class Reader(Generic[P]):
         self.points = points
         self._sink = sink
         self._told = False
+        self._ahead_ns = 0  # the source's clock before the gateway's
 
     async def open(self) -> None:
         """Connect and begin; may raise anything."""
@@ -120,7 +121,12 @@ class Reader(Generic[P]):
         if samples:
             self.health.samples += len(samples)
             self.health.bad += [sample.quality for sample in samples].count(_BAD)
+            self._ahead_ns = samples[-1].time_ns - time.time_ns()
             self._sink(samples)
+
+    def now_ns(self) -> int:
+        """The time on the source's clock, as far as its last sample tells; the gateway's before there is one."""
+        return time.time_ns() + self._ahead_ns
 
     def quarantine(self, point: P, reason: str) -> None:
         """Keep a refused tag apart until its next try is due, 1 s to 60 s from now; BAD once."""
@@ -130,7 +136,7 @@ class Reader(Generic[P]):
         point.tries += 1
         if not known:
             _log.warning("%s: %s", point.ref, reason)
-            self.deliver([point.bad(time.time_ns())])
+            self.deliver([point.bad(self.now_ns())])
 
     def release(self, point: P) -> None:
         """Take a tag that reads well back among the others."""
@@ -152,7 +158,7 @@ class Reader(Generic[P]):
             _log.warning("%s", reason)
         self.health.error = reason
         if not self._told:
-            now = time.time_ns()
+            now = self.now_ns()
             self.deliver([point.bad(now) for point in self.points])
             self._told = True
 

@@ -81,12 +81,10 @@ class Demo:
     def _round(self) -> _Round | None:
         """The task's latest round as the aggregator's journal has it."""
         if self._journal is None:
-            if not (self.stage.aggregator_state / "journal.db").exists():
+            # The status comes when the journal has been made; to open it earlier would be in its maker's way.
+            if not (self.stage.aggregator_state / "status.json").exists():
                 return None
-            try:
-                self._journal = Journal(self.stage.aggregator_state)
-            except LocalError:
-                return None  # it is just being made
+            self._journal = Journal(self.stage.aggregator_state)
         row = self._journal.latest_round(self.scenario.task)
         if row is None:
             return None

@@ -229,8 +229,9 @@ def _recorded_nodes(layout: DataLayout) -> dict[str, tuple[Any, Any]]:
     value: tuple[Any, Any] = ([0.0] * layout.length, _T.Float) if wave else (0.0, _T.Double)
     nodes: dict[str, tuple[Any, Any]] = {
         "Data.Segment": (0, _T.UInt32),
-        "Data.Target": (0.0, _T.Double) if layout.target == "Double" else (0, _T.Int32),
-        "Data.Running": (True, _T.Boolean),
+        # None of these is what the first step writes, so that its time stamp is reported with it.
+        "Data.Target": (-1.0, _T.Double) if layout.target == "Double" else (-1, _T.Int32),
+        "Data.Running": (False, _T.Boolean),
     }
     split = layout.channels - layout.modbus
     return nodes | dict.fromkeys((f"Data.{name}" for name in layout.names[:split]), value)

@@ -1,0 +1,316 @@
+"""Every mistake in gateway.toml and its tags files is told in one line: file, line, key and what to write instead."""
+
+from pathlib import Path
+
+import pytest
+
+from edge.cli import main
+from edge.config import Config, TaskTable, load_config, profile_path, state_folder, wire
+from edge.window import Condition
+from models.errors import UserError
+from models.spec import Task, parse_task
+
+GATEWAY = """\
+[gateway]
+path = "acme/lyon/press/line4/cell2"
+publish_raw = ["plc1/RUL"]
+
+[mqtt]
+url = "mqtt://127.0.0.1:1883"
+
+[[source]]
+name = "plc1"
+driver = "opcua"
+url = "opc.tcp://10.0.0.10:4840"
+tags = "plc1.csv"
+
+[[source]]
+name = "drive"
+driver = "modbus"
+url = "modbus+tcp://10.0.0.11:502"
+device_id = 1
+tags = "drive.csv"
+
+[task.spindle-wear]
+signals = { T24 = "plc1/Spindle.Temp", vib = "drive/rms" }
+target = "plc1/RUL"
+active_when = "plc1/Running == 1 and drive/rms < 90.5"
+segment = "plc1/PartId"
+
+[policy]
+min_gateways = 3
+
+[store]
+max_bytes = "2GiB"
+"""
+PLC1 = """\
+tag,address,type,unit,scale,offset,deadband,sampling_ms,description
+Spindle.Temp,nsu=urn:plant;s=Spindle.Temp,,degC,0.1,-40,0.5,100,"at the bearing, front"
+RUL,ns=2;s=RUL,,,,,,,
+Running,ns=2;s=Running,,,,,,,
+
+PartId,ns=2;s=PartId,,,,,,,
+Wave,ns=2;s=Wave,float32[16],g,,,,,
+"""
+DRIVE = "tag,address,type,unit\nrms,holding:0,float32:CDAB,mm/s\n"
+TASK = """\
+name = "spindle-wear"
+kind = "regression"
+net = "tcn"
+[window]
+length = 30
+[[signal]]
+name = "T24"
+unit = "degC"
+[[signal]]
+name = "vib"
+unit = "mm/s"
+[target]
+name = "rul"
+"""
+
+
+@pytest.fixture
+def gateway(tmp_path: Path) -> Path:
+    (tmp_path / "plc1.csv").write_text(PLC1)
+    (tmp_path / "drive.csv").write_text(DRIVE)
+    (tmp_path / "gateway.toml").write_text(GATEWAY)
+    return tmp_path / "gateway.toml"
+
+
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
+def refused(gateway: Path) -> UserError:
+    with pytest.raises(UserError) as caught:
+        load_config(gateway)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def told(error: UserError, file: Path | str, line: int, key: str, problem: str, remedy: str) -> None:
+    assert (error.place, error.line, error.key) == (str(file), line, key)
+    assert problem in error.problem
+    assert remedy in error.remedy
+    where = f"{file}:{line}: " if line else f"{file}: "
+    assert str(error).startswith(f"{where}{key}: " if key else where)
+
+
+def test_a_good_one(gateway: Path) -> None:
+    config = load_config(gateway)
+    assert str(config.path) == "acme/lyon/press/line4/cell2"
+    assert config.publish_raw == {"plc1/RUL": "RUL"}
+    assert [s.name for s in config.sources] == ["plc1", "drive"]
+    assert config.sources[1].options == {"device_id": 1}
+    assert config.store_bytes == 2 << 30
+    assert config.training_memory == 1536 << 20
+    assert config.policy.min_gateways == 3
+    temp = config.tags["plc1/Spindle.Temp"]
+    assert (temp.unit, temp.scale, temp.offset, temp.deadband, temp.sampling_ms) == ("degC", 0.1, -40, 0.5, 100)
+    assert (temp.file, temp.line, temp.description) == (str(gateway.parent / "plc1.csv"), 2, "at the bearing, front")
+    assert (config.tags["plc1/PartId"].line, config.tags["plc1/RUL"].scale) == (6, 1.0)
+    assert config.tags["plc1/Wave"].width == 16
+    made = wire(parse_task(TASK), config.tasks["spindle-wear"], config.tags, config.file)
+    assert made.signals == ("plc1/Spindle.Temp", "drive/rms")
+    assert (made.target, made.segment) == ("plc1/RUL", "plc1/PartId")
+    assert made.gate == (Condition("plc1/Running", "==", 1), Condition("drive/rms", "<", 90.5))
+
+
+# What is written, in place of what; then line, key, a word of the problem and of the remedy.
+MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
+    "unknown key": ("[policy]\nmin_gateways", "[policy]\nmin_gateway", 28, "policy.min_gateway", "unknown key", "did you mean 'min_gateways'?"),
+    "unknown table": ("[store]", "[stores]", 30, "stores", "unknown key", "did you mean 'store'?"),
+    "unknown key of a source": ("device_id", "deviceid", 18, "source[1].deviceid", "unknown key", "did you mean 'device_id'?"),
+    "another driver's key": ("device_id = 1", "zzz = 1", 18, "source[1].zzz", "unknown key", "known keys: "),
+    "unknown driver": ('"modbus"', '"profinet"', 16, "source[1].driver", "no driver 'profinet'", "write one of: modbus, opcua"),
+    "wrong type": ("min_gateways = 3", 'min_gateways = "three"', 28, "policy.min_gateways", "expected `int`, got `str`", "write a value of that type"),
+    "wrong type of an option": ("device_id = 1", 'device_id = "1"', 18, "source[1].device_id", "not of type int", "write one that is"),
+    "missing key": ('path = "acme/lyon/press/line4/cell2"\n', "", 1, "gateway.path", "missing", "add a line path = "),
+    "missing key of a source": ('name = "drive"\n', "", 14, "source[1].name", "missing", 'write name = "…"'),
+    "missing table": ('[mqtt]\nurl = "mqtt://127.0.0.1:1883"\n', "", 1, "mqtt", "missing", "add a line mqtt = "),
+    "missing tags file": ('"drive.csv"', '"drives.csv"', 19, "source[1].tags", "can't be read: No such file", "check the path"),
+    "no TOML": ("[policy]", "[policy", 27, "", "not TOML", "mend the syntax"),
+    "a tag that does not exist": ('"drive/rms" }', '"drive/rmss" }', 22, "task.spindle-wear.signals.vib", "no tag 'drive/rmss'", "did you mean 'drive/rms'?"),
+    "a target that does not exist": ('target = "plc1/RUL"', 'target = "xyz"', 23, "task.spindle-wear.target", "no tag 'xyz'", 'write "source/tag"'),
+    "a segment that does not exist": ('"plc1/PartId"', '"plc1/PartID"', 25, "task.spindle-wear.segment", "no tag 'plc1/PartID'", "did you mean 'plc1/PartId'?"),
+    "a gate that is none": ("Running == 1 and", "Running = 1 and", 24, "task.spindle-wear.active_when", "is no comparison", "plc1/Running == 1"),
+    "a gate on no tag": ("drive/rms < 90.5", "drive/rpm < 90.5", 24, "task.spindle-wear.active_when", "no tag 'drive/rpm'", "did you mean 'drive/rms'?"),
+    "a raw topic that can't be": ('["plc1/RUL"]', '["plc1/RUL", "plc1/Spindle.Temp"]', 3, "gateway.publish_raw[1]", "is no topic level", "rename the tag in"),
+    "a raw topic of no tag": ('["plc1/RUL"]', '["plc1/nope"]', 3, "gateway.publish_raw[0]", "no tag 'plc1/nope'", 'write "source/tag"'),
+    "a short path": ("line4/cell2", "cell2", 2, "gateway.path", "has 4 levels", "acme/lyon/press/line4/cell2"),
+    "a path with a space": ("lyon", "ly on", 2, "gateway.path", "is no topic level", "acme/lyon/press/line4/cell2"),
+    "no TLS to afar": ("127.0.0.1:1883", "10.0.0.1:1883", 6, "mqtt.url", "without TLS to another machine", "insecure = true"),
+    "no MQTT url": ("mqtt://127", "http://127", 6, "mqtt.url", "is no mqtt:// or mqtts:// url", "mqtts://"),
+    "a source twice": ('name = "drive"', 'name = "plc1"', 15, "source[1].name", "'plc1' is used twice", "give each source its own name"),
+    "a source with a slash": ('name = "drive"', 'name = "dr/ive"', 15, "source[1].name", "is no topic level", "use A-Z a-z 0-9"),
+    "a source's url": ("modbus+tcp://", "http://", 17, "source[1].url", "is not a modbus+tcp URL", "write modbus+tcp://"),
+    "a duration": ('segment = "plc1/PartId"', 'max_lag = "2 fortnights"', 25, "task.spindle-wear.max_lag", "is not a duration", 'write "2s"'),
+    "a size": ('"2GiB"', '"2 gigs"', 31, "store.max_bytes", "'2 gigs' is not a size", '"512MiB" or "2GiB"'),
+    "a choice": ("min_gateways = 3", 'secure_aggregation = "maybe"', 28, "policy.secure_aggregation", "maybe", "write a value of that type"),
+    "a key that is none": ("[policy]", '[federation]\nkey = "AB"\n[policy]', 28, "federation.key", "matching regex", "write a value of that type"),
+}  # fmt: skip  # noqa: E501
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_gateway_toml(gateway: Path, mistake: str) -> None:
+    old, new, *expected = MISTAKES[mistake]
+    change(gateway, old, new)
+    told(refused(gateway), gateway, *expected)  # type: ignore[arg-type]
+
+
+def test_two_tags_on_one_raw_topic(gateway: Path) -> None:
+    change(gateway.parent / "drive.csv", "rms,", "RUL,holding:8,uint16,\nrms,")
+    change(gateway, '["plc1/RUL"]', '["plc1/RUL", "drive/RUL"]')
+    error = refused(gateway)
+    told(error, gateway, 3, "gateway.publish_raw[1]", "drive/RUL and plc1/RUL share the topic _raw/RUL", "rename one")
+
+
+CSV_MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
+    "unknown column": (",sampling_ms,", ",sampling,", 1, "sampling", "unknown column", "columns are: tag, address"),
+    "missing column": ("tag,address", "tag,type", 1, "address", "missing column", "the first line is tag,address,type"),
+    "a tag twice": ("\nPartId,", "\nRUL,", 6, "tag", "'RUL' stands on line 3 too", "give each tag its own name"),
+    "a bad number": ("0.1,-40", "0.1,minus", 2, "offset", "'minus' is no number", "write one, such as 0.1"),
+    "a decimal comma between commas": ("0.1,-40", '"0,1",-40', 2, "scale", "'0,1' is no number", "write one, such as 0.1"),
+    "no address": ("RUL,ns=2;s=RUL", "RUL,", 3, "address", "empty", "write the address, or remove the line"),
+    "no name": ("RUL,ns=2;s=RUL", ",ns=2;s=RUL", 3, "tag", "empty", "write the tag, or remove the line"),
+    "a name with a space": ("\nRunning,", "\nRun ning,", 4, "tag", "holds a space or a slash", "use letters, digits"),
+    "an address that is none": ("ns=2;s=PartId", "DB1.DBW4", 6, "address", "is not an OPC UA node", "write nsu="),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", CSV_MISTAKES)
+def test_a_mistake_in_a_tags_file(gateway: Path, mistake: str) -> None:
+    old, new, *expected = CSV_MISTAKES[mistake]
+    file = gateway.parent / "plc1.csv"
+    if mistake == "missing column":
+        old, new = file.read_text().partition("\n")[0], "tag,type,unit"
+    change(file, old, new)
+    told(refused(gateway), file, *expected)  # type: ignore[arg-type]
+
+
+def test_a_file_that_excel_saved(gateway: Path) -> None:
+    """Semicolons, decimal commas, a byte order mark, CRLF, and empty lines at the end."""
+    rows = [
+        "tag;address;type;unit;scale;offset",
+        "Spindle.Temp;nsu=urn:plant|s=Spindle.Temp;;degC;0,1;-40,5",
+        *(f"{name};ns=2|s={name};;;;" for name in ("RUL", "Running", "PartId")),
+        ";;;;;", "",
+    ]  # fmt: skip
+    text = "\r\n".join(rows)
+    for name in ("nsu=urn:plant|s=Spindle.Temp", *(f"ns=2|s={n}" for n in ("RUL", "Running", "PartId"))):
+        text = text.replace(name, '"' + name.replace("|", ";") + '"')
+    (gateway.parent / "plc1.csv").write_text(text, encoding="utf-8-sig", newline="")
+    tags = load_config(gateway).tags
+    temp = tags["plc1/Spindle.Temp"]
+    assert (temp.scale, temp.offset, temp.unit, temp.address) == (0.1, -40.5, "degC", "nsu=urn:plant;s=Spindle.Temp")
+    assert [t.line for t in tags.values()] == [2, 3, 4, 5, 2]
+
+
+def test_files_that_are_no_text(gateway: Path) -> None:
+    (gateway.parent / "plc1.csv").write_bytes(PLC1.encode("utf-16"))
+    told(refused(gateway), gateway.parent / "plc1.csv", 0, "", "not UTF-8 text", 'save it as "CSV UTF-8"')
+    gateway.write_bytes(b"\xff\xfe")
+    told(refused(gateway), gateway, 0, "", "not UTF-8 text", "check the path")
+    gateway.unlink()
+    told(refused(gateway), gateway, 0, "", "can't be read: No such file", "check the path")
+
+
+# -- wiring a published task -------------------------------------------------------------------------------------------
+
+
+def wired(config: Config, text: str, **more: str) -> UserError:
+    table = config.tasks["spindle-wear"]
+    if more:
+        table = TaskTable(signals=more)
+    with pytest.raises(UserError) as caught:
+        wire(parse_task(text), table, config.tags, config.file)
+    return caught.value
+
+
+def test_a_task_that_does_not_fit_the_wiring(gateway: Path) -> None:
+    config, plc1 = load_config(gateway), gateway.parent / "plc1.csv"
+    error = wired(config, TASK.replace('"degC"', '"K"'))
+    told(error, plc1, 2, "unit", "is in 'degC', the task's T24 in 'K'", "wire a tag in that unit")
+    error = wired(config, TASK.replace('"vib"', '"rpm"'))
+    told(error, gateway, 0, "task.spindle-wear.signals", "signal 'rpm' is not wired", 'add rpm = "source/tag" (in mm/s)')
+    error = wired(config, TASK.replace("length = 30", "length = 16\nwaveform = true"))
+    told(error, plc1, 2, "type", "plc1/Spindle.Temp is a scalar", "the task wants float32[16]")
+    one = TASK[: TASK.index("[[signal]]")] + '[[signal]]\nname = "w"\nunit = "g"\n[target]\nname = "rul"\n'
+    error = wired(config, one, w="plc1/Wave")
+    told(error, plc1, 7, "type", "plc1/Wave is float32[16]", "the task wants a scalar")
+    error = wired(config, one.replace("length = 30", "length = 17\nwaveform = true"), w="plc1/Wave")
+    told(error, plc1, 7, "type", "plc1/Wave is float32[16]", "the task wants float32[17]")
+    fits: Task = parse_task(one.replace("length = 30", "length = 16\nwaveform = true"))
+    assert wire(fits, TaskTable(signals={"w": "plc1/Wave"}), config.tags, "x").signals == ("plc1/Wave",)
+
+
+def test_an_anomaly_task_ignores_a_target(gateway: Path) -> None:
+    config = load_config(gateway)
+    text = TASK.replace("regression", "anomaly").replace("tcn", "autoencoder").partition("[target]")[0]
+    assert wire(parse_task(text), config.tasks["spindle-wear"], config.tags, "x").target is None
+
+
+# -- profiles and folders ----------------------------------------------------------------------------------------------
+
+
+def test_a_profile_fills_in_what_the_file_leaves_open(gateway: Path) -> None:
+    board = gateway.parent / "board.toml"
+    board.write_text('[training]\nthreads = 3\nmemory = "64MiB"\n[store]\nmax_bytes = "1MiB"\n[board]\nname = "x"\n')
+    config = load_config(gateway, board)
+    assert (config.training.threads, config.training_memory, config.store_bytes) == (3, 64 << 20, 2 << 30)
+    with pytest.raises(UserError) as caught:
+        profile_path("../../etc/passwd")
+    told(caught.value, "--profile", 0, "", "no board '../../etc/passwd'", "write one of: ")
+
+
+def test_where_state_is_kept(gateway: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(gateway)
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    assert state_folder(config, None).name == "acme-lyon-press-line4-cell2"
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/tundish:/elsewhere")
+    assert state_folder(config, None) == Path("/var/lib/tundish")
+    assert state_folder(config, gateway.parent) == gateway.parent
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_check_says_ok(gateway: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = gateway.parent / "task.toml"
+    task.write_text(TASK)
+    assert main(["edge", "check", "-c", str(gateway), "--task", str(task)]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{gateway}: ok (2 sources, 6 tags, tasks: spindle-wear)\n"
+    assert err == ""
+    assert main(["edge", "check", "-c", str(gateway), "--json"]) == 0
+    assert capsys.readouterr().out.startswith('{"file": ')
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "line"),
+    [
+        ("gateway.toml", "min_gateways", "min_gatewais", "gateway.toml:28: policy.min_gatewais: unknown key; did you mean 'min_gateways'?"),
+        ("plc1.csv", ",degC,", ",K,", "plc1.csv:2: unit: plc1/Spindle.Temp is in 'K'"),
+        ("task.toml", "tcn", "lstm", "task.toml:3: net: no net 'lstm'; write one of: "),
+        ("task.toml", "spindle-wear", "other", "gateway.toml: task.other: is not wired; add [task.other]"),
+    ],
+)  # fmt: skip
+def test_check_says_what_is_wrong_in_one_line(
+    gateway: Path, capsys: pytest.CaptureFixture[str], file: str, old: str, new: str, line: str
+) -> None:
+    task = gateway.parent / "task.toml"
+    task.write_text(TASK)
+    change(gateway.parent / file, old, new)
+    assert main(["edge", "check", "-c", str(gateway), "--task", str(task)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith(f"tundish: {gateway.parent}/{line}")
+
+
+def test_no_gateway_is_running(gateway: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["edge", "status", "-c", str(gateway), "--state", str(gateway.parent / "state")]) == 1
+    assert capsys.readouterr().err.startswith("tundish: no gateway has run with its state in ")

@@ -1,0 +1,367 @@
+"""The gateway's half of a round as lists of events: no broker, no disk, no child."""
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from broker.messages import Plan
+from edge import participant as p
+from edge.config import Policy
+from edge.participant import (
+    Answer,
+    ModelStored,
+    Participant,
+    PlanSeen,
+    Reconnected,
+    Settled,
+    StartTraining,
+    State,
+    StopTraining,
+    Trained,
+    TrainingFailed,
+    Unable,
+    WindowsReady,
+)
+
+
+def plan(number: int, base: int = 0, state: str = "open", **more: Any) -> Plan:
+    given_: dict[str, Any] = {"min_gateways": 3, "bits": 4, "secure_aggregation": False, "opened_ms": number} | more
+    return Plan(1, bytes(32), number, base, bytes(32), state, deadline_ms=9, **given_)
+
+
+def seen(number: int, base: int = 0, state: str = "open", **more: Any) -> PlanSeen:
+    return PlanSeen(plan(number, base, state, **more))
+
+
+def gateway(policy: Policy | None = None, **more: Any) -> Participant:
+    return Participant(policy or Policy(), 10, **more)
+
+
+def tell(g: Participant, *events: p.Event) -> list[p.Action]:
+    return [action for event in events for action in g.handle(event)]
+
+
+def joined(number: int) -> Answer:
+    return Answer(number, "joined", "ok", "")
+
+
+READY: tuple[p.Event, ...] = (ModelStored(0), WindowsReady(10))
+
+
+def test_a_round_from_plan_to_receipt() -> None:
+    g = gateway()
+    assert tell(g, seen(1)) == [joined(1)]
+    assert g.state is State.FETCHING
+    assert tell(g, ModelStored(0)) == []
+    assert g.state is State.WAITING
+    assert tell(g, WindowsReady(9)) == []
+    assert tell(g, WindowsReady(10)) == [StartTraining(1, 0, 4)]
+    assert tell(g, WindowsReady(11), seen(1), ModelStored(0)) == []
+    assert tell(g, Trained(1)) == []
+    assert g.state is State.SENT
+    assert tell(g, Settled(1, "counted")) == []
+    assert (g.state, g.handled) == (State.IDLE, 1)
+    assert tell(g, seen(1), seen(1, state="closed"), seen(1, state="done")) == []
+    assert tell(g, ModelStored(1), seen(2, 1)) == [joined(2), StartTraining(2, 1, 4)]
+
+
+def test_the_order_of_model_windows_and_plan_does_not_matter() -> None:
+    for order in itertools.permutations([seen(1), *READY]):
+        actions = tell(gateway(), *order)
+        assert actions == [joined(1), StartTraining(1, 0, 4)]
+
+
+def test_another_version_is_not_trained_from() -> None:
+    g = gateway()
+    assert tell(g, ModelStored(3), WindowsReady(99), seen(5, 4)) == [joined(5)]
+    assert g.state is State.FETCHING
+    assert tell(g, ModelStored(4)) == [StartTraining(5, 4, 4)]
+
+
+def test_a_base_that_has_gone_on_is_not_trained_from() -> None:
+    g = gateway()
+    assert tell(g, ModelStored(0), seen(1), ModelStored(1), WindowsReady(50)) == [joined(1)]
+    assert g.state is State.FETCHING
+    # The manifest of a closed round may come before its plan says closed.
+    g = gateway()
+    tell(g, *READY, seen(1))
+    assert tell(g, ModelStored(1), TrainingFailed(1, "killed")) == []
+    assert g.state is State.FETCHING
+
+
+def test_a_round_that_is_over_stops_the_child() -> None:
+    for end in ("closed", "done"):
+        g = gateway()
+        tell(g, *READY, seen(1))
+        assert tell(g, seen(1, state=end)) == [StopTraining()]
+        assert g.state is State.IDLE
+        assert tell(g, Trained(1)) == []
+        assert g.state is State.IDLE
+    g = gateway()
+    tell(g, *READY, seen(1))
+    assert tell(g, seen(2, 0)) == [StopTraining(), joined(2), StartTraining(2, 0, 4)]
+    assert tell(g, Trained(1)) == []
+    assert g.state is State.TRAINING
+    assert tell(g, Settled(2, "duplicate")) == [StopTraining()]
+
+
+def test_an_old_plan_is_ignored() -> None:
+    g = gateway()
+    tell(g, *READY, seen(3))
+    assert tell(g, seen(2), seen(2, state="closed"), seen(3, opened_ms=1)) == []
+    assert g.state is State.TRAINING
+
+
+def test_too_little_data_waits_for_more() -> None:
+    g = gateway()
+    tell(g, *READY, seen(1))
+    assert tell(g, TrainingFailed(1, "7 good windows", wait_for=5)) == []
+    assert g.state is State.WAITING
+    assert tell(g, WindowsReady(14), seen(1), ModelStored(0)) == []
+    assert tell(g, WindowsReady(15)) == [StartTraining(1, 0, 4)]
+    # It was no failure, however often.
+    for windows in range(20, 60, 5):
+        assert tell(g, TrainingFailed(1, "few", wait_for=5), WindowsReady(windows)) == [StartTraining(1, 0, 4)]
+    assert tell(g, TrainingFailed(1, "few", wait_for=5), seen(2)) == [joined(2), StartTraining(2, 0, 4)]
+
+
+def test_three_failures_decline() -> None:
+    g = gateway()
+    tell(g, *READY, seen(1))
+    assert tell(g, TrainingFailed(1, "killed")) == [StartTraining(1, 0, 4)]
+    assert tell(g, TrainingFailed(7, "another round's")) == []
+    assert tell(g, TrainingFailed(1, "killed")) == [StartTraining(1, 0, 4)]
+    assert tell(g, TrainingFailed(1, "over its cap")) == [Answer(1, "declined", "training-failed", "over its cap")]
+    assert (g.state, g.handled) == (State.IDLE, 1)
+    assert tell(g, seen(1), WindowsReady(99)) == []
+    assert tell(g, seen(2)) == [joined(2), StartTraining(2, 0, 4)]
+    assert tell(g, TrainingFailed(2, "killed")) == [StartTraining(2, 0, 4)]
+
+
+@pytest.mark.parametrize(
+    ("policy", "bad", "code", "reason"),
+    [
+        (Policy(federate=False), {}, "federate", "takes part in no federation"),
+        (Policy(min_gateways=4), {}, "min-gateways", "policy wants 4 gateways in a sum, the plan 3"),
+        (Policy(secure_aggregation="required"), {}, "secure-aggregation", "requires secure aggregation"),
+    ],
+)
+def test_policy_declines_with_its_reason_and_goes_on(
+    policy: Policy, bad: dict[str, Any], code: str, reason: str
+) -> None:
+    g = gateway(policy)
+    (answer,) = tell(g, *READY, seen(1, **bad))
+    assert isinstance(answer, Answer)
+    assert (answer.round, answer.verdict, answer.code) == (1, "declined", code)
+    assert reason in answer.reason
+    assert g.state is State.IDLE
+    assert tell(g, seen(1, **bad), WindowsReady(99), ModelStored(0)) == []
+    assert tell(g, Reconnected()) == [answer]
+    after = tell(g, seen(2, min_gateways=4, secure_aggregation=True))
+    if policy.federate:
+        assert after == [joined(2), StartTraining(2, 0, 4)]
+    else:
+        assert after == [Answer(2, "declined", code, answer.reason)]
+
+
+def test_enough_protection_is_joined() -> None:
+    strict = Policy(min_gateways=3, secure_aggregation="required")
+    assert tell(gateway(strict), *READY, seen(1, secure_aggregation=True)) == [joined(1), StartTraining(1, 0, 4)]
+
+
+def test_what_this_gateway_cannot_train() -> None:
+    declined = Answer(1, "declined", "training", "no target tag is wired")
+    assert tell(gateway(), Unable("no target tag is wired"), seen(1)) == [declined]
+    g = gateway()
+    assert tell(g, seen(1), Unable(""), Unable("no target tag is wired")) == [joined(1), declined]
+    assert tell(g, Unable(""), seen(1)) == []
+    assert tell(g, *READY, seen(2)) == [joined(2), StartTraining(2, 0, 4)]
+    assert tell(g, Unable("too late for this one")) == []
+    assert g.state is State.TRAINING
+
+
+def test_an_answer_is_repeated_while_its_round_is_open() -> None:
+    g = gateway()
+    assert tell(g, Reconnected()) == []
+    tell(g, seen(1))
+    assert tell(g, Reconnected()) == [joined(1)]
+    tell(g, *READY, Trained(1))
+    assert tell(g, Reconnected()) == [joined(1)]
+    tell(g, seen(1, state="closed"))
+    assert tell(g, Reconnected()) == []
+
+
+def test_an_update_in_the_outbox_is_not_made_again() -> None:
+    """After a restart, `handled` is the newest round with an update in the outbox or a receipt."""
+    g = gateway(handled=3)
+    assert tell(g, *READY, seen(3), seen(3)) == []
+    assert tell(g, Settled(3, "counted"), seen(3), WindowsReady(20)) == []
+    assert tell(g, ModelStored(1), seen(4, 1)) == [joined(4), StartTraining(4, 1, 4)]
+
+
+# -- every pair, any order ---------------------------------------------------------------------------------------------
+
+
+EVENTS: dict[type, p.Event] = {
+    PlanSeen: seen(1), ModelStored: ModelStored(0), WindowsReady: WindowsReady(10), Trained: Trained(1),
+    TrainingFailed: TrainingFailed(1, "killed"), Settled: Settled(1, "counted"), Unable: Unable(""),
+    Reconnected: Reconnected(),
+}  # fmt: skip
+WAYS: dict[State, tuple[p.Event, ...]] = {
+    State.IDLE: (), State.FETCHING: (seen(1),), State.WAITING: (seen(1), ModelStored(0)),
+    State.TRAINING: (seen(1), *READY), State.SENT: (seen(1), *READY, Trained(1)),
+}  # fmt: skip
+
+
+def test_the_table_is_whole() -> None:
+    assert EVENTS.keys() == set(get_args(p.Event))
+    by_training_alone = {(state, event) for state in State if state is not State.TRAINING for event in (Trained, TrainingFailed)}
+    assert p.TRANSITIONS.keys() == set(itertools.product(State, EVENTS)) - by_training_alone
+
+
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(State, EVENTS)), ids=lambda v: getattr(v, "name", "") or v.__name__)
+def test_every_pair(state: State, event: type) -> None:
+    g = gateway()
+    tell(g, *WAYS[state])
+    assert g.state is state
+    actions = g.handle(EVENTS[event])
+    moved = {
+        (State.IDLE, PlanSeen): (State.FETCHING, [joined(1)]),
+        (State.FETCHING, ModelStored): (State.WAITING, []),
+        (State.WAITING, WindowsReady): (State.TRAINING, [StartTraining(1, 0, 4)]),
+        (State.TRAINING, Trained): (State.SENT, []),
+        (State.TRAINING, TrainingFailed): (State.TRAINING, [StartTraining(1, 0, 4)]),
+        (State.TRAINING, Settled): (State.IDLE, [StopTraining()]),
+    }
+    stays = (State.IDLE if event is Settled else state, [joined(1)] if event is Reconnected and WAYS[state] else [])
+    assert (g.state, actions) == moved.get((state, event), stays)
+
+
+@dataclass
+class World:
+    """A gateway around its participant, with a child, an outbox and a disk; and an aggregator that goes on."""
+
+    policy: Policy
+    g: Participant = field(init=False)
+    number: int = 0
+    open: bool = False
+    version: int = 0
+    stored: int = -1
+    windows: int = 0
+    running: StartTraining | None = None
+    outbox: set[int] = field(default_factory=set)
+    settled: int = 0
+    trained: list[int] = field(default_factory=list)
+    said: dict[int, Answer] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.g = gateway(self.policy)
+
+    def plan(self) -> PlanSeen:
+        return seen(self.number, self.version, "open" if self.open else "closed", min_gateways=2 + self.number % 2)
+
+    def tell(self, event: p.Event) -> None:
+        actions = self.g.handle(event)
+        for i, action in enumerate(actions):
+            match action:
+                case StartTraining():
+                    assert self.running is None, "two trainings at once"
+                    known = self.g.plan
+                    assert known is not None
+                    assert known.state == "open"
+                    assert (action.round, action.base) == (known.round, known.base)
+                    assert action.base == self.stored
+                    assert action.round not in self.outbox
+                    assert action.round > self.settled
+                    assert action.round not in self.trained
+                    assert not (answer := self.said.get(action.round)) or answer.verdict == "joined"
+                    assert p.objection(self.policy, known) is None
+                    self.running = action
+                case StopTraining():
+                    assert self.running is not None
+                    self.running = None
+                case Answer():
+                    before = self.said.get(action.round)
+                    if before is not None and before != action:
+                        # The one cause there is: the training failed three times, or it can't be wired after all.
+                        assert before.verdict == "joined"
+                        assert action.code in {"training-failed", "training"}
+                        assert isinstance(event, TrainingFailed | Unable)
+                    assert i == 0 or isinstance(actions[i - 1], StopTraining)
+                    self.said[action.round] = action
+
+    def step(self, what: str, count: int) -> None:
+        if what == "open" and not self.open:
+            self.number, self.open = self.number + 1, True
+        elif what == "close" and self.open:
+            self.open, self.version = False, self.version + 1
+        elif what == "plan" and self.number:
+            self.tell(self.plan())
+        elif what == "model" and self.stored != self.version:
+            self.stored = self.version
+            self.tell(ModelStored(self.version))
+        elif what == "windows":
+            self.windows += count
+            self.tell(WindowsReady(self.windows))
+        elif what == "finish" and self.running:
+            done, self.running = self.running, None
+            self.outbox.add(done.round)
+            self.trained.append(done.round)
+            self.tell(Trained(done.round))
+        elif what in {"fail", "few"} and self.running:
+            failed, self.running = self.running, None
+            self.tell(TrainingFailed(failed.round, what, count if what == "few" else 0))
+        elif what == "receipt" and self.outbox:
+            first = min(self.outbox)
+            self.outbox.discard(first)
+            self.settled = max(self.settled, first)
+            self.tell(Settled(first, "counted"))
+        elif what == "reconnect":
+            self.tell(Reconnected())
+        elif what == "unable":
+            self.tell(Unable("no target" if count > 6 else ""))
+        elif what == "restart":
+            self.running, self.said, self.windows = None, {}, 0
+            self.g = gateway(self.policy, handled=max([self.settled, *self.outbox]))
+            if self.stored >= 0:
+                self.tell(ModelStored(self.stored))
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from([
+            "open", "open", "close", "plan", "plan", "plan", "model", "model", "windows", "windows", "finish", "fail", "few",
+            "receipt", "reconnect", "unable", "restart",
+        ]),
+        st.integers(1, 8),
+    ),
+    max_size=120,
+)  # fmt: skip
+
+
+@given(steps, st.sampled_from([Policy(), Policy(min_gateways=3), Policy(federate=False)]))
+@settings(max_examples=400, deadline=None)
+def test_whatever_happens(script: list[tuple[str, int]], policy: Policy) -> None:
+    """Never two trainings, never for a round that is known to be over, never twice for one, never against the policy."""
+    world = World(policy)
+    for what, count in script:
+        world.step(what, count)
+        assert (world.running is not None) == (world.g.state is State.TRAINING)
+    # And it is never stuck: left in peace, it answers a new round that its policy allows.
+    for what in ("close", "receipt", "receipt", "plan", "model", "open", "plan"):
+        world.step(what, 1)
+    world.step("unable", 1)
+    for what in ("close", "plan", "model", "open", "plan"):
+        world.step(what, 1)
+    world.step("windows", 200)
+    known = world.g.plan
+    assert known is not None
+    assert known.round == world.number
+    if p.objection(policy, known) is None:
+        assert world.running == StartTraining(world.number, world.version, 4)
+    else:
+        assert world.said[world.number].verdict == "declined"
