@@ -34,11 +34,9 @@ def main() -> int:
     y = None if train.y is None else scale.targets(task, train.y)
     base = np.load(folder / "base.npy", allow_pickle=False)
 
-    import torch  # noqa: PLC0415 - the 270 MB come only once there is something to train on
+    from models.fit import fit, set_threads  # noqa: PLC0415 - torch's 270 MB, once there is something to train on
 
-    from models.fit import fit  # noqa: PLC0415
-
-    torch.set_num_threads(job.threads)
+    set_threads(job.threads)
     try:
         fitted = fit(task, Layout.from_wire(job.layout), base, scale.inputs(task, train.x), y, seed=job.seed)
     except FloatingPointError as error:

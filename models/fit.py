@@ -27,6 +27,11 @@ class Fitted:
     device: str
 
 
+def set_threads(count: int) -> None:
+    """Bound the CPU threads of everything that torch does in this process."""
+    torch.set_num_threads(count)
+
+
 def build_net(task: Task) -> nn.Module:
     """Make the task's net with torch's current random state."""
     module = importlib.import_module(f"models.nets.{task.net}")

@@ -222,6 +222,8 @@ def _check(file: TomlFile, task: Task) -> None:
         "gives no reconstruction",
         "write autoencoder",
     )
+    sums = "sums in the clear are all there is yet; write false"
+    need(not task.privacy.secure_aggregation, ["privacy", "secure_aggregation"], "is not available", sums)
     t, r = task.training, task.round
     need(0 < t.holdout < 1, ["training", "holdout"], "out of range", "write a part, such as 0.2")
     need(t.epochs >= 1 and t.batch >= 1 and t.lr > 0, ["training"], "out of range", "epochs, batch, lr above 0")

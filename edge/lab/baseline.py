@@ -12,7 +12,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from edge.dataset import Dataset
@@ -24,7 +23,7 @@ from edge.trainer import stored_dataset
 from models.delta import Layout, Vector
 from models.errors import LocalError
 from models.evaluate import auroc
-from models.fit import fit
+from models.fit import fit, set_threads
 from models.scale import Scale
 from models.spec import Task, parse_task
 
@@ -68,7 +67,7 @@ def compare(c: Comparison) -> dict[str, object]:
 
     inputs = [scale.inputs(task, train.x) for train, _, scale in plants]
     targets = [scale.targets(task, train.y) for train, _, scale in plants if train.y is not None]
-    torch.set_num_threads(1)
+    set_threads(1)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         whole = pool.submit(learn, inputs, targets, sum(plant.steps for plant in c.plants))
         jobs = [pool.submit(learn, [x], targets[i : i + 1], c.plants[i].steps) for i, x in enumerate(inputs)]
