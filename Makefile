@@ -6,9 +6,9 @@ ARGS ?=
 EXTRAS ?=
 
 # torch goes in first and by itself, so that a site can choose its build. A wheel that pip finds locally
-# (PIP_FIND_LINKS) is taken; else the CPU build from torch's own index; else what pip's own index has, which on x86-64
-# brings CUDA packages of some 3 GB. A mirror of one's own:  make demo TORCH='torch --index-url https://…'
-CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# (PIP_FIND_LINKS) is taken; else what CPU_INDEX has, where it is set; else what pip's own index has, which on x86-64
+# brings CUDA packages of some 3 GB. PyTorch's page "Get Started" names its CPU index:  make demo CPU_INDEX=URL
+CPU_INDEX ?=
 ifeq ($(shell uname -m),aarch64)
 TORCH ?= 'torch>=2.8,<2.11'
 else

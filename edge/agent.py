@@ -288,6 +288,7 @@ class Agent:
             "samples_dropped": self.samples.dropped,
             "store_error": self.samples.error,
             "refused": dict(self.shop.refused),
+            "link": dict(self.link.counters),
         }
 
     def _task_snapshot(self, runner: Runner) -> dict[str, object]:

@@ -14,6 +14,7 @@ import msgspec
 from broker.settings import MqttSettings, check_mqtt
 from broker.topics import GatewayPath, segment
 from edge.drivers import registry
+from edge.profile import Profile, load_profile
 from edge.tags import Sample, Source, Tag
 from edge.window import Condition, Wiring, parse_gate
 from models.errors import PeerError, UserError
@@ -122,7 +123,7 @@ def load_config(path: Path, profile: Path | None = None) -> Config:
     """Read and check gateway.toml and what it names; UserError says file, line, key and remedy."""
     file = read_toml(path)
     if profile is not None:
-        _apply_profile(file, read_toml(profile))
+        _apply_profile(file, load_profile(profile))
     raw = file.convert(_File)
     try:
         gateway = GatewayPath.parse(raw.gateway.path)
@@ -363,11 +364,13 @@ def profile_path(name: str) -> Path:
     raise UserError("--profile", 0, "", f"no board {name!r}", f"write one of: {', '.join(known)}")
 
 
-def _apply_profile(file: TomlFile, profile: TomlFile) -> None:
+def _apply_profile(file: TomlFile, profile: Profile) -> None:
     """Let a board's [training], [scoring] and [store] stand where gateway.toml says nothing."""
-    for table in ("training", "scoring", "store"):
-        for key, value in profile.data.get(table, {}).items():
-            file.data.setdefault(table, {}).setdefault(key, value)
+    for name, values in profile.defaults().items():
+        table = file.data.setdefault(name, {})
+        if isinstance(table, dict):  # else convert() says what is wrong with it
+            for key, value in values.items():
+                table.setdefault(key, value)
 
 
 def state_folder(config: Config, override: Path | None) -> Path:

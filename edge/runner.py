@@ -27,10 +27,10 @@ from edge.live import Live
 from edge.memory import Memory
 from edge.store import Outgoing, Samples, State
 from edge.tags import Sample
-from edge.train import Job, NotEnoughError, Result, TrainingError, layout_wire, train
+from edge.train import Job, NotEnoughError, Result, layout_wire, train
 from models import codec
 from models.delta import Vector
-from models.errors import PeerError, UserError
+from models.errors import LocalError, PeerError, UserError
 from models.evaluate import metric_name, not_worse
 from models.scale import Scale
 from models.tomlfile import seconds
@@ -73,6 +73,8 @@ class Runner:
         self._jobs: set[asyncio.Task[None]] = set()
         self._training: asyncio.Task[None] | None = None
         self._stored_before = 0
+        # Every tag's last sample: a tag that seldom changes has said its value long before a task is there.
+        self._latest: dict[str, Sample] = {}
         # What the memory holds, at hand for the event loop.
         self.scale, self.holdout = self.memory.scale(), self.memory.holdout()
         self.personal = self.memory.vector("personal")
@@ -98,6 +100,7 @@ class Runner:
 
     def feed(self, samples: list[Sample]) -> None:
         """Score what is complete."""
+        self._latest.update((sample.tag, sample) for sample in samples)
         if self.live:
             self.live.feed(samples)
 
@@ -213,21 +216,19 @@ class Runner:
             return
         try:
             await asyncio.to_thread(self.shop.samples.flush)
-            result = await train(self._job(model, live, action.round), self._personalised(model), self._folder())
+            folder = self.shop.folder / f"training-{self.name}"
+            result = await train(self._job(model, live, action.round), self._personalised(model), folder)
             await self._send(action, model, result)
         except NotEnoughError as error:
             log.info("%s: round %d waits for data: %s", self.name, action.round, error)
             self._stored_before = 0
             more = max(1, model.task.training.min_windows // 4)
             self._do(self.participant.handle(p.TrainingFailed(action.round, str(error), more)))
-        except TrainingError as error:
+        except (LocalError, OSError, ValueError) as error:
             self.problem = f"training: {error}"
             log.error("%s: round %d: %s", self.name, action.round, self.problem)
             await asyncio.sleep(_RETRY_S)
             self._do(self.participant.handle(p.TrainingFailed(action.round, str(error)[:400])))
-
-    def _folder(self) -> Path:
-        return self.shop.folder / f"training-{self.name}"
 
     def _job(self, model: Model, live: Live, round_: int) -> Job:
         caps = self.shop.config.training
@@ -302,6 +303,7 @@ class Runner:
         if self.live is None or self.live.task != task:
             lag = int(seconds(self.table.max_lag) * 1e9)
             self.live = Live(task, wiring, lag, self._publish_inference, self.shop.samples.score, self._first_scale)
+            self.live.feed(sorted(self._latest.values(), key=lambda s: s.time_ns))
 
     def _first_scale(self, scale: Scale) -> None:
         """Keep a normalisation that was learnt before any training."""

@@ -119,8 +119,13 @@ class State:
         """Run `work`, which calls the methods below, as one transaction in the state's thread."""
 
         def run() -> T:
-            with self.transaction():
-                done = work()
+            try:
+                with self.transaction():
+                    done = work()
+            except sqlite3.Error as error:
+                raise LocalError(
+                    f"state can't be stored: {error}; free space on the disk of the state folder"
+                ) from error
             self.waiting = tuple(self.outbox())
             return done
 

@@ -101,9 +101,9 @@ class Driver(Protocol):
     Contract, held by tests/test_drivers.py for every file there:
     - `run()` goes on until cancelled: it connects, reads, and after any cut connects again by itself with backoff
       (0.2 s doubling to 30 s); errors of its library end at its boundary, in `health.error`.
-    - On a cut it delivers one BAD sample per tag, at once, stamped with the gateway's clock (or the source's latest
-      time, if that is later); a tag that the source refuses is BAD, quarantined and retried with backoff (1 s to
-      60 s) while the others run.
+    - On a cut it delivers one BAD sample per tag, at once, stamped with the source's clock as far as its last sample
+      tells; before a first sample nothing is known, and nothing is said. A tag that the source refuses is BAD,
+      quarantined and retried with backoff (1 s to 60 s) while the others run.
     - Values pass scale and offset; strings become CRC-32 of their UTF-8 (segments compare equality only); booleans
       become 0 and 1.
     - Cancelling `run()` closes the connection and returns within two seconds.

@@ -165,7 +165,7 @@ class Windower:
         self._latest = np.full(len(self._rows.index), np.nan)
         self._arrays: dict[str, tuple[int, Float]] = {}
         self._row = self._due = -1  # the last row that was closed; the row that the last sample first counts in
-        # Late samples in a row, and how many of them say that a clock was set back: more than one old value of each tag.
+        # Late samples in a row, and how many say that a clock was set back: more than one old value of each tag.
         self._behind, self._most_behind = 0, max(_MOST_BEHIND, 8 * len(self._wanted))
         # A source that has not said anything yet is waited for like one that has gone quiet.
         self._newest = dict.fromkeys((ref.partition("/")[0] for ref in self.wiring.tags), -1)
@@ -183,8 +183,7 @@ class Windower:
                 self._pending.append(sample)
                 self._behind = self._behind + 1 if sample.time_ns < self._done_ns else 0
                 source = sample.tag.partition("/")[0]
-                if sample.time_ns > newest[source]:
-                    newest[source] = sample.time_ns
+                newest[source] = max(newest[source], sample.time_ns)
         if self._behind > self._most_behind:
             self._restart()
         return self._run(self._watermark())

@@ -103,7 +103,7 @@ class _Adam:
     torch's own imports its compiler when it is made: 1.4 s and 70 MB on every training of a small gateway.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float) -> None:
+    def __init__(self, parameters: list[Tensor], lr: float) -> None:
         self.parameters, self.lr, self.steps = parameters, lr, 0
         self.mean = [torch.zeros_like(p) for p in parameters]
         self.square = [torch.zeros_like(p) for p in parameters]
@@ -126,7 +126,8 @@ class _Adam:
 
     def _clip(self, gradients: list[Tensor]) -> Tensor:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # noqa: SLF001
-        return (_CLIP / (norm + _EPSILON)).clamp(max=1.0)
+        scale: Tensor = (_CLIP / (norm + _EPSILON)).clamp(max=1.0)
+        return scale
 
 
 def _loss(task: Task, out: Tensor, x: Tensor, present: Tensor, y: Tensor | None) -> Tensor:

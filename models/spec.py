@@ -14,6 +14,7 @@ from models.errors import UserError
 from models.tomlfile import TomlFile, read_toml, seconds
 
 MAX_TASK_BYTES = 64 * 1024
+MAX_RATE_HZ = 1e6
 
 
 class Window(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -191,7 +192,7 @@ def _check(file: TomlFile, task: Task) -> None:
     w = task.window
     need(1 <= w.length <= 65_536, ["window", "length"], "out of range", "write 1 to 65536")  # noqa: PLR2004
     need(w.stride >= 1, ["window", "stride"], "out of range", "write 1 or more")
-    need(w.rate_hz > 0, ["window", "rate_hz"], "out of range", "write samples per second, above 0")
+    need(0 < w.rate_hz <= MAX_RATE_HZ, ["window", "rate_hz"], "out of range", "rows per second, above 0, at most 1e6")
     need(0 <= w.min_quality <= 1, ["window", "min_quality"], "out of range", "write 0.0 to 1.0")
     if task.kind == "anomaly":
         need(task.target is None, ["target"], "an anomaly task has no target", "remove it, or change kind")

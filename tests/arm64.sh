@@ -31,7 +31,6 @@ for tool in mmdebstrap arch-test buildah; do
 done
 [ ${#missing[@]} -eq 0 ] || install "${missing[@]}"
 
-box=""
 mkdir -p "$WORK"
 finish() {
   [ ! -e "$formats/$entry" ] || echo -1 >"$formats/$entry"

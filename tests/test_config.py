@@ -121,37 +121,177 @@ def test_a_good_one(gateway: Path) -> None:
 
 # What is written, in place of what; then line, key, a word of the problem and of the remedy.
 MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
-    "unknown key": ("[policy]\nmin_gateways", "[policy]\nmin_gateway", 28, "policy.min_gateway", "unknown key", "did you mean 'min_gateways'?"),
+    "unknown key": (
+        "[policy]\nmin_gateways",
+        "[policy]\nmin_gateway",
+        28,
+        "policy.min_gateway",
+        "unknown key",
+        "did you mean 'min_gateways'?",
+    ),
     "unknown table": ("[store]", "[stores]", 30, "stores", "unknown key", "did you mean 'store'?"),
-    "unknown key of a source": ("device_id", "deviceid", 18, "source[1].deviceid", "unknown key", "did you mean 'device_id'?"),
+    "unknown key of a source": (
+        "device_id",
+        "deviceid",
+        18,
+        "source[1].deviceid",
+        "unknown key",
+        "did you mean 'device_id'?",
+    ),
     "another driver's key": ("device_id = 1", "zzz = 1", 18, "source[1].zzz", "unknown key", "known keys: "),
-    "unknown driver": ('"modbus"', '"profinet"', 16, "source[1].driver", "no driver 'profinet'", "write one of: modbus, opcua"),
-    "wrong type": ("min_gateways = 3", 'min_gateways = "three"', 28, "policy.min_gateways", "expected `int`, got `str`", "write a value of that type"),
-    "wrong type of an option": ("device_id = 1", 'device_id = "1"', 18, "source[1].device_id", "not of type int", "write one that is"),
+    "unknown driver": (
+        '"modbus"',
+        '"profinet"',
+        16,
+        "source[1].driver",
+        "no driver 'profinet'",
+        "write one of: modbus, opcua",
+    ),
+    "wrong type": (
+        "min_gateways = 3",
+        'min_gateways = "three"',
+        28,
+        "policy.min_gateways",
+        "expected `int`, got `str`",
+        "write a value of that type",
+    ),
+    "wrong type of an option": (
+        "device_id = 1",
+        'device_id = "1"',
+        18,
+        "source[1].device_id",
+        "not of type int",
+        "write one that is",
+    ),
     "missing key": ('path = "acme/lyon/press/line4/cell2"\n', "", 1, "gateway.path", "missing", "add a line path = "),
     "missing key of a source": ('name = "drive"\n', "", 14, "source[1].name", "missing", 'write name = "…"'),
     "missing table": ('[mqtt]\nurl = "mqtt://127.0.0.1:1883"\n', "", 1, "mqtt", "missing", "add a line mqtt = "),
-    "missing tags file": ('"drive.csv"', '"drives.csv"', 19, "source[1].tags", "can't be read: No such file", "check the path"),
+    "missing tags file": (
+        '"drive.csv"',
+        '"drives.csv"',
+        19,
+        "source[1].tags",
+        "can't be read: No such file",
+        "check the path",
+    ),
     "no TOML": ("[policy]", "[policy", 27, "", "not TOML", "mend the syntax"),
-    "a tag that does not exist": ('"drive/rms" }', '"drive/rmss" }', 22, "task.spindle-wear.signals.vib", "no tag 'drive/rmss'", "did you mean 'drive/rms'?"),
-    "a target that does not exist": ('target = "plc1/RUL"', 'target = "xyz"', 23, "task.spindle-wear.target", "no tag 'xyz'", 'write "source/tag"'),
-    "a segment that does not exist": ('"plc1/PartId"', '"plc1/PartID"', 25, "task.spindle-wear.segment", "no tag 'plc1/PartID'", "did you mean 'plc1/PartId'?"),
-    "a gate that is none": ("Running == 1 and", "Running = 1 and", 24, "task.spindle-wear.active_when", "is no comparison", "plc1/Running == 1"),
-    "a gate on no tag": ("drive/rms < 90.5", "drive/rpm < 90.5", 24, "task.spindle-wear.active_when", "no tag 'drive/rpm'", "did you mean 'drive/rms'?"),
-    "a raw topic that can't be": ('["plc1/RUL"]', '["plc1/RUL", "plc1/Spindle.Temp"]', 3, "gateway.publish_raw[1]", "is no topic level", "rename the tag in"),
-    "a raw topic of no tag": ('["plc1/RUL"]', '["plc1/nope"]', 3, "gateway.publish_raw[0]", "no tag 'plc1/nope'", 'write "source/tag"'),
+    "a tag that does not exist": (
+        '"drive/rms" }',
+        '"drive/rmss" }',
+        22,
+        "task.spindle-wear.signals.vib",
+        "no tag 'drive/rmss'",
+        "did you mean 'drive/rms'?",
+    ),
+    "a target that does not exist": (
+        'target = "plc1/RUL"',
+        'target = "xyz"',
+        23,
+        "task.spindle-wear.target",
+        "no tag 'xyz'",
+        'write "source/tag"',
+    ),
+    "a segment that does not exist": (
+        '"plc1/PartId"',
+        '"plc1/PartID"',
+        25,
+        "task.spindle-wear.segment",
+        "no tag 'plc1/PartID'",
+        "did you mean 'plc1/PartId'?",
+    ),
+    "a gate that is none": (
+        "Running == 1 and",
+        "Running = 1 and",
+        24,
+        "task.spindle-wear.active_when",
+        "is no comparison",
+        "plc1/Running == 1",
+    ),
+    "a gate on no tag": (
+        "drive/rms < 90.5",
+        "drive/rpm < 90.5",
+        24,
+        "task.spindle-wear.active_when",
+        "no tag 'drive/rpm'",
+        "did you mean 'drive/rms'?",
+    ),
+    "a raw topic that can't be": (
+        '["plc1/RUL"]',
+        '["plc1/RUL", "plc1/Spindle.Temp"]',
+        3,
+        "gateway.publish_raw[1]",
+        "is no topic level",
+        "rename the tag in",
+    ),
+    "a raw topic of no tag": (
+        '["plc1/RUL"]',
+        '["plc1/nope"]',
+        3,
+        "gateway.publish_raw[0]",
+        "no tag 'plc1/nope'",
+        'write "source/tag"',
+    ),
     "a short path": ("line4/cell2", "cell2", 2, "gateway.path", "has 4 levels", "acme/lyon/press/line4/cell2"),
     "a path with a space": ("lyon", "ly on", 2, "gateway.path", "is no topic level", "acme/lyon/press/line4/cell2"),
-    "no TLS to afar": ("127.0.0.1:1883", "10.0.0.1:1883", 6, "mqtt.url", "without TLS to another machine", "insecure = true"),
+    "no TLS to afar": (
+        "127.0.0.1:1883",
+        "10.0.0.1:1883",
+        6,
+        "mqtt.url",
+        "without TLS to another machine",
+        "insecure = true",
+    ),
     "no MQTT url": ("mqtt://127", "http://127", 6, "mqtt.url", "is no mqtt:// or mqtts:// url", "mqtts://"),
-    "a source twice": ('name = "drive"', 'name = "plc1"', 15, "source[1].name", "'plc1' is used twice", "give each source its own name"),
-    "a source with a slash": ('name = "drive"', 'name = "dr/ive"', 15, "source[1].name", "is no topic level", "use A-Z a-z 0-9"),
-    "a source's url": ("modbus+tcp://", "http://", 17, "source[1].url", "is not a modbus+tcp URL", "write modbus+tcp://"),
-    "a duration": ('segment = "plc1/PartId"', 'max_lag = "2 fortnights"', 25, "task.spindle-wear.max_lag", "is not a duration", 'write "2s"'),
+    "a source twice": (
+        'name = "drive"',
+        'name = "plc1"',
+        15,
+        "source[1].name",
+        "'plc1' is used twice",
+        "give each source its own name",
+    ),
+    "a source with a slash": (
+        'name = "drive"',
+        'name = "dr/ive"',
+        15,
+        "source[1].name",
+        "is no topic level",
+        "use A-Z a-z 0-9",
+    ),
+    "a source's url": (
+        "modbus+tcp://",
+        "http://",
+        17,
+        "source[1].url",
+        "is not a modbus+tcp URL",
+        "write modbus+tcp://",
+    ),
+    "a duration": (
+        'segment = "plc1/PartId"',
+        'max_lag = "2 fortnights"',
+        25,
+        "task.spindle-wear.max_lag",
+        "is not a duration",
+        'write "2s"',
+    ),
     "a size": ('"2GiB"', '"2 gigs"', 31, "store.max_bytes", "'2 gigs' is not a size", '"512MiB" or "2GiB"'),
-    "a choice": ("min_gateways = 3", 'secure_aggregation = "maybe"', 28, "policy.secure_aggregation", "maybe", "write a value of that type"),
-    "a key that is none": ("[policy]", '[federation]\nkey = "AB"\n[policy]', 28, "federation.key", "matching regex", "write a value of that type"),
-}  # fmt: skip  # noqa: E501
+    "a choice": (
+        "min_gateways = 3",
+        'secure_aggregation = "maybe"',
+        28,
+        "policy.secure_aggregation",
+        "maybe",
+        "write a value of that type",
+    ),
+    "a key that is none": (
+        "[policy]",
+        '[federation]\nkey = "AB"\n[policy]',
+        28,
+        "federation.key",
+        "matching regex",
+        "write a value of that type",
+    ),
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -173,12 +313,19 @@ CSV_MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
     "missing column": ("tag,address", "tag,type", 1, "address", "missing column", "the first line is tag,address,type"),
     "a tag twice": ("\nPartId,", "\nRUL,", 6, "tag", "'RUL' stands on line 3 too", "give each tag its own name"),
     "a bad number": ("0.1,-40", "0.1,minus", 2, "offset", "'minus' is no number", "write one, such as 0.1"),
-    "a decimal comma between commas": ("0.1,-40", '"0,1",-40', 2, "scale", "'0,1' is no number", "write one, such as 0.1"),
+    "a decimal comma between commas": (
+        "0.1,-40",
+        '"0,1",-40',
+        2,
+        "scale",
+        "'0,1' is no number",
+        "write one, such as 0.1",
+    ),
     "no address": ("RUL,ns=2;s=RUL", "RUL,", 3, "address", "empty", "write the address, or remove the line"),
     "no name": ("RUL,ns=2;s=RUL", ",ns=2;s=RUL", 3, "tag", "empty", "write the tag, or remove the line"),
     "a name with a space": ("\nRunning,", "\nRun ning,", 4, "tag", "holds a space or a slash", "use letters, digits"),
     "an address that is none": ("ns=2;s=PartId", "DB1.DBW4", 6, "address", "is not an OPC UA node", "write nsu="),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", CSV_MISTAKES)
@@ -235,7 +382,9 @@ def test_a_task_that_does_not_fit_the_wiring(gateway: Path) -> None:
     error = wired(config, TASK.replace('"degC"', '"K"'))
     told(error, plc1, 2, "unit", "is in 'degC', the task's T24 in 'K'", "wire a tag in that unit")
     error = wired(config, TASK.replace('"vib"', '"rpm"'))
-    told(error, gateway, 0, "task.spindle-wear.signals", "signal 'rpm' is not wired", 'add rpm = "source/tag" (in mm/s)')
+    told(
+        error, gateway, 0, "task.spindle-wear.signals", "signal 'rpm' is not wired", 'add rpm = "source/tag" (in mm/s)'
+    )
     error = wired(config, TASK.replace("length = 30", "length = 16\nwaveform = true"))
     told(error, plc1, 2, "type", "plc1/Spindle.Temp is a scalar", "the task wants float32[16]")
     one = TASK[: TASK.index("[[signal]]")] + '[[signal]]\nname = "w"\nunit = "g"\n[target]\nname = "rul"\n'
@@ -292,7 +441,7 @@ def test_check_says_ok(gateway: Path, capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("file", "old", "new", "line"),
     [
-        ("gateway.toml", "min_gateways", "min_gatewais", "gateway.toml:28: policy.min_gatewais: unknown key; did you mean 'min_gateways'?"),
+        ("gateway.toml", "min_gateways", "min_gatewais", "gateway.toml:28: policy.min_gatewais: unknown key; "),
         ("plc1.csv", ",degC,", ",K,", "plc1.csv:2: unit: plc1/Spindle.Temp is in 'K'"),
         ("task.toml", "tcn", "lstm", "task.toml:3: net: no net 'lstm'; write one of: "),
         ("task.toml", "spindle-wear", "other", "gateway.toml: task.other: is not wired; add [task.other]"),

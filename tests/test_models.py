@@ -2,10 +2,13 @@
 
 import asyncio
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -27,9 +30,12 @@ from models.scale import Scale
 from models.spec import Task, net_names, parse_task
 
 RANDOM = np.random.default_rng(0)
+torch.set_num_threads(1)  # as in the training child; more only quarrel over a busy machine's cores
 
 
-def task(kind: str = "classification", net: str = "mlp", channels: int = 2, length: int = 6, **training: object) -> Task:
+def task(
+    kind: str = "classification", net: str = "mlp", channels: int = 2, length: int = 6, **training: object
+) -> Task:
     signals = "".join(f'[[signal]]\nname = "s{i}"\n' for i in range(channels))
     target = {
         "classification": '[target]\nname = "c"\nclasses = ["a", "b", "c"]\n',
@@ -47,6 +53,11 @@ def fitting(net: str) -> Task:
 
 
 # -- Layout ------------------------------------------------------------------------------------------------------------
+
+
+def received(layout: Layout) -> tuple[tuple[str, tuple[int, ...] | None], ...]:
+    """What a peer reads of a layout."""
+    return msgspec.convert(json.loads(json.dumps(layout.to_wire())), tuple[tuple[str, tuple[int, ...] | None], ...])
 
 
 class WithBatchNorm(torch.nn.Module):
@@ -70,8 +81,7 @@ def test_a_layout_of_a_net_with_integer_buffers() -> None:
     fit.load_vector(net, layout, np.arange(layout.size, dtype=np.float32))
     assert np.array_equal(layout.join(fit.arrays_of(net)), np.arange(layout.size))
     assert net.state_dict()["body.1.num_batches_tracked"] == 0
-    wire = [(n, None if s is None else tuple(s)) for n, s in layout.to_wire()]  # type: ignore[arg-type, misc]
-    again = Layout.from_wire(wire)  # type: ignore[arg-type]
+    again = Layout.from_wire(received(layout))
     assert again == layout
     assert again.digest == layout.digest
     assert len(layout.digest) == 32
@@ -88,8 +98,7 @@ def test_split_and_join_are_inverse(shapes: list[list[int]], integers: int) -> N
     vector = np.arange(layout.size, dtype=np.float32)
     assert np.array_equal(layout.join(layout.split(vector)), vector)
     assert [v.shape for v in layout.split(vector).values()] == [tuple(s) for s in shapes]
-    entries = [(str(n), None if s is None else tuple(s)) for n, s in layout.to_wire()]  # type: ignore[call-overload]
-    assert Layout.from_wire(entries) == layout
+    assert Layout.from_wire(received(layout)) == layout
 
 
 def test_arrays_of_another_shape_are_not_joined() -> None:
@@ -114,7 +123,8 @@ def test_what_is_personal_is_a_name_or_its_children() -> None:
 @pytest.mark.parametrize(
     "entries",
     [
-        [], [("steps", None)], [("", (1,))], [("x" * 257, (1,))], [("a", (1,)), ("a", (2,))], [("a", (1,)), ("a", None)],
+        [], [("steps", None)], [("", (1,))], [("x" * 257, (1,))], [("a", (1,)), ("a", (2,))],
+        [("a", (1,)), ("a", None)],
         [("a", (0,))], [("a", (-3,))], [("a", (MAX_PARAMETERS + 1,))], [("a", (1,) * (MAX_DIMENSIONS + 1))],
         [("a", (MAX_PARAMETERS,)), ("b", (1,))], [("a", (10_000, 10_000))], [("a", (2**62, 2**62))],
         [(f"p{i}", (1,)) for i in range(MAX_ENTRIES + 1)],
@@ -174,7 +184,7 @@ def test_scale_by_window() -> None:
     assert (scale.mean, scale.std) == ((0.0,), (1.0,))
     assert (scale.target_mean, scale.target_std) == (20, 10)
     np.testing.assert_allclose(
-        scale.inputs(one, x)[:, 0], [[-1, 1, -1, 1], [-1, NAN, 1, NAN], [0, 0, 0, 0], [NAN] * 4], atol=1e-6
+        scale.inputs(one, x)[:, 0], np.array([[-1, 1, -1, 1], [-1, NAN, 1, NAN], [0, 0, 0, 0], [NAN] * 4]), atol=1e-6
     )
     assert scale.targets(one, np.array([10, 30], np.float32)).tolist() == [-1, 1]
 
@@ -202,8 +212,8 @@ def test_metrics_by_hand() -> None:
     assert evaluate.auprc(labels, score) == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
     assert evaluate.auroc(labels, np.zeros(5)) == 0.5
     assert evaluate.auprc(labels, np.zeros(5)) == pytest.approx(3 / 5)
-    assert math.isnan(evaluate.auroc(np.ones(3), np.arange(3)))
-    assert math.isnan(evaluate.auprc(np.zeros(3), np.arange(3)))
+    assert math.isnan(evaluate.auroc(np.ones(3), np.arange(3.0)))
+    assert math.isnan(evaluate.auprc(np.zeros(3), np.arange(3.0)))
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=2, max_size=30))
@@ -223,18 +233,19 @@ def test_not_worse() -> None:
     assert evaluate.not_worse("rmse", 1.1, 1.0, 50)  # one standard error is 0.1
     assert not evaluate.not_worse("rmse", 1.11, 1.0, 50)
     assert not evaluate.not_worse("error", 2.0, 1.0, 1)
-    assert evaluate.not_worse("accuracy", 0.7, 0.8, 16)  # one standard error is 0.1
+    assert evaluate.not_worse("accuracy", 0.701, 0.8, 16)  # one standard error is 0.1
     assert not evaluate.not_worse("accuracy", 0.69, 0.8, 16)
     assert not evaluate.not_worse("accuracy", 0.9, 1.0, 100)
     assert not evaluate.not_worse("accuracy", NAN, 0.1, 5)
     assert not evaluate.not_worse("rmse", math.inf, math.inf, 5)
     assert evaluate.not_worse("rmse", 3.0, NAN, 5)  # a model that gives no number is worse than any that does
-    assert [evaluate.metric_name(task(k, n)) for k, n in (("classification", "mlp"), ("regression", "mlp"), ("anomaly", "autoencoder"))] == [
+    kinds = (("classification", "mlp"), ("regression", "mlp"), ("anomaly", "autoencoder"))
+    assert [evaluate.metric_name(task(k, n)) for k, n in kinds] == [
         "accuracy", "rmse", "error",
     ]  # fmt: skip
 
 
-# -- nets: a conformance suite over the folder ---------------------------------------------------------------------------
+# -- nets: a conformance suite over the folder ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("net", net_names())
@@ -314,7 +325,7 @@ def test_fit_of_numbers_and_of_nothing() -> None:
 
 
 def test_divergence_raises() -> None:
-    one = task("regression", epochs=1, lr=1e38)
+    one = task("regression", epochs=2, lr=1e36)
     _, layout, base = export(one, 0)
     x, y = toy("regression")
     with pytest.raises(FloatingPointError, match="training diverged"):
@@ -323,14 +334,16 @@ def test_divergence_raises() -> None:
 
 def test_adam_is_torchs_adam_with_clipping() -> None:
     torch.manual_seed(0)
-    ours, theirs = (torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 2)) for _ in range(2))
+    ours, theirs = (
+        torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 2)) for _ in range(2)
+    )
     theirs.load_state_dict(ours.state_dict())
     mine, optimiser = fit._Adam(list(ours.parameters()), 0.01), torch.optim.Adam(theirs.parameters(), lr=0.01)
     clipped = 0
     for step in range(40):
         x = torch.randn(16, 5) * (100 if step % 3 == 0 else 1)
         for net in (ours, theirs):
-            (net(x) * x[:, :2]).square().mean().backward()  # type: ignore[no-untyped-call]
+            (net(x) * x[:, :2]).square().mean().backward()
         clipped += bool(torch.nn.utils.clip_grad_norm_(theirs.parameters(), 5.0) > 5)
         mine.step()
         optimiser.step()
@@ -347,13 +360,15 @@ LAYOUT = Layout(("w",), ((4, 2),))
 SHAPE = (2, 2, 2)  # windows (2 channels, 2 steps), 2 outputs
 
 
-def weight(name: str = "w", dims: tuple[int, ...] = (4, 2), location: str = LOCATION, kind: int = TensorProto.FLOAT) -> onnx.TensorProto:
+def weight(
+    name: str = "w", dims: tuple[int, ...] = (4, 2), location: str = LOCATION, kind: int = TensorProto.FLOAT
+) -> onnx.TensorProto:
     tensor = onnx.TensorProto(name=name, dims=dims, data_type=kind, data_location=TensorProto.EXTERNAL)
     tensor.external_data.add(key="location", value=location)
     return tensor
 
 
-def node(operator: str, inputs: list[str], outputs: list[str], **attributes: object) -> onnx.NodeProto:
+def node(operator: str, inputs: list[str], outputs: list[str], **attributes: Any) -> onnx.NodeProto:
     return helper.make_node(operator, inputs, outputs, **attributes)
 
 
@@ -364,7 +379,9 @@ def graph_of(nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto], 
 
 
 def model_of(nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto]) -> onnx.ModelProto:
-    return helper.make_model(graph_of(nodes, initializers), opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
+    return helper.make_model(
+        graph_of(nodes, initializers), opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8
+    )
 
 
 FLAT = node("Flatten", ["x"], ["f"])
@@ -387,34 +404,81 @@ def test_a_plain_graph_is_taken() -> None:
 BRANCH = graph_of([node("Identity", ["x"], ["z"])], [], "z")
 LARGE = helper.make_tensor("k", TensorProto.FLOAT, [MAX_CONSTANT_BYTES], bytes(4 * MAX_CONSTANT_BYTES), raw=True)
 SPARSE = helper.make_sparse_tensor(
-    helper.make_tensor("v", TensorProto.FLOAT, [1], [1.0]), helper.make_tensor("i", TensorProto.INT64, [1], [0]), [2**40]
+    helper.make_tensor("v", TensorProto.FLOAT, [1], [1.0]),
+    helper.make_tensor("i", TensorProto.INT64, [1], [0]),
+    [2**40],
 )
 REFUSED: dict[str, tuple[bytes, str]] = {
     "garbage": (b"\xff" * 100, "not an ONNX model"),
     "too large": (bytes(MAX_GRAPH_BYTES + 1), "at most"),
     "empty": (b"", "has no weight for"),
-    "another operator": (edited(lambda m: m.graph.node.append(node("Tile", ["x", "x"], ["t"]))), "'Tile' is not on the list"),
-    "an operator of its own": (edited(lambda m: m.graph.node.append(node("Relu", ["x"], ["t"], domain="evil"))), "is not on the list"),
-    "a foreign opset": (edited(lambda m: m.opset_import.append(helper.make_opsetid("com.microsoft", 1))), "operators of its own"),
+    "another operator": (
+        edited(lambda m: m.graph.node.append(node("Tile", ["x", "x"], ["t"]))),
+        "'Tile' is not on the list",
+    ),
+    "an operator of its own": (
+        edited(lambda m: m.graph.node.append(node("Relu", ["x"], ["t"], domain="evil"))),
+        "is not on the list",
+    ),
+    "a foreign opset": (
+        edited(lambda m: m.opset_import.append(helper.make_opsetid("com.microsoft", 1))),
+        "operators of its own",
+    ),
     "a function": (edited(lambda m: m.functions.add(name="f", domain="")), "operators of its own"),
-    "an If": (edited(lambda m: m.graph.node.append(node("If", ["x"], ["t"], then_branch=BRANCH, else_branch=BRANCH))), "'If' is not on the list"),
-    "a Loop": (edited(lambda m: m.graph.node.append(node("Loop", ["x"], ["t"], body=BRANCH))), "'Loop' is not on the list"),
-    "a graph in a plain operator": (edited(lambda m: m.graph.node.append(node("Relu", ["x"], ["t"], body=BRANCH))), "holds a graph of its own"),
-    "an empty graph in one": (edited(lambda m: m.graph.node.append(node("Relu", ["x"], ["t"], body=onnx.GraphProto()))), "holds a graph of its own"),
+    "an If": (
+        edited(lambda m: m.graph.node.append(node("If", ["x"], ["t"], then_branch=BRANCH, else_branch=BRANCH))),
+        "'If' is not on the list",
+    ),
+    "a Loop": (
+        edited(lambda m: m.graph.node.append(node("Loop", ["x"], ["t"], body=BRANCH))),
+        "'Loop' is not on the list",
+    ),
+    "a graph in a plain operator": (
+        edited(lambda m: m.graph.node.append(node("Relu", ["x"], ["t"], body=BRANCH))),
+        "holds a graph of its own",
+    ),
+    "an empty graph in one": (
+        edited(lambda m: m.graph.node.append(node("Relu", ["x"], ["t"], body=onnx.GraphProto()))),
+        "holds a graph of its own",
+    ),
     "a file": (model_of([FLAT, LAST], [weight(location="/etc/passwd")]).SerializeToString(), "names a file"),
-    "two places": (edited(lambda m: m.graph.initializer[0].external_data.add(key="location", value="x")), "names a file"),
-    "a file in a constant": (model_of([FLAT, node("Constant", [], ["c"], value=weight("c")), LAST], [weight()]).SerializeToString(), "large or external constant"),
-    "a huge constant": (model_of([FLAT, node("Constant", [], ["c"], value=LARGE), LAST], [weight()]).SerializeToString(), "large or external constant"),
-    "a sparse constant": (model_of([FLAT, node("Constant", [], ["c"], sparse_value=SPARSE), LAST], [weight()]).SerializeToString(), "kind of constant"),
+    "two places": (
+        edited(lambda m: m.graph.initializer[0].external_data.add(key="location", value="x")),
+        "names a file",
+    ),
+    "a file in a constant": (
+        model_of([FLAT, node("Constant", [], ["c"], value=weight("c")), LAST], [weight()]).SerializeToString(),
+        "large or external constant",
+    ),
+    "a huge constant": (
+        model_of([FLAT, node("Constant", [], ["c"], value=LARGE), LAST], [weight()]).SerializeToString(),
+        "large or external constant",
+    ),
+    "a sparse constant": (
+        model_of([FLAT, node("Constant", [], ["c"], sparse_value=SPARSE), LAST], [weight()]).SerializeToString(),
+        "kind of constant",
+    ),
     "a huge initializer": (model_of([FLAT, LAST], [weight(), LARGE]).SerializeToString(), "too large to be a constant"),
     "a sparse initializer": (edited(lambda m: m.graph.sparse_initializer.append(SPARSE)), "sparse"),
-    "one weight more": (model_of([FLAT, LAST], [weight(), weight("v")]).SerializeToString(), "'v' is not in the layout"),
+    "one weight more": (
+        model_of([FLAT, LAST], [weight(), weight("v")]).SerializeToString(),
+        "'v' is not in the layout",
+    ),
     "a weight twice": (model_of([FLAT, LAST], [weight(), weight()]).SerializeToString(), "'w' is not in the layout"),
-    "a weight of another shape": (model_of([FLAT, LAST], [weight(dims=(2, 4))]).SerializeToString(), "'w' is not in the layout with that shape"),
-    "a weight of another type": (model_of([FLAT, LAST], [weight(kind=TensorProto.DOUBLE)]).SerializeToString(), "'w' is not in the layout"),
+    "a weight of another shape": (
+        model_of([FLAT, LAST], [weight(dims=(2, 4))]).SerializeToString(),
+        "'w' is not in the layout with that shape",
+    ),
+    "a weight of another type": (
+        model_of([FLAT, LAST], [weight(kind=TensorProto.DOUBLE)]).SerializeToString(),
+        "'w' is not in the layout",
+    ),
     "a weight missing": (model_of([FLAT], []).SerializeToString(), "has no weight for ['w']"),
-    "too many nodes": (model_of([node("Relu", ["x"], [f"r{i}"]) for i in range(MAX_NODES + 1)], [weight()]).SerializeToString(), "nodes, at most"),
-}  # fmt: skip  # noqa: E501
+    "too many nodes": (
+        model_of([node("Relu", ["x"], [f"r{i}"]) for i in range(MAX_NODES + 1)], [weight()]).SerializeToString(),
+        "nodes, at most",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -434,7 +498,7 @@ def test_whatever_is_sent_is_a_graph_or_refused(sent: bytes | tuple[int, bytes])
     try:
         check_graph(data, LAYOUT)
     except PeerError as error:
-        assert error.reason == "graph"
+        assert error.reason == "graph"  # noqa: PT017 - either outcome is right
     else:
         assert not isinstance(sent, bytes)
 
@@ -442,7 +506,8 @@ def test_whatever_is_sent_is_a_graph_or_refused(sent: bytes | tuple[int, bytes])
 # -- the first run, in a child -----------------------------------------------------------------------------------------
 
 PROBED = parse_task(
-    'name = "t"\nkind = "classification"\nnet = "mlp"\n[window]\nlength = 2\n[[signal]]\nname = "a"\n[[signal]]\nname = "b"\n'
+    'name = "t"\nkind = "classification"\nnet = "mlp"\n[window]\nlength = 2\n'
+    '[[signal]]\nname = "a"\n[[signal]]\nname = "b"\n'
     '[target]\nname = "c"\nclasses = ["x", "y"]\n'
 )
 
@@ -484,5 +549,5 @@ async def test_the_first_run_says_what_is_wrong(tmp_path: Path) -> None:
     wide = model_of([FLAT, node("MatMul", ["f", "w"], ["g"]), node("Concat", ["g", "g"], ["y"], axis=1)], [weight()])
     with pytest.raises(PeerError, match=r"gives \[\[2, 4\]\] for two windows, not \(2, 2\)"):
         await probe(offered(wide.SerializeToString()), tmp_path)
-    with pytest.raises(PeerError, match="."):
+    with pytest.raises(PeerError, match=r"^graph: .*nowhere"):
         await probe(offered(edited(lambda m: m.graph.node[1].input.__setitem__(0, "nowhere"))), tmp_path)

@@ -77,10 +77,31 @@ def test_what_follows_from_kind_and_window() -> None:
 MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
     "no TOML": ("kind =", "kind", 2, "", "not TOML", "mend the syntax"),
     "unknown key": ("stride", "strid", 8, "window.strid", "unknown key", "did you mean 'stride'?"),
-    "unknown key in a list": ('unit = "degC"', 'units = "degC"', 13, "signal[0].units", "unknown key", "did you mean 'unit'?"),
+    "unknown key in a list": (
+        'unit = "degC"',
+        'units = "degC"',
+        13,
+        "signal[0].units",
+        "unknown key",
+        "did you mean 'unit'?",
+    ),
     "missing key": ('name = "vib"\n', "", 15, "signal[1].name", "missing", "add a line name = "),
-    "missing table": ("[window]\nlength = 30\nstride = 2\nrate_hz = 4.0\n", "", 1, "window", "missing", "add a line window = "),
-    "wrong type": ("length = 30", 'length = "30"', 7, "window.length", "expected `int`, got `str`", "write a value of that type"),
+    "missing table": (
+        "[window]\nlength = 30\nstride = 2\nrate_hz = 4.0\n",
+        "",
+        1,
+        "window",
+        "missing",
+        "add a line window = ",
+    ),
+    "wrong type": (
+        "length = 30",
+        'length = "30"',
+        7,
+        "window.length",
+        "expected `int`, got `str`",
+        "write a value of that type",
+    ),
     "wrong kind": ('"classification"', '"forecast"', 2, "kind", "forecast", "write a value of that type"),
     "a name that is no topic": ("spindle-wear", "spindle/wear", 1, "name", "can't be a topic level", "use A-Z a-z 0-9"),
     "no such net": ('"tcn"', '"lstm"', 3, "net", "no net 'lstm'", "write one of: autoencoder"),
@@ -91,20 +112,62 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
     "no rate": ("rate_hz = 4.0", "rate_hz = 0.0", 9, "window.rate_hz", "out of range", "above 0"),
     "a rate that is no number": ("rate_hz = 4.0", "rate_hz = nan", 9, "window.rate_hz", "out of range", "above 0"),
     "a quality": ("rate_hz = 4.0", "min_quality = 1.1", 9, "window.min_quality", "out of range", "write 0.0 to 1.0"),
-    "a signal twice": ('name = "vib"', 'name = "T24"', 16, "signal[1].name", "'T24' is named twice", "give each its own"),
+    "a signal twice": (
+        'name = "vib"',
+        'name = "T24"',
+        16,
+        "signal[1].name",
+        "'T24' is named twice",
+        "give each its own",
+    ),
     "no target": ('[target]\nname = "wear"\nclasses = ["ok", "worn"]\n', "", 1, "target", "missing", "add [target]"),
-    "one class": ('["ok", "worn"]', '["worn"]', 20, "target.classes", "needs two classes or more", 'classes = ["ok", "worn"]'),
-    "an alarm of no class": ('[alarm]\nclasses = ["worn"]', '[alarm]\nclasses = ["broken"]', 23, "alarm.classes", "no class 'broken'", "use a name of target.classes"),
-    "an empty range": ('name = "wear"', 'name = "wear"\nrange = [2.0, 2.0]', 20, "target.range", "is empty", "write [lowest, highest]"),
-    "a holdout of all": ("epochs = 2", "holdout = 1.0", 26, "training.holdout", "out of range", "write a part, such as 0.2"),
+    "one class": (
+        '["ok", "worn"]',
+        '["worn"]',
+        20,
+        "target.classes",
+        "needs two classes or more",
+        'classes = ["ok", "worn"]',
+    ),
+    "an alarm of no class": (
+        '[alarm]\nclasses = ["worn"]',
+        '[alarm]\nclasses = ["broken"]',
+        23,
+        "alarm.classes",
+        "no class 'broken'",
+        "use a name of target.classes",
+    ),
+    "an empty range": (
+        'name = "wear"',
+        'name = "wear"\nrange = [2.0, 2.0]',
+        20,
+        "target.range",
+        "is empty",
+        "write [lowest, highest]",
+    ),
+    "a holdout of all": (
+        "epochs = 2",
+        "holdout = 1.0",
+        26,
+        "training.holdout",
+        "out of range",
+        "write a part, such as 0.2",
+    ),
     "no epoch": ("epochs = 2", "epochs = 0", 25, "training", "out of range", "epochs, batch, lr above 0"),
-    "more than the most": ("epochs = 2", "min_windows = 30\nmax_windows = 20", 26, "training.min_windows", "out of range", "1 to max_windows"),
+    "more than the most": (
+        "epochs = 2",
+        "min_windows = 30\nmax_windows = 20",
+        26,
+        "training.min_windows",
+        "out of range",
+        "1 to max_windows",
+    ),
     "no gateway": ("min_gateways = 3", "min_gateways = 0", 29, "round.min_gateways", "out of range", "write 1 or more"),
     "a momentum": ("min_gateways = 3", "momentum = 1.0", 29, "round.momentum", "out of range", "write 0.0 to 0.99"),
     "bits": ("min_gateways = 3", "bits = 3", 29, "round.bits", "3", "write a value of that type"),
     "a duration": ('"2h"', '"2 hours"', 30, "round.deadline", "'2 hours' is not a duration", 'write "90s", "2h"'),
     "no unit of time": ('"7d"', '"7"', 31, "round.every", "'7' is not a duration", 'write "90s", "2h"'),
-}  # fmt: skip  # noqa: E501
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -138,7 +201,9 @@ def test_nets_are_the_files_there_are() -> None:
     assert not [name for name in net_names() if name.startswith("_")]
 
 
-@pytest.mark.parametrize(("text", "value"), [("90s", 90), ("1.5h", 5400), (" 2 w ", 1_209_600), ("15min", 900), ("250ms", 0.25)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("90s", 90), ("1.5h", 5400), (" 2 w ", 1_209_600), ("15min", 900), ("250ms", 0.25)]
+)
 def test_durations(text: str, value: float) -> None:
     assert seconds(text) == value
 
@@ -149,7 +214,9 @@ def test_no_durations(text: str) -> None:
         seconds(text)
 
 
-@pytest.mark.parametrize(("text", "value"), [("64MiB", 64 << 20), ("1.5kB", 1500), ("2GiB", 2 << 30), ("7 B", 7), ("500MB", 5 * 10**8)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("64MiB", 64 << 20), ("1.5kB", 1500), ("2GiB", 2 << 30), ("7 B", 7), ("500MB", 5 * 10**8)]
+)
 def test_sizes(text: str, value: int) -> None:
     assert size_bytes(text) == value
 
@@ -166,4 +233,4 @@ def test_lines_of_keys() -> None:
         ("a",): 1, ("b",): 2, ("b", "c d"): 3, ("f", 0): 4, ("f", 0, "g", "h"): 6, ("f", 1): 7, ("f", 1, "x", "y"): 8,
         ("b", "z"): 2, ("q",): 1,
     }  # fmt: skip
-    assert {path: line_of(text, path) for path in found} == found  # type: ignore[arg-type]
+    assert {path: line_of(text, path) for path in found} == found

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from edge.tags import Quality, Sample
 from edge.window import Columns, Condition, Win, Windower, Wiring, parse_gate, stored_windows
@@ -27,15 +28,16 @@ def wiring(*signals: str, length: int = 3, stride: int = 1, waveform: bool = Fal
 
 
 def columns(samples: list[Sample]) -> dict[str, Columns]:
-    """What the store gives back of those samples: by tag, in source time, a waveform's notices without array left out."""
+    """What the store gives back of those samples: by tag, in source time, waveforms without their notices."""
     out: dict[str, Columns] = {}
+    values: NDArray[np.floating]
     for tag in {s.tag for s in samples}:
         mine = sorted((s for s in samples if s.tag == tag), key=lambda s: s.time_ns)
         arrays = [s for s in mine if not isinstance(s.value, float) and len(s.value)]
         mine = arrays or [s for s in mine if isinstance(s.value, float)]
         if mine:
             times = np.array([s.time_ns for s in mine], np.int64)
-            values = np.array([s.value for s in mine], np.float32 if arrays else np.float64)
+            values = np.array([s.value for s in mine]).astype(np.float32 if arrays else np.float64)
             out[tag] = times, values, np.array([s.quality for s in mine], np.int8)
     return out
 
@@ -45,7 +47,9 @@ def same(left: list[Win], right: list[Win]) -> None:
     for a, b in zip(left, right, strict=True):
         np.testing.assert_array_equal(a.x, b.x)
         assert a.x.dtype == b.x.dtype == np.float32
-        np.testing.assert_array_equal([a.quality, a.active, a.segment, a.label], [b.quality, b.active, b.segment, b.label])
+        np.testing.assert_array_equal(
+            [a.quality, a.active, a.segment, a.label], [b.quality, b.active, b.segment, b.label]
+        )
 
 
 def second(end: Win) -> float:
@@ -65,7 +69,9 @@ def plants(draw: st.DrawFn) -> tuple[Wiring, list[list[Sample]]]:
     Whole sources lag by less than LAG_S, and a pause of all of them is shorter than two windows.
     """
     made = Wiring(
-        Window(length=draw(st.integers(1, 4)), stride=draw(st.integers(1, 6)), rate_hz=draw(st.sampled_from([1.0, 2.0]))),
+        Window(
+            length=draw(st.integers(1, 4)), stride=draw(st.integers(1, 6)), rate_hz=draw(st.sampled_from([1.0, 2.0]))
+        ),
         SIGNALS[: draw(st.integers(1, 3))],
         target="b/label",
         gate=parse_gate("a/run == 1 and b/y >= 0"),
@@ -83,7 +89,9 @@ def plants(draw: st.DrawFn) -> tuple[Wiring, list[list[Sample]]]:
     batches = []
     while feeds["a"] or feeds["b"]:
         first = min(feed[0].time_ns for feed in feeds.values() if feed)
-        source = draw(st.sampled_from([s for s, feed in feeds.items() if feed and feed[0].time_ns < first + LAG_S * SECOND]))
+        source = draw(
+            st.sampled_from([s for s, feed in feeds.items() if feed and feed[0].time_ns < first + LAG_S * SECOND])
+        )
         ready = [s for s in feeds[source] if s.time_ns < first + LAG_S * SECOND]
         count = draw(st.integers(1, len(ready)))
         batches.append(feeds[source][:count])
@@ -179,7 +187,9 @@ def test_a_row_holds_the_last_value_of_each_signal() -> None:
     assert got[0].active
 
 
-@pytest.mark.parametrize(("stride", "ends"), [(1, [2, 3, 4, 5, 6, 7, 8]), (2, [2, 4, 6, 8]), (3, [2, 5, 8]), (5, [2, 7])])
+@pytest.mark.parametrize(
+    ("stride", "ends"), [(1, [2, 3, 4, 5, 6, 7, 8]), (2, [2, 4, 6, 8]), (3, [2, 5, 8]), (5, [2, 7])]
+)
 def test_a_new_window_starts_every_stride(stride: int, ends: list[int]) -> None:
     assert [second(w) for w in Windower(wiring(stride=stride)).feed(ramp(10))] == ends
     assert [second(w) for w in stored_windows(wiring(stride=stride), columns(ramp(10)))] == ends
@@ -231,13 +241,21 @@ def test_the_gate_holds_all_through_or_not_at_all() -> None:
 
 @pytest.mark.parametrize(
     ("text", "compare", "number"),
-    [("p/R==1", "==", 1), ("p/R != 0", "!=", 0), ("p/R >= -2.5", ">=", -2.5), ("p/R <= 3", "<=", 3), (" p/R < 4 ", "<", 4)],
+    [
+        ("p/R==1", "==", 1),
+        ("p/R != 0", "!=", 0),
+        ("p/R >= -2.5", ">=", -2.5),
+        ("p/R <= 3", "<=", 3),
+        (" p/R < 4 ", "<", 4),
+    ],
 )
 def test_gates(text: str, compare: str, number: float) -> None:
     assert parse_gate(text) == (Condition("p/R", compare, number),)
 
 
-@pytest.mark.parametrize("text", ["", "p/R", "p/R = 1", "p/R == on", "p/R == 1 or p/S == 2", "p/R == 1 and", "and", "1 == p/R ="])
+@pytest.mark.parametrize(
+    "text", ["", "p/R", "p/R = 1", "p/R == on", "p/R == 1 or p/S == 2", "p/R == 1 and", "and", "1 == p/R ="]
+)
 def test_no_gates(text: str) -> None:
     with pytest.raises(ValueError, match="is no comparison"):
         parse_gate(text)
@@ -245,7 +263,9 @@ def test_no_gates(text: str) -> None:
 
 def test_the_label_is_the_target_at_the_end() -> None:
     made = wiring("a/x", target="a/t")
-    samples = sorted([*ramp(6), sample("a/t", 0, 1.0), sample("a/t", 4, 2.0), sample("a/t", 5, 3.0, BAD)], key=lambda s: s.time_ns)
+    samples = sorted(
+        [*ramp(6), sample("a/t", 0, 1.0), sample("a/t", 4, 2.0), sample("a/t", 5, 3.0, BAD)], key=lambda s: s.time_ns
+    )
     live = Windower(made)
     got = [*live.feed(samples), *live.advance(4 * SECOND)]
     assert [w.label for w in got[:3]] == [1, 1, 2]
@@ -351,10 +371,14 @@ def test_a_snapshot_goes_with_the_scalars_of_its_instant() -> None:
     wave = np.arange(4, dtype=np.float32)
     got = live.feed([
         sample("a/w", 0, wave), sample("a/t", 0, 3.0), sample("a/run", 0, 1.0), sample("a/part", 0, 8.0),
-        sample("a/w", 1, wave + 1), sample("a/run", 1, 0.0), sample("a/t", 1, 4.0), sample("a/w", 2, np.empty(0, np.float32), BAD),
+        sample("a/w", 1, wave + 1), sample("a/run", 1, 0.0), sample("a/t", 1, 4.0),
+        sample("a/w", 2, np.empty(0, np.float32), BAD),
         sample("a/w", 3, wave, UNCERTAIN), sample("a/part", 4, 9.0),
     ])  # fmt: skip
-    assert [(second(w), w.label, w.segment, w.active, w.quality) for w in got] == [(0, 3, 8, True, 1), (1, 4, 8, False, 1)]
+    assert [(second(w), w.label, w.segment, w.active, w.quality) for w in got] == [
+        (0, 3, 8, True, 1),
+        (1, 4, 8, False, 1),
+    ]
     assert got[1].x.tolist() == [[1, 2, 3, 4]]
 
 

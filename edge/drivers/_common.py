@@ -28,7 +28,7 @@ class LostError(Exception):
 class Point:
     """One tag on the way from its source, with what was last delivered of it."""
 
-    __slots__ = ("deadband", "due", "last", "latest_ns", "offset", "plain", "ref", "scale", "tag", "tries")
+    __slots__ = ("bad_ns", "deadband", "due", "last", "latest_ns", "offset", "plain", "ref", "scale", "tag", "tries")
 
     def __init__(self, tag: Tag) -> None:
         self.tag = tag
@@ -39,19 +39,24 @@ class Point:
         self.deadband = tag.deadband
         self.last = math.nan
         self.latest_ns = 0
+        self.bad_ns = 0
         self.tries = 0
         self.due = 0.0
 
     def bad(self, time_ns: int) -> Sample:
         """Make the sample that says: no value. The next good one passes the deadband."""
         self.last = math.nan
+        self.bad_ns = self.latest_ns = max(time_ns, self.latest_ns)
         empty: Value = np.empty(0, np.float32) if self.tag.width else math.nan
-        return Sample(self.ref, max(time_ns, self.latest_ns), empty, Quality.BAD)
+        return Sample(self.ref, self.bad_ns, empty, Quality.BAD)
 
     def take(self, raw: float, time_ns: int, quality: Quality) -> Sample | None:
         """Make a sample of a number as it was read; None within the deadband, BAD for NaN and infinity."""
-        if time_ns > self.latest_ns:  # noqa: PLR1730 - every value passes here, and max() takes three times as long
+        if time_ns > self.latest_ns:
             self.latest_ns = time_ns
+        elif time_ns < self.bad_ns:
+            # After a cut a source says again what has not changed, with the time of the change: it holds from now on.
+            time_ns = self.bad_ns
         value = float(raw) if self.plain else raw * self.scale + self.offset
         if not math.isfinite(value):
             return self.bad(time_ns)
@@ -74,7 +79,8 @@ class Reader(Generic[P]):
         self.points = points
         self._sink = sink
         self._told = False
-        self._ahead_ns = 0  # the source's clock before the gateway's
+        self._ahead_ns: int | None = None  # the source's clock minus the gateway's; unknown before a first sample
+        self._owed: list[P] = []  # refused before that
 
     async def open(self) -> None:
         """Connect and begin; may raise anything."""
@@ -118,15 +124,23 @@ class Reader(Generic[P]):
 
     def deliver(self, samples: list[Sample]) -> None:
         """Hand a batch on, oldest first, and count it."""
-        if samples:
-            self.health.samples += len(samples)
-            self.health.bad += [sample.quality for sample in samples].count(_BAD)
-            self._ahead_ns = samples[-1].time_ns - time.time_ns()
-            self._sink(samples)
+        if not samples:
+            return
+        self._ahead_ns = samples[-1].time_ns - time.time_ns()
+        if self._owed:
+            samples = samples + self._bad(self._owed)
+            self._owed = []
+        self.health.samples += len(samples)
+        self.health.bad += [sample.quality for sample in samples].count(_BAD)
+        self._sink(samples)
 
-    def now_ns(self) -> int:
-        """The time on the source's clock, as far as its last sample tells; the gateway's before there is one."""
-        return time.time_ns() + self._ahead_ns
+    def _bad(self, points: Sequence[P]) -> list[Sample]:
+        """BAD for each, on the source's clock as its last sample tells it.
+
+        A stamp of the gateway's clock could lie in the source's future, and would then undo values that come later.
+        """
+        now = time.time_ns() + (self._ahead_ns or 0)
+        return [point.bad(now) for point in points]
 
     def quarantine(self, point: P, reason: str) -> None:
         """Keep a refused tag apart until its next try is due, 1 s to 60 s from now; BAD once."""
@@ -136,7 +150,10 @@ class Reader(Generic[P]):
         point.tries += 1
         if not known:
             _log.warning("%s: %s", point.ref, reason)
-            self.deliver([point.bad(self.now_ns())])
+            if self._ahead_ns is None:
+                self._owed.append(point)
+            else:
+                self.deliver(self._bad([point]))
 
     def release(self, point: P) -> None:
         """Take a tag that reads well back among the others."""
@@ -157,10 +174,9 @@ class Reader(Generic[P]):
         if reason != self.health.error:
             _log.warning("%s", reason)
         self.health.error = reason
-        if not self._told:
-            now = self.now_ns()
-            self.deliver([point.bad(now) for point in self.points])
-            self._told = True
+        if not self._told and self._ahead_ns is not None:
+            self.deliver(self._bad(self.points))
+        self._told = True
 
 
 def option(source: Source, key: str, default: T, least: float = 0, most: float = math.inf) -> T:

@@ -1,0 +1,290 @@
+"""The gateway's real process between a real PLC simulator, a real broker and the real aggregator."""
+
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import paho.mqtt.client as paho
+import pytest
+from paho.mqtt.enums import CallbackAPIVersion
+
+from broker import ledger, topics
+from broker.journal import Journal
+from broker.messages import MAX_PAYLOAD, Birth, Death, ModelManifest, Object, Plan, Signer, open_envelope, peek
+from edge.lab.stage import FEDERATION, Scenario, Stage, gateway_path
+from edge.store import State
+from models.errors import PeerError
+from tests.brokers import BROKERS, BrokerProcess, mosquitto_path
+
+WAIT_S = 90
+TASK = "bearing-condition"
+PATH = topics.GatewayPath.parse(gateway_path(0))
+STATUS = topics.Status(PATH).topic
+INFERENCE = topics.Local(PATH, "inference", TASK).topic
+
+
+class Plant:
+    """One plant whose processes are started one by one, and a listener on everything that is published."""
+
+    def __init__(self, folder: Path, broker: BrokerProcess, rounds: int) -> None:
+        self.stage = Stage(Scenario(gateways=1, seed=0, rounds=rounds, min_gateways=1), folder)
+        broker.port = self.stage.mqtt_port
+        self.broker = broker
+        # Rounds of seconds: what is tested is the way, not what is learnt.
+        task = folder / "aggregator" / "task.toml"
+        task.write_text(
+            task.read_text().replace("min_windows = 48", "min_windows = 10").replace("epochs = 6", "epochs = 1")
+        )
+        self.heard: dict[str, list[bytes]] = {}
+        self.client = paho.Client(CallbackAPIVersion.VERSION2, protocol=paho.MQTTv311)
+        self.client.on_message = lambda _c, _u, m: self.heard.setdefault(m.topic, []).append(bytes(m.payload))
+        self.client.on_connect = lambda c, *_: c.subscribe([("#", 1)])
+        self.client.reconnect_delay_set(1, 1)
+
+    @property
+    def gateway(self) -> Any:
+        return self.stage.gateways[0]
+
+    def status(self) -> dict[str, Any]:
+        return self.stage.status(0)
+
+    def task(self) -> dict[str, Any]:
+        return self.stage.task_status(0)
+
+    def aggregator(self) -> dict[str, Any]:
+        """The task as the aggregator's status has it."""
+        try:
+            found: dict[str, Any] = json.loads((self.stage.aggregator_state / "status.json").read_text())["tasks"][TASK]
+        except (OSError, ValueError):
+            return {}
+        return found
+
+    def listen(self) -> None:
+        self.client.connect("127.0.0.1", self.stage.mqtt_port)
+        self.client.loop_start()
+
+    def last(self, topic: str) -> bytes:
+        return (self.heard.get(topic) or [b""])[-1]
+
+    def inference(self) -> dict[str, Any]:
+        return json.loads(self.last(INFERENCE) or b"{}")  # type: ignore[no-any-return]
+
+    def publish(self, topic: str, payload: bytes) -> None:
+        self.client.publish(topic, payload, qos=1).wait_for_publish(WAIT_S)
+
+    def until(self, condition: Callable[[], object], *, gateway: bool = True) -> None:
+        deadline = time.monotonic() + WAIT_S
+        while not condition():
+            for process in self.stage.processes if gateway else self.stage.plcs:
+                process.check()
+            assert time.monotonic() < deadline, f"{self.status()}\n{self.aggregator()}"
+            time.sleep(0.05)
+
+
+@contextmanager
+def plant(folder: Path, kind: str, rounds: int = 1) -> Iterator[Plant]:
+    if kind == "mosquitto" and not mosquitto_path():
+        pytest.skip("mosquitto is not installed")
+    made = Plant(folder, BrokerProcess(kind), rounds)
+    try:
+        made.broker.start()
+        made.listen()
+        yield made
+    finally:
+        made.client.disconnect()
+        made.client.loop_stop()
+        made.stage.stop()
+        made.broker.stop()
+
+
+@pytest.mark.parametrize("kind", BROKERS)
+def test_a_round_completes_and_scores_say_by_which_model(tmp_path: Path, kind: str) -> None:
+    with plant(tmp_path, kind) as p:
+        for process in (*p.stage.plcs, p.stage.aggregator, p.gateway):
+            process.start()
+        p.until(lambda: p.aggregator().get("state") == "done")
+        p.until(lambda: p.task().get("model") == 1 and p.status()["outbox"] == 0)
+        version = p.task()["scoring_model"]
+        p.until(
+            lambda: (said := p.inference()) and said["verdict"] in {"healthy", "outer", "inner", "ball", "inactive"}
+        )
+        said = p.inference()
+        assert set(said) >= {
+            "timestamp_ms",
+            "window_end_ms",
+            "score",
+            "verdict",
+            "alarm",
+            "reliable",
+            "active",
+            "quality",
+            "top",
+            "model",
+        }
+        assert 0 < said["score"] <= 1
+        assert 0 < said["quality"] <= 1
+        assert said["model"]["version"] == version
+        assert said["model"]["age_s"] > 0
+        assert 0 < sum(one["share"] for one in said["top"]) <= 1.01
+        signals = {one["signal"] for one in said["top"]}
+        assert signals <= {
+            "speed_rpm",
+            "torque_pct",
+            "current_a",
+            "vib_rms",
+            "crest",
+            "env_bpfo",
+            "env_bpfi",
+            "env_bsf",
+            "temp_c",
+        }
+        key = bytes.fromhex(p.status()["public_key"])
+        birth = open_envelope(p.last(STATUS), STATUS, key, Birth)
+        assert birth.tasks == (TASK,)
+        # The last will: a death that verifies, of this session, retained for whoever comes later.
+        p.gateway.kill()
+        p.until(lambda: p.last(STATUS) and not is_birth(p.last(STATUS)), gateway=False)
+        assert open_envelope(p.last(STATUS), STATUS, key, Death).session == birth.session
+    state = State(p.stage.gateway_state(0))
+    lines = [json.loads(line) for line in state.ledger()]
+    ledger.verify(state.ledger())
+    assert [line["kind"] for line in lines][:2] == ["key-made", "federation-pinned"]
+    assert [line["body"]["outcome"] for line in lines if line["kind"] == "receipt"] == ["counted"]
+    state.close()
+    journal = Journal(p.stage.aggregator_state)
+    assert list(journal.counted(TASK, 1)) == [str(PATH)]
+    journal.close()
+
+
+def is_birth(envelope: bytes) -> bool:
+    try:
+        peek(envelope, Birth)
+    except PeerError:
+        return False
+    return True
+
+
+def test_an_update_in_the_outbox_outlives_kill_9_and_an_empty_broker(tmp_path: Path) -> None:
+    with plant(tmp_path, "amqtt") as p:
+        for process in (*p.stage.plcs, p.stage.aggregator, p.gateway):
+            process.start()
+        p.until(lambda: p.task().get("state") in {"waiting", "training"})
+        p.stage.aggregator.kill()  # nobody is there to send a receipt
+        p.until(lambda: p.status()["outbox"] == 1)
+        p.gateway.kill()
+        p.broker.stop()
+        before = outbox(p)
+        assert len(before) == 1
+        # Without broker and aggregator it scores at once, with the model that it has.
+        (p.stage.gateway_state(0) / "status.json").unlink()
+        p.gateway.start()
+        p.until(lambda: p.task().get("scored", 0) > 0)
+        status = p.status()
+        assert not status["mqtt"]["connected"]
+        assert p.task()["scoring_model"] == 0
+        assert status["outbox"] == 1
+        p.broker.start()
+        p.stage.aggregator.start()
+        p.until(lambda: p.aggregator().get("state") == "done" and p.status()["outbox"] == 0)
+        p.until(lambda: p.task().get("model") == 1)
+        p.stage.aggregator.stop()
+        p.gateway.stop()
+        journal = Journal(p.stage.aggregator_state)
+        assert journal.counted(TASK, 1) == {str(PATH): before[0]}
+        assert journal.totals(TASK, 1)[0] == 1
+        journal.close()
+        state = State(p.stage.gateway_state(0))
+        kinds = [json.loads(line)["kind"] for line in state.ledger()]
+        assert kinds.count("update") == 1  # it was not trained again
+        assert kinds.count("receipt") == 1
+        ledger.verify(state.ledger())
+        state.close()
+
+
+def outbox(p: Plant) -> list[bytes]:
+    db = sqlite3.connect(p.stage.gateway_state(0) / "state.db")
+    digests = [row[0] for row in db.execute("SELECT digest FROM outbox")]
+    db.close()
+    return digests
+
+
+def test_a_policy_that_forbids_and_peers_that_lie_stop_no_score(tmp_path: Path) -> None:
+    with plant(tmp_path, "mosquitto") as p:
+        toml = tmp_path / "plant1" / "gateway.toml"
+        toml.write_text(toml.read_text().replace("[policy]\nmin_gateways = 1", "[policy]\nmin_gateways = 5"))
+        for process in (*p.stage.plcs, p.stage.aggregator, p.gateway):
+            process.start()
+        p.until(lambda: p.aggregator().get("gateways", {}).get(str(PATH), {}).get("verdict") == "declined")
+        said = p.aggregator()["gateways"][str(PATH)]
+        assert said["code"] == "min-gateways"
+        assert "policy wants 5 gateways in a sum, the plan 1" in json.dumps(said)
+        assert "policy wants 5 gateways" in p.task()["answer"]
+        p.until(lambda: p.task().get("scored", 0) > 0)
+        lie(p)
+        scored, pid = p.task()["scored"], p.status()["pid"]
+        p.until(lambda: p.task()["scored"] > scored + 5)
+        assert p.status()["pid"] == pid == p.gateway.pid
+        assert p.status()["mqtt"]["connected"]
+        assert p.task()["model"] == 0
+        assert p.task()["state"] == "idle"
+        assert p.status()["outbox"] == 0
+        assert p.aggregator()["state"] == "open"
+
+
+def lie(p: Plant) -> None:
+    """Send what a hostile peer may to every topic that the gateway reads, and wait until each is counted."""
+    birth = topics.FederationStatus(FEDERATION).topic
+    plan = topics.RoundPlan(FEDERATION, TASK).topic
+    manifest = topics.Manifest(FEDERATION, TASK).topic
+    receipt = topics.ReceiptFor(FEDERATION, TASK, PATH).topic
+    chunk = topics.Chunk(FEDERATION, TASK, 9, "weights0").topic
+
+    def refused(reason: str) -> int:
+        count: int = p.status().get("refused", {}).get(reason, 0)
+        return count
+
+    def sent(reason: str, *messages: tuple[str, bytes]) -> None:
+        before = refused(reason)
+        for topic, payload in messages:
+            p.publish(topic, payload)
+        p.until(lambda: refused(reason) == before + len(messages))
+
+    everywhere = (birth, plan, manifest, receipt)
+    signed = {topic: p.last(topic) for topic in everywhere[:3]}
+    sent("envelope", *((topic, b"\x00garbage\xff") for topic in everywhere))
+    sent("envelope", *((topic, b"\xd2" + b"\x84" * 100_000) for topic in everywhere))
+    stranger = Signer.generate()
+    forged = Plan(1, bytes(32), 99, 0, bytes(32), "open", 2**50, 2**50, 50, 4, secure_aggregation=False)
+    sent("signature", *((topic, stranger.seal(forged, topic)) for topic in everywhere))
+    # What the aggregator did sign, on another topic.
+    sent("signature", (plan, signed[manifest]), (receipt, signed[plan]), (manifest, signed[birth]))
+    journal = Journal(p.stage.aggregator_state)
+    signer = journal.signer()
+    journal.close()
+    # What it signs, but is no such message, nor a model that can be.
+    sent("schema", (plan, signer.seal(Death(1, 1), plan)), (manifest, signer.seal(Death(1, 1), manifest)))
+    real = open_envelope(signed[manifest], manifest, signer.public_key, ModelManifest)
+    weights = Object("weights", 9, real.weights.size, bytes(32), (bytes(32),))
+    fields = {name: getattr(real, name) for name in real.__struct_fields__} | {"version": 9, "weights": weights}
+    other = topics.Manifest(FEDERATION, "other").topic
+    sent("signature", (manifest, signer.seal(ModelManifest(**fields), other)))
+    sent("layout", (manifest, signer.seal(ModelManifest(**fields | {"layout": (("w", (1 << 40,)),)}), manifest)))
+    sent("task", (manifest, signer.seal(ModelManifest(**fields | {"task_text": "no = "}), manifest)))
+    # A manifest that verifies makes it wait for a chunk, which is not what was signed.
+    p.publish(manifest, signer.seal(ModelManifest(**fields), manifest))
+    before = refused("chunk")
+
+    def chunk_refused() -> bool:
+        p.publish(chunk, b"not the chunk")
+        return refused("chunk") > before
+
+    p.until(chunk_refused)
+    # More than a payload may be: it never gets as far as being parsed.
+    for topic in everywhere:
+        p.publish(topic, bytes(MAX_PAYLOAD + 1))
+        p.publish(topic, bytes(MAX_PAYLOAD + 20_000))
+    sent("envelope", (plan, b"still listening"))
