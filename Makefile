@@ -53,8 +53,7 @@ $(VENV)/.demo: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "make: installing into $(VENV); torch first, which takes some minutes" >&2
 	@$(PIP) install --no-index --no-deps $(TORCH) 2>/dev/null \
-	  || $(PIP) install --retries 1 --index-url $(CPU_INDEX) $(TORCH) \
-	  || $(PIP) install $(TORCH)
+	  || $(PIP) install $(if $(CPU_INDEX),--index-url $(CPU_INDEX)) $(TORCH)
 	@$(PIP) install -e '.[demo]'
 	@touch $@
 

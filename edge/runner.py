@@ -7,7 +7,6 @@ import asyncio
 import hashlib
 import logging
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from edge.live import Live
 from edge.memory import Memory
 from edge.store import Outgoing, Samples, State
 from edge.tags import Sample
-from edge.train import Job, NotEnoughError, Result, layout_wire, train
+from edge.train import NotEnoughError, Result, job_for, train
 from models import codec
 from models.delta import Vector
 from models.errors import LocalError, PeerError, UserError
@@ -216,8 +215,10 @@ class Runner:
             return
         try:
             await asyncio.to_thread(self.shop.samples.flush)
+            text, folder = model.manifest.task_text, self.shop.folder
+            job = job_for(self.shop.config, folder, text, live.wiring, model.layout, action.round)
             folder = self.shop.folder / f"training-{self.name}"
-            result = await train(self._job(model, live, action.round), self._personalised(model), folder)
+            result = await train(job, self._personalised(model), folder)
             await self._send(action, model, result)
         except NotEnoughError as error:
             log.info("%s: round %d waits for data: %s", self.name, action.round, error)
@@ -229,20 +230,6 @@ class Runner:
             log.error("%s: round %d: %s", self.name, action.round, self.problem)
             await asyncio.sleep(_RETRY_S)
             self._do(self.participant.handle(p.TrainingFailed(action.round, str(error)[:400])))
-
-    def _job(self, model: Model, live: Live, round_: int) -> Job:
-        caps = self.shop.config.training
-        return Job(
-            task_text=model.manifest.task_text,
-            wiring=live.wiring,
-            layout=layout_wire(model.layout),
-            store=str(self.shop.folder),
-            seed=zlib.crc32(f"{self.shop.config.path} {round_}".encode()),
-            threads=caps.threads,
-            nice=caps.nice,
-            memory=self.shop.config.training_memory,
-            cpu_seconds=caps.cpu_seconds,
-        )
 
     async def _send(self, action: p.StartTraining, model: Model, result: Result) -> None:
         """Put what was learnt into the outbox, with the state that belongs to it, in one commit; then send it."""
@@ -277,6 +264,7 @@ class Runner:
             self.shop.state.record("update", body)
 
         await self.shop.state.commit(work)
+        self.problem = ""
         self.scale, self.holdout = result.scale, result.holdout
         if not shared.all():
             self.personal = result.vector

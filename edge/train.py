@@ -9,12 +9,14 @@ import resource
 import shutil
 import signal
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from edge.config import Config
 from edge.dataset import Dataset
 from edge.window import Wiring
 from models.delta import Layout, Vector
@@ -63,6 +65,22 @@ class Result:
     device: str
     scale: Scale
     holdout: Dataset
+
+
+def job_for(config: Config, folder: Path, text: str, wiring: Wiring, layout: Layout, round_: int) -> Job:
+    """Make the job of a round: this gateway's caps, and a seed that is its own."""
+    caps = config.training
+    return Job(
+        task_text=text,
+        wiring=wiring,
+        layout=layout.to_wire(),
+        store=str(folder),
+        seed=zlib.crc32(f"{config.path} {round_}".encode()),
+        threads=caps.threads,
+        nice=caps.nice,
+        memory=config.training_memory,
+        cpu_seconds=caps.cpu_seconds,
+    )
 
 
 def lower_priority(job: Job) -> None:
@@ -169,8 +187,3 @@ def _read(path: Path, size: int) -> Result:
     if result.vector.shape != (size,) or not np.isfinite(result.vector).all():
         raise TrainingError("the training process gave weights of another shape, or not finite")
     return result
-
-
-def layout_wire(layout: Layout) -> tuple[tuple[str, tuple[int, ...] | None], ...]:
-    """Give a layout in the shape that Job carries."""
-    return tuple(zip(layout.names, layout.shapes, strict=True)) + tuple((n, None) for n in layout.integers)

@@ -78,10 +78,9 @@ class Layout:
                 out[start:end] = False
         return out
 
-    def to_wire(self) -> list[list[object]]:
-        """Plain lists for a message: [[name, [shape…]], …, [integer name, None], …]."""
-        floats: list[list[object]] = [[n, list(s)] for n, s in zip(self.names, self.shapes, strict=True)]
-        return floats + [[n, None] for n in self.integers]
+    def to_wire(self) -> tuple[tuple[str, tuple[int, ...] | None], ...]:
+        """Plain values for a message, inverse of `from_wire`: (name, shape) of each array, (name, None) of integers."""
+        return (*zip(self.names, self.shapes, strict=True), *((name, None) for name in self.integers))
 
     @classmethod
     def from_wire(cls, entries: Sequence[tuple[str, tuple[int, ...] | None]]) -> "Layout":

@@ -16,7 +16,7 @@ import pytest
 
 from edge.store import Samples
 from edge.tags import Quality, Sample
-from edge.train import Job, NotEnoughError, TrainingError, layout_wire, train
+from edge.train import Job, NotEnoughError, TrainingError, train
 from edge.window import Wiring
 from models.delta import Layout, Vector
 from models.spec import Task, parse_task
@@ -73,7 +73,7 @@ def job(folder: Path, *, epochs: int = 20, **more: Any) -> Job:
     wiring = Wiring(task(epochs).window, ("p/a", "p/b"), target="p/rul", segment="p/part")
     usual: dict[str, Any] = {"memory": 2 << 30, "cpu_seconds": 100, "nice": 1, "threads": 1, "seed": 7}
     text = TASK.format(epochs=epochs)
-    return Job(task_text=text, wiring=wiring, layout=layout_wire(LAYOUT), store=str(folder), **usual | more)
+    return Job(task_text=text, wiring=wiring, layout=LAYOUT.to_wire(), store=str(folder), **usual | more)
 
 
 def task(epochs: int = 20) -> Task:

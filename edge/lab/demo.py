@@ -124,8 +124,8 @@ class Demo:
         for process in self.stage.processes:
             process.check()
         for i in range(self.scenario.gateways):
-            if problem := self.stage.task_status(i).get("problem"):
-                raise LocalError(f"gateway {i + 1}: {problem}")
+            if "declined" in str(self.stage.task_status(i).get("answer")):
+                raise LocalError(f"gateway {i + 1} {self.stage.task_status(i)['answer']}")
 
     def _break(self, number: int) -> None:
         """Kill -9 the aggregator in the middle of a round, take the broker away, and bring both back empty-handed."""

@@ -22,14 +22,12 @@ from edge.config import load_config, wire
 from edge.lab.processes import python
 from edge.lab.stage import Stage, gateway_path, test_set
 from edge.store import SampleReader, State
-from edge.train import Job
+from edge.train import Job, job_for
 from models import codec
 from models.delta import Layout
 from models.errors import LocalError
 from models.evaluate import metric_name
 from models.spec import Task, parse_task
-
-_EVALUATION_MEMORY = 8 << 30
 
 
 class Outage(NamedTuple):
@@ -155,17 +153,8 @@ def _compare(stage: Stage, journal: Journal, task: Task, layout: Layout, steps: 
 def _plant(stage: Stage, i: int, task: Task, text: str, layout: Layout, steps: int, test: Path) -> Plant:
     """One plant as the baselines see it: the training job that its gateway ran, on all that it stored."""
     config = load_config(stage.folder / f"plant{i + 1}" / "gateway.toml")
-    job = Job(
-        task_text=text,
-        wiring=wire(task, config.tasks[task.name], config.tags, config.file),
-        layout=tuple(zip(layout.names, layout.shapes, strict=True)),
-        store=str(stage.gateway_state(i)),
-        seed=stage.scenario.seed,
-        threads=1,
-        nice=0,
-        memory=_EVALUATION_MEMORY,
-        cpu_seconds=600,
-    )
+    wiring = wire(task, config.tasks[task.name], config.tags, config.file)
+    job = job_for(config, stage.gateway_state(i), text, wiring, layout, 0)
     return Plant(name=gateway_path(i), job=job, steps=steps, test=str(test))
 
 
