@@ -408,10 +408,10 @@ def test_an_anomaly_task_ignores_a_target(gateway: Path) -> None:
 def test_a_profile_fills_in_what_the_file_leaves_open(gateway: Path) -> None:
     board = gateway.parent / "board.toml"
     board.write_text(
-        profile_path("generic-arm64").read_text().replace("threads = 1", "threads = 3").replace('"1GiB"', '"64MiB"')
+        profile_path("generic-arm64").read_text().replace("threads = 1", "threads = 3").replace('"1GiB"', '"640MiB"')
     )
     config = load_config(gateway, board)
-    assert (config.training.threads, config.training_memory, config.store_bytes) == (3, 64 << 20, 2 << 30)
+    assert (config.training.threads, config.training_memory, config.store_bytes) == (3, 640 << 20, 2 << 30)
     with pytest.raises(UserError) as caught:
         profile_path("../../etc/passwd")
     told(caught.value, "--profile", 0, "", "no board '../../etc/passwd'", "write one of: ")

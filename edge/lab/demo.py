@@ -4,9 +4,9 @@ Every process is the one that a user would start; the demo only starts, kills, a
 """
 
 import argparse
+import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -180,8 +180,7 @@ def _prepare(out: Path) -> None:
 
 def _need_torch() -> None:
     """Training and the first model need torch: say so now, not in a child's log."""
-    found = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, check=False)
-    if found.returncode:
+    if importlib.util.find_spec("torch") is None:
         raise LocalError("the demo trains, and torch is not installed; pip install 'tundish[demo]'")
 
 

@@ -77,7 +77,7 @@ def figures(stage: Stage, outage: Outage | None) -> dict[str, Any]:
     compared = _compare(stage, journal, task, layout, steps)
     journal.close()
     sent = [e["body"] for entries in gateways for e in entries if e["kind"] == "update"]
-    counts = _account(sent, gateways, aggregator)
+    counts = account(sent, gateways, aggregator)
     gaps = [_gaps(stage, i, scenario.task, outage) for i in count]
     float_bytes = 4 * int(layout.mask(task.personal).sum())
     message = mean(body["message_bytes"] for body in sent)
@@ -166,7 +166,7 @@ def _export(stage: Stage, name: str, lines: list[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _account(
+def account(
     sent: list[dict[str, Any]], gateways: list[list[dict[str, Any]]], aggregator: list[dict[str, Any]]
 ) -> dict[str, int]:
     """Hold the gateways' ledgers against the aggregator's: what was sent, counted, refused with a reason, or lost."""
