@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from edge.dataset import Dataset
 from models import evaluate
 from models.delta import Layout, Vector
-from models.graph import make_session
+from models.graph import MAX_BATCH, make_session
 from models.scale import Scale
 from models.spec import Task
 
 Windows = NDArray[np.float32]
 _TOP = 3
-_BATCH = 256
 
 
 class Verdict(NamedTuple):
@@ -114,7 +113,7 @@ class Scorer:
         if not len(data):
             return float("nan")
         inputs = np.nan_to_num(self.scale.inputs(self.task, data.x), copy=False)
-        out = np.concatenate([self.run(inputs[i : i + _BATCH]) for i in range(0, len(inputs), _BATCH)])
+        out = np.concatenate([self.run(inputs[i : i + MAX_BATCH]) for i in range(0, len(inputs), MAX_BATCH)])
         if data.y is None:
             errors = ((out - inputs.reshape(len(inputs), -1)) ** 2).mean(1)
             self.threshold = max(float(np.quantile(errors, self.task.alarm.quantile)), 1e-9)

@@ -222,7 +222,7 @@ class Runner:
             await self._send(action, model, result)
         except NotEnoughError as error:
             log.info("%s: round %d waits for data: %s", self.name, action.round, error)
-            self._stored_before = 0
+            self._stored_before = error.count - live.stats.trainable
             more = max(1, model.task.training.min_windows // 4)
             self._do(self.participant.handle(p.TrainingFailed(action.round, str(error), more)))
         except (LocalError, OSError, ValueError) as error:
@@ -330,7 +330,8 @@ class Runner:
         if self.live:
             self.live.scorer = scorer
             self.live.learnt = scorer.version > 0
-            self.live.made_ms = model.manifest.created_ms
+            # Of a model that was kept in place of a newer one, the age is not known after a restart.
+            self.live.made_ms = model.manifest.created_ms if scorer.version == model.manifest.version else 0
 
     async def _install(self, fetch: Fetch, envelope: bytes) -> None:
         """A model is complete: verify it, try it, keep it as the base, and let it score if it is no worse."""

@@ -27,12 +27,18 @@ log = logging.getLogger(__name__)
 
 DONE, NOT_ENOUGH, DIVERGED = 0, 3, 4
 _POLL_S = 0.25
+_PIECE = 4096
 _PR_SET_PDEATHSIG = 1
 _RESULT = "result.npz"
 
 
 class NotEnoughError(LocalError):
-    """There are too few good windows to train on; more data is all that is missing."""
+    """There are too few good windows to train on; more data is all that is missing. `count` are there."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        number = text.partition(" ")[0]
+        self.count = int(number) if number.isdecimal() else 0
 
 
 class TrainingError(LocalError):
@@ -137,13 +143,11 @@ async def _run(job: Job, folder: Path) -> None:
 
 
 async def _tail(child: asyncio.subprocess.Process) -> str:
-    """Keep the last line that the child wrote to standard error."""
-    last = b""
-    if child.stderr is not None:
-        with contextlib.suppress(ValueError):  # a line longer than the stream's limit
-            async for line in child.stderr:
-                last = line.strip() or last
-    return last.decode(errors="replace")[-300:]
+    """Read all that the child writes to standard error, and keep the last line."""
+    kept = b""
+    while child.stderr is not None and (more := await child.stderr.read(_PIECE)):
+        kept = (kept + more)[-_PIECE:]
+    return kept.decode(errors="replace").strip().rpartition("\n")[2][-300:]
 
 
 async def _watch(child: asyncio.subprocess.Process, memory: int) -> int:

@@ -7,6 +7,8 @@ from models.delta import Layout, Vector
 
 OPSET = 17
 MAX_GRAPH_BYTES = 4 * 1024 * 1024
+# Windows that one run takes at most; a graph's first run is of that many too.
+MAX_BATCH = 256
 # Where an external initializer says that it lives. It is no file: the weights come from memory.
 LOCATION = "tundish-weights"
 

@@ -1,7 +1,7 @@
 """What an ONNX graph from a peer may be: a plain net over exactly the layout's weights, and nothing else.
 
 Run as `python -m models.graphcheck FILE`, it checks the file (npz: graph, layout as JSON, shape as C, T, outputs) in a
-process of its own under a memory limit, and scores two windows of zeros: 66 bytes of ONNX can ask for 6 GB.
+process of its own under a memory limit, and scores a full batch of zeros: 66 bytes of ONNX can ask for 6 GB.
 """
 
 import json
@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from models.delta import Layout
 from models.errors import PeerError
-from models.graph import LOCATION, MAX_GRAPH_BYTES, make_session
+from models.graph import LOCATION, MAX_BATCH, MAX_GRAPH_BYTES, make_session
 
 MAX_NODES = 2_000
 MAX_CONSTANT_BYTES = 64 * 1024
@@ -79,12 +79,14 @@ def _check_weights(model: onnx.ModelProto, layout: Layout) -> None:
 
 
 def first_run(graph: bytes, layout: Layout, shape: tuple[int, int, int]) -> None:
-    """Check a graph, then score two windows of zeros with it; `shape` is (C, T, outputs)."""
+    """Check a graph, then score a full batch of zeros with it; `shape` is (C, T, outputs)."""
     check_graph(graph, layout)
     session = make_session(graph, layout, np.zeros(layout.size, np.float32), threads=1)
-    out = session.run(None, {"x": np.zeros((2, *shape[:2]), np.float32)})
-    if len(out) != 1 or out[0].shape != (2, shape[2]):
-        raise PeerError("graph", f"gives {[list(o.shape) for o in out][:3]} for two windows, not (2, {shape[2]})")
+    out = session.run(None, {"x": np.zeros((MAX_BATCH, *shape[:2]), np.float32)})
+    if len(out) != 1 or out[0].shape != (MAX_BATCH, shape[2]):
+        raise PeerError(
+            "graph", f"gives {[list(o.shape) for o in out][:3]} for {MAX_BATCH} windows of {shape[2]} outputs"
+        )
 
 
 def main() -> int:
