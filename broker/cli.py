@@ -158,6 +158,7 @@ def _report(status: dict[str, Any], age_s: float, *, running: bool) -> list[str]
     mqtt = status["mqtt"]
     head = f"{status['federation']}: {'running' if running else f'not running since {age_s:.0f} s'}"
     lines = [f"{head}, {'connected' if status['connected'] else mqtt['error'] or 'not connected'}"]
+    lines.append(f"  public key {status['public_key']}")
     for name, task in status["tasks"].items():
         lines.append(f"  {name}: round {task['round']} {task['state']}, model version {task['version']}")
         if task["state"] == "open":
@@ -168,6 +169,7 @@ def _report(status: dict[str, Any], age_s: float, *, running: bool) -> list[str]
             said = f", round {gateway['round']} {gateway['verdict']}" if gateway["verdict"] else ""
             why = f" ({gateway['code']}: {_plain(gateway['reason'])})" if gateway["reason"] else ""
             lines.append(f"    {path}: {word}{said}{why}")
+    lines += [f"  NOT ENROLLED {path}, key {key}" for path, key in status["not_enrolled"].items()]
     lines += [f"  refused {count} ({reason})" for reason, count in sorted(status["refused"].items())]
     return lines
 

@@ -3,8 +3,9 @@
     WAITING --due, enough gateways--> OPEN --closed--> CLOSING --aggregated--> WAITING, or DONE after `rounds`
 
 Rounds open every `every_ms`, measured from the last opening, never while one is open, and only when `min_gateways`
-are online. After a restart the state is rebuilt from what the journal says (`Past`). Times are milliseconds on the
-caller's clock. Every transition stands in `TRANSITIONS`.
+are online. While the broker is out of reach, gateways keep what they have to say, so no round opens or closes. After
+a restart the state is rebuilt from what the journal says (`Past`). Times are milliseconds on the caller's clock. Every
+transition stands in `TRANSITIONS`.
 """
 
 # ruff: noqa: SLF001 - the table of transitions stands below the class whose methods it names
@@ -94,6 +95,19 @@ class Submitted(Event):
 
 
 @dataclass(frozen=True)
+class Refused(Event):
+    """A proven gateway's update for a round can't be used."""
+
+    path: str
+    round: int
+
+
+@dataclass(frozen=True)
+class Disconnected(Event):
+    """The broker is out of reach: nobody can be heard until `Connected`."""
+
+
+@dataclass(frozen=True)
 class Connected(Event):
     """The broker was reached (again): retained births are on their way."""
 
@@ -149,6 +163,7 @@ class Federation:
         self.gateways: dict[str, Gateway] = {}
         self.round: Round | None = None
         self._confirm_by_ms = 0
+        self._offline = False
         self.state = State.WAITING
         if past and past.is_open:
             self.state = State.OPEN
@@ -228,7 +243,18 @@ class Federation:
             word, detail = rounds.LATE, f"the latest round is {self.number}"
         return [Outcome(event.path, event.round, event.digest, word, detail)]
 
+    def _refused(self, event: Refused, now_ms: int) -> list[Action]:
+        if not self.round or event.round != self.round.number:
+            return []
+        return self._round(rounds.Refused(event.path), now_ms)
+
+    def _disconnected(self, _event: Disconnected, now_ms: int) -> list[Action]:
+        # Nobody can confirm anything now; the next connection asks again.
+        self._offline, self._confirm_by_ms = True, 0
+        return self._round(rounds.Held(rounds.FOREVER_MS), now_ms)
+
     def _connected(self, _event: Connected, now_ms: int) -> list[Action]:
+        self._offline = False
         self._confirm_by_ms = now_ms + CONFIRM_MS
         for gateway in self.gateways.values():
             gateway.confirmed = False
@@ -265,7 +291,7 @@ class Federation:
     def _open_if_due(self, now_ms: int) -> list[Action]:
         online = self.online
         due = self.state is State.WAITING and now_ms >= self.opened_ms + self.rules.every_ms
-        if not due or len(online) < self.rules.min_gateways:
+        if not due or self._offline or len(online) < self.rules.min_gateways:
             return []
         self.number, self.opened_ms, self.state = self.number + 1, now_ms, State.OPEN
         deadline_ms = now_ms + self.rules.deadline_ms
@@ -286,18 +312,24 @@ TRANSITIONS: dict[tuple[State, type[Event]], Callable[..., list[Action]]] = {
     (State.WAITING, Died): Federation._died,
     (State.WAITING, Answered): Federation._answered,
     (State.WAITING, Submitted): Federation._submitted,
+    (State.WAITING, Refused): Federation._refused,
+    (State.WAITING, Disconnected): Federation._disconnected,
     (State.WAITING, Connected): Federation._connected,
     (State.WAITING, Tick): Federation._tick,
     (State.OPEN, Born): Federation._born,
     (State.OPEN, Died): Federation._died,
     (State.OPEN, Answered): Federation._answered,
     (State.OPEN, Submitted): Federation._submitted,
+    (State.OPEN, Refused): Federation._refused,
+    (State.OPEN, Disconnected): Federation._disconnected,
     (State.OPEN, Connected): Federation._connected,
     (State.OPEN, Tick): Federation._tick,
     (State.CLOSING, Born): Federation._born,
     (State.CLOSING, Died): Federation._died,
     (State.CLOSING, Answered): Federation._answered,
     (State.CLOSING, Submitted): Federation._submitted,
+    (State.CLOSING, Refused): Federation._refused,
+    (State.CLOSING, Disconnected): Federation._disconnected,
     (State.CLOSING, Connected): Federation._connected,
     (State.CLOSING, Tick): Federation._tick,
     (State.CLOSING, Aggregated): Federation._aggregated,
@@ -305,6 +337,8 @@ TRANSITIONS: dict[tuple[State, type[Event]], Callable[..., list[Action]]] = {
     (State.DONE, Died): Federation._died,
     (State.DONE, Answered): Federation._answered,
     (State.DONE, Submitted): Federation._submitted,
+    (State.DONE, Refused): Federation._refused,
+    (State.DONE, Disconnected): Federation._disconnected,
     (State.DONE, Connected): Federation._connected,
     (State.DONE, Tick): Federation._tick,
 }

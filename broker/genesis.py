@@ -78,7 +78,7 @@ async def _export(file: TaskFile) -> tuple[bytes, Vector, Layout]:
     seed = int.from_bytes(task_digest(file.text)[:4], "big")
     with tempfile.TemporaryDirectory(prefix="tundish-") as folder:
         out = Path(folder, "model.npz")
-        command = [sys.executable, "-m", "models.export", "--task", str(file.path), "--out", str(out)]
+        command = [sys.executable, "-P", "-m", "models.export", "--task", str(file.path), "--out", str(out)]
         child = await asyncio.create_subprocess_exec(
             *command, "--seed", str(seed), stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
         )

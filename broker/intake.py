@@ -20,6 +20,7 @@ from models.errors import PeerError
 from models.spec import Task
 
 MAX_GATEWAYS = 10_000
+MAX_STRANGERS = 64
 # No weight of a net moves by this much in a round; a sum of such values stays far from float32's end.
 MAX_VALUE = 1e6
 
@@ -90,6 +91,8 @@ class Intake:
         self._config = config
         self._journal = journal
         self._wanted = wanted
+        # Gateways that are not enrolled: path -> the key that they offer, for the operator to see.
+        self.strangers: dict[str, str] = {}
 
     def read(self, inbound: Inbound, now_ms: int) -> Heard:
         """Verify and decode one message; PeerError when its sender is not proven or may not be here."""
@@ -114,7 +117,10 @@ class Intake:
             if error.reason == "schema":
                 return HeardDeath(name, open_envelope(data, inbound.topic, key, Death))
             if error.reason == "signature" and _offers_other_key(data, key):
-                raise PeerError("key", f"{name} offers another key than the one that is pinned") from error
+                known = f"the roster has {key.hex()}"
+                raise PeerError(
+                    "key", f"{name} signs with another key, {known}; if it was replaced, enrol it"
+                ) from error
             raise
         if birth.public_key != key:
             raise PeerError("key", f"{name} names another key than the one it signs with")
@@ -122,7 +128,13 @@ class Intake:
 
     def _first_birth(self, path: str, inbound: Inbound, now_ms: int) -> Birth:
         if self._config.join != "first-seen":
-            raise PeerError("unknown-gateway", f"{path} is not in the roster; enrol it with its key")
+            key = peek(inbound.payload, Birth).public_key
+            open_envelope(inbound.payload, inbound.topic, key, Birth)
+            if len(self.strangers) < MAX_STRANGERS:
+                self.strangers[path] = key.hex()
+            raise PeerError(
+                "unknown-gateway", f"{path} is not in the roster; enrol it: --path {path} --key {key.hex()}"
+            )
         if self._journal.roster_size() >= MAX_GATEWAYS:
             raise PeerError("roster-full", f"{MAX_GATEWAYS} gateways are pinned")
         offered = peek(inbound.payload, Birth).public_key

@@ -10,8 +10,13 @@ from broker.config import TaskFile
 from broker.federation import Federation, Past, Rules
 from broker.genesis import load_layout
 from broker.journal import Journal, ModelRow, TaskRow
+from broker.messages import MAX_PAYLOAD
 from models.errors import LocalError, UserError
 from models.spec import Task
+from models.tomlfile import TomlFile
+
+# Of an update, beside its values: the codec's header, the message's other fields and the envelope.
+_AROUND = 1024
 
 
 @dataclass
@@ -59,6 +64,7 @@ def load_job(journal: Journal, file: TaskFile) -> Job:
     shared = load_layout(row.layout).mask(task.personal)
     if not shared.any():
         raise UserError(str(file.path), 0, "personal", "nothing is left to share", "take a prefix out")
+    _check_size(file, int(shared.sum()))
     r = task.round
     rules = Rules(r.min_gateways, int(r.deadline_s * 1000), int(r.every_s * 1000), r.rounds)
     past = None
@@ -67,3 +73,12 @@ def load_job(journal: Journal, file: TaskFile) -> Job:
         past = Past(last.round, last.base, last.opened_ms, last.deadline_ms, last.state == "open", counted)
     federation = Federation(rules, version=model.version, past=past)
     return Job(task, row, model, shared, federation, last.deadline_ms if last else 0)
+
+
+def _check_size(file: TaskFile, count: int) -> None:
+    """Refuse a task whose updates might not fit into a message: gateways would train for nothing."""
+    worst = -(-count * file.task.round.bits // 8) + _AROUND
+    if worst > MAX_PAYLOAD:
+        problem = f"an update of {count} values may be {worst} bytes, a message {MAX_PAYLOAD}"
+        remedy = "write fewer bits, use a smaller net, or make more of it personal"
+        raise TomlFile(str(file.path), file.text).error(["round", "bits"], problem, remedy)

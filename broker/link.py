@@ -63,6 +63,7 @@ class Link:
 
     With `manual_ack` the owner calls `ack` for every message it was given, whatever it thinks of it: only then is
     the broker told (QoS 1) and are the message's bytes given back to the inbound queue, which holds 32 MiB at most.
+    An `on_message` that raises has not kept its message: the link logs it, acknowledges, and goes on.
     `error` is the last failure in one line with its remedy, "" while all is well; `counters` only grow.
     """
 
@@ -333,7 +334,13 @@ class Link:
         if self._stopped:
             return
         self.counters["received"] += 1
-        self._on_message(inbound)
+        try:
+            self._on_message(inbound)
+        except Exception:
+            self.counters["failed"] += 1
+            log.exception("mqtt: a message on %r could not be handled", inbound.topic[:400])
+            self.ack(inbound)  # nobody else will
+            return
         if not self._manual_ack:
             self._release(inbound)
 

@@ -2,10 +2,11 @@
 
 A round counts at most one update of each gateway. It closes
 - early, when every expected gateway has been counted and the quorum is met: expected is who is online and has not
-  declined; who dies leaves, who comes back is expected again;
+  declined; who dies leaves, who comes back is expected again; whose update was stale or refused is not waited for,
+  because it sends no other in this round;
 - at the deadline, when the quorum is met; if it is not, the deadline moves on by its own length and everything that
   was counted stays.
-While held (after a restart or a lost connection, until births had time to arrive) it does not close at all.
+While held (from a restart or a lost connection until births had time to arrive) it does not close at all.
 
 Times are milliseconds on the caller's clock. Every transition stands in `TRANSITIONS`.
 """
@@ -76,6 +77,13 @@ class Submitted(Event):
 
 
 @dataclass(frozen=True)
+class Refused(Event):
+    """A gateway's update for this round can't be used."""
+
+    path: str
+
+
+@dataclass(frozen=True)
 class Held(Event):
     """Don't close before `until_ms`: who is online is not known again yet."""
 
@@ -143,6 +151,7 @@ class Round:
         self.min_gateways = min_gateways
         self.expected = set(expected)
         self.declined: set[str] = set()
+        self.refused: set[str] = set()
         self.counted = dict(counted or {})
         self.hold_ms = hold_ms
         self.state = State.OPEN
@@ -150,7 +159,7 @@ class Round:
     @property
     def waiting_for(self) -> set[str]:
         """Paths that are expected and not counted yet."""
-        return self.expected - self.declined - self.counted.keys()
+        return self.expected - self.declined - self.refused - self.counted.keys()
 
     def handle(self, event: Event, now_ms: int) -> list[Action]:
         """Take one event; LocalError for an event that no round knows."""
@@ -185,9 +194,14 @@ class Round:
             return [Outcome(event.path, self.number, event.digest, DUPLICATE, detail)]
         if event.base != self.base:
             detail = f"trained from version {event.base}, the round's is {self.base}"
-            return [Outcome(event.path, self.number, event.digest, STALE, detail)]
+            self.refused.add(event.path)
+            return [Outcome(event.path, self.number, event.digest, STALE, detail), *self._early(now_ms)]
         self.counted[event.path] = event.digest
         return [Outcome(event.path, self.number, event.digest, COUNTED), *self._early(now_ms)]
+
+    def _refused(self, event: Refused, now_ms: int) -> list[Action]:
+        self.refused.add(event.path)
+        return self._early(now_ms)
 
     def _too_late(self, event: Submitted, _now_ms: int) -> list[Action]:
         if event.path in self.counted:
@@ -226,6 +240,7 @@ TRANSITIONS: dict[tuple[State, type[Event]], Callable[..., list[Action]]] = {
     (State.OPEN, Declined): Round._declined,
     (State.OPEN, Joined): Round._joined,
     (State.OPEN, Submitted): Round._submitted,
+    (State.OPEN, Refused): Round._refused,
     (State.OPEN, Held): Round._held,
     (State.OPEN, Tick): Round._tick,
     (State.CLOSED, Arrived): Round._nothing,
@@ -233,6 +248,7 @@ TRANSITIONS: dict[tuple[State, type[Event]], Callable[..., list[Action]]] = {
     (State.CLOSED, Declined): Round._nothing,
     (State.CLOSED, Joined): Round._nothing,
     (State.CLOSED, Submitted): Round._too_late,
+    (State.CLOSED, Refused): Round._nothing,
     (State.CLOSED, Held): Round._nothing,
     (State.CLOSED, Tick): Round._nothing,
 }

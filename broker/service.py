@@ -59,7 +59,8 @@ class Service:
         self._outcomes: Counter[str] = Counter()
         self._noted: Counter[str] = Counter()
         self._receipts: list[tuple[str, bytes]] = []
-        self._came_up = False
+        # What became of the connection since the last step, in its order.
+        self._connection: list[rounds.Event] = []
 
     def stop(self) -> None:
         """Make `run` end cleanly."""
@@ -79,7 +80,10 @@ class Service:
             self._journal.close()
 
     async def _serve(self) -> None:
-        self._downlink = Downlink(self._config.name, self._journal.signer(), self._clock())
+        signer = self._journal.signer()
+        self._public_key = signer.public_key.hex()
+        log.info("federation %s, public key %s", self._config.name, self._public_key)
+        self._downlink = Downlink(self._config.name, signer, self._clock())
         wanted = {name: intake.Wanted(job.task, int(job.shared.sum())) for name, job in self._jobs.items()}
         self._intake = intake.Intake(self._config, self._journal, wanted)
         for job in self._jobs.values():
@@ -90,7 +94,7 @@ class Service:
             will=(self._downlink.status_topic, self._downlink.status("down")),
             on_message=self._on_message,
             on_up=self._on_up,
-            on_down=lambda reason: log.warning("offline: %s", reason),
+            on_down=self._on_down,
             manual_ack=True,
         )
         self._link.subscribe(topics.ALL_STATUS, *(topics.uplink_filter(name) for name in self._jobs))
@@ -127,7 +131,7 @@ class Service:
         self._wake.set()
 
     def _on_up(self) -> None:
-        self._came_up = True
+        self._connection.append(federation.Connected())
         self._downlink.forget()
         self._downlink.put(self._downlink.status_topic, self._downlink.status("up"))
         for job in self._jobs.values():
@@ -135,13 +139,18 @@ class Service:
             self._put_plan(job)
         self._wake.set()
 
+    def _on_down(self, reason: str) -> None:
+        log.warning("offline: %s", reason)
+        self._connection.append(federation.Disconnected())
+        self._wake.set()
+
     def _step(self) -> None:
         now_ms = self._clock()
         batch = [self._inbox.popleft() for _ in range(min(BATCH, len(self._inbox)))]
         with self._journal.transaction():
-            if self._came_up:
-                self._came_up = False
-                self._tell_all(federation.Connected(), now_ms)
+            for event in self._connection:
+                self._tell_all(event, now_ms)
+            self._connection.clear()
             for inbound in batch:
                 self._hear(inbound, now_ms)
             self._tell_all(federation.Tick(), now_ms)
@@ -156,15 +165,24 @@ class Service:
         for job in self._jobs.values():
             self._tell(job, event, now_ms)
 
+    def _read(self, inbound: Inbound, now_ms: int) -> intake.Heard | None:
+        try:
+            return self._intake.read(inbound, now_ms)
+        except PeerError as error:
+            self._refuse(inbound.topic, error.reason, error.detail)
+        except LocalError:
+            raise  # the disk, not the message
+        except Exception as error:
+            # Nobody foresaw it, yet one message must not end the service for everybody else.
+            if self._refusals["internal"] < _LOUD:
+                log.exception("a message could not be read")
+            self._refuse(inbound.topic, "internal", type(error).__name__)
+        return None
+
     def _hear(self, inbound: Inbound, now_ms: int) -> None:
         if not inbound.payload:
             return  # somebody cleared a retained topic
-        try:
-            heard = self._intake.read(inbound, now_ms)
-        except PeerError as error:
-            self._refuse(inbound.topic, error.reason, error.detail)
-            return
-        match heard:
+        match heard := self._read(inbound, now_ms):
             case intake.HeardBirth():
                 self._hear_birth(heard, now_ms)
             case intake.HeardDeath(path, death):
@@ -196,6 +214,7 @@ class Service:
         if heard.round is not None:
             receipt = Receipt(1, heard.round, digest, f"refused-{reason}", detail, now_ms)
             self._receipt(heard.task, heard.path, receipt)
+            self._tell(self._jobs[heard.task], federation.Refused(heard.path, heard.round), now_ms)
 
     def _hear_update(self, heard: intake.HeardUpdate, now_ms: int) -> None:
         update = heard.update
@@ -325,10 +344,16 @@ class Service:
         except OSError as error:
             log.warning("no status file: %s: %s", path, error.strerror)
 
+    def _strangers(self) -> dict[str, str]:
+        """Gateways that ask to take part and are not in the roster: path -> key."""
+        return {path: key for path, key in self._intake.strangers.items() if self._journal.key_of(path) is None}
+
     def status(self) -> dict[str, Any]:
         """What `tundish broker status` shows: plain JSON values; times in milliseconds since 1970 UTC."""
         return {
             "federation": self._config.name,
+            "public_key": self._public_key,
+            "not_enrolled": self._strangers(),
             "time_ms": self._clock(),
             "pid": os.getpid(),
             "connected": self._link.connected,

@@ -10,7 +10,9 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from broker import messages as m
@@ -29,7 +31,8 @@ from broker.topics import (
 )
 from edge.config import Config
 from edge.drivers import registry
-from edge.runner import Runner, Shop
+from edge.runner import Runner
+from edge.shop import Shop
 from edge.store import Samples, State
 from edge.tags import Driver, Quality, Sample
 from edge.train import resident_bytes
@@ -50,6 +53,7 @@ class Agent:
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.state = State(folder)
+        self.state.claim()
         self.samples = Samples(folder, config.store_bytes)
         self.stopped = asyncio.Event()
         signer = self._signer()
@@ -68,6 +72,7 @@ class Agent:
         self._trust()
         self.runners = {name: Runner(name, table, self.shop) for name, table in config.tasks.items()}
         self.drivers: dict[str, Driver] = {}
+        self.problem = ""
         self._resend_at, self._resend_s, self._aggregator = 0.0, _RESEND_S[0], 0
 
     def _signer(self) -> m.Signer:
@@ -96,17 +101,23 @@ class Agent:
         if pinned is not None and (not key or pinned[:32].hex() == key):
             self.shop.federation_key, self.shop.federation = pinned[:32], pinned[32:].decode()
         elif name and key:
-            self._pin(name, bytes.fromhex(key), "configured")
+            work = self._pin(name, bytes.fromhex(key), "configured")
+            with self.state.transaction():
+                work()
 
-    def _pin(self, federation: str, key: bytes, how: str) -> None:
+    def _pin(self, federation: str, key: bytes, how: str) -> Callable[[], None]:
+        """Trust a federation from now on; the result is what to commit. What another one gave is forgotten."""
         self.shop.federation, self.shop.federation_key = federation, key
+        log.warning("federation %s is trusted from now on, by key %s (%s)", federation, key.hex(), how)
 
         def work() -> None:
+            before = self.state.get("federation")
+            if before is not None and before[:32] != key:
+                self.state.forget_federation()
             self.state.put("federation", key + federation.encode())
             self.state.record("federation-pinned", {"federation": federation, "key": key.hex(), "how": how})
 
-        self._pinning = asyncio.ensure_future(self.state.commit(work))
-        log.warning("federation %s is trusted from now on, by key %s (%s)", federation, key.hex(), how)
+        return work
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -162,7 +173,7 @@ class Agent:
         """Every batch of every driver: to the store's queue, and at once to the windows."""
         self.samples.append(samples)
         for runner in self.runners.values():
-            runner.feed(samples)
+            runner.guard("scoring", partial(runner.feed, samples))
         if self.config.publish_raw:
             self._publish_raw(samples)
 
@@ -178,7 +189,7 @@ class Agent:
         while True:
             await asyncio.sleep(_TICK_S)
             for runner in self.runners.values():
-                runner.tick()
+                runner.guard("scoring", runner.tick)
             self._resend()
             await asyncio.to_thread(self._write_status, self.snapshot() | {"running": True})
 
@@ -228,6 +239,10 @@ class Agent:
         except PeerError as error:
             self.shop.refused[error.reason] += 1
             log.warning("message on %s refused: %s", inbound.topic[:200], error)
+        except Exception:
+            # A peer's bytes found a mistake of ours: say all of it, and go on.
+            self.shop.refused["internal"] += 1
+            log.exception("message on %s", inbound.topic[:200])
 
     def _route(self, inbound: Inbound) -> None:
         topic = parse(inbound.topic)
@@ -259,11 +274,19 @@ class Agent:
             if self.config.federation.key and offered.hex() != self.config.federation.key:
                 raise PeerError("signature", f"federation {topic.federation} has another key than the configured one")
             m.open_envelope(inbound.payload, inbound.topic, offered, m.FederationBirth)
-            self._pin(topic.federation, offered, "first seen")
+            self._pinning = asyncio.ensure_future(self.state.commit(self._pin(topic.federation, offered, "first seen")))
             self._follow()
         elif topic.federation != self.shop.federation:
             return
-        birth = m.open_envelope(inbound.payload, inbound.topic, self.shop.federation_key, m.FederationBirth)
+        trusted = self.shop.federation_key
+        if (offered := m.peek(inbound.payload, m.FederationBirth).public_key) != trusted:
+            self.problem = (
+                f"federation {topic.federation} now signs with key {offered.hex()}, trusted is {trusted.hex()}; if the "
+                "aggregator was replaced, write name and key under [federation]"
+            )
+            raise PeerError("federation-key", self.problem)
+        birth = m.open_envelope(inbound.payload, inbound.topic, trusted, m.FederationBirth)
+        self.problem = ""
         if birth.state == "up" and birth.session > self._aggregator:
             self._aggregator = birth.session
             for runner in self.runners.values():
@@ -281,6 +304,7 @@ class Agent:
             "time_ms": int(time.time() * 1000),
             "resident_mb": round(resident_bytes(os.getpid()) / 2**20, 1),
             "mqtt": {"connected": self.link.connected, "version": self.link.version, "error": self.link.error},
+            "problem": self.problem,
             "federation": {"name": self.shop.federation, "key": self.shop.federation_key.hex()},
             "sources": {name: asdict(driver.health) for name, driver in self.drivers.items()},
             "tasks": {name: self._task_snapshot(runner) for name, runner in self.runners.items()},

@@ -13,6 +13,7 @@ from typing import Any
 from models.errors import LocalError, PeerError, TundishError, UserError
 
 _FRESH_S = 10.0
+_SHOWN = 10
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -44,7 +45,7 @@ def _add_demo(commands: Any) -> None:
         description="Three simulated plants, three gateways, one aggregator, one broker; about three minutes.",
         epilog="example: tundish demo --rounds 6 --out my-demo",
     )
-    demo.add_argument("--rounds", type=int, default=10, help="rounds to run (default 10)")
+    demo.add_argument("--rounds", type=int, default=8, help="rounds to run (default 8)")
     demo.add_argument("--gateways", type=int, default=3, help="plants, each with its own gateway (default 3)")
     demo.add_argument("--seed", type=int, default=0, help="seed of the simulated plants (default 0)")
     demo.add_argument("--out", type=Path, default=Path("tundish-demo"), help="report folder (default tundish-demo)")
@@ -157,19 +158,28 @@ def _status(args: argparse.Namespace) -> int:
 
 def _print_status(status: dict[str, Any], *, alive: bool) -> None:
     age = time.time() - status["time_ms"] / 1000
-    print(f"{status['path']}: {'running' if alive else 'NOT RUNNING'} (last word {age:.0f} s ago)")
+    print(f"{status['path']}: {'running' if alive else 'NOT RUNNING; what it said last:'} ({age:.0f} s ago)")
     mqtt = status["mqtt"]
     print(f"  mqtt     {'connected, MQTT ' + mqtt['version'] if mqtt['connected'] else 'OFFLINE: ' + mqtt['error']}")
     print(f"  memory   {status['resident_mb']} MB resident; outbox {status['outbox']}")
+    if status["problem"]:
+        print(f"  PROBLEM  {status['problem']}")
     for name, health in status["sources"].items():
         word = "connected" if health["connected"] else "OFFLINE"
-        extra = f"; {len(health['quarantined'])} tags quarantined" if health["quarantined"] else ""
-        print(f"  source   {name}: {word}, {health['samples']} samples{extra} {health['error']}".rstrip())
+        print(f"  source   {name}: {word}, {health['samples']} samples")
+        if health["error"]:
+            print(f"           {health['error']}")
+        for ref, why in list(health["quarantined"].items())[:_SHOWN]:
+            print(f"           QUARANTINED {ref}: {why}")
+        if len(health["quarantined"]) > _SHOWN:
+            print(f"           and {len(health['quarantined']) - _SHOWN} tags more (--json has all)")
     for name, task in status["tasks"].items():
         scored = f"{task.get('scored', 0)} windows scored, model {task['scoring_model']}"
         print(f"  task     {name}: {scored}, round {task['round']} {task['state']} {task['answer']}".rstrip())
         if task["problem"]:
             print(f"           PROBLEM {task['problem']}")
+        elif task["model"] is None and mqtt["connected"]:
+            print(f"           no model has come yet: does a federation publish a task named {name}?")
     for reason, count in status["refused"].items():
         print(f"  refused  {count} times: {reason}")
     if status["store_error"]:

@@ -1,10 +1,7 @@
 """gateway.toml, its tags CSVs and a board profile -> frozen typed values: the gateway's only reader of user files."""
 
-import csv
 import difflib
-import io
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,14 +13,13 @@ from broker.topics import GatewayPath, segment
 from edge.drivers import registry
 from edge.profile import Profile, load_profile
 from edge.tags import Sample, Source, Tag
+from edge.tagscsv import parse_tags
 from edge.window import Condition, Wiring, parse_gate
 from models.errors import PeerError, UserError
 from models.spec import Task
 from models.tomlfile import TomlFile, read_toml, seconds, size_bytes
 
-COLUMNS = ("tag", "address", "type", "unit", "scale", "offset", "deadband", "sampling_ms", "description")
 _SOURCE_KEYS = ("name", "driver", "url", "tags")
-MAX_TAGS = 100_000
 
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -134,6 +130,7 @@ def load_config(path: Path, profile: Path | None = None) -> Config:
     for i, name in enumerate(names):
         if name in names[:i]:
             raise file.error(["source", i, "name"], f"{name!r} is used twice", "give each source its own name")
+    _check_caps(file, raw)
     tags = {tag.ref: tag for source in sources for tag in source.tags}
     for name, table in raw.task.items():
         _check_task(file, name, table, tags)
@@ -151,6 +148,27 @@ def load_config(path: Path, profile: Path | None = None) -> Config:
         training_memory=_size(file, ["training", "memory"], raw.training.memory),
         scoring=raw.scoring,
     )
+
+
+def _check_caps(file: TomlFile, raw: _File) -> None:
+    """Bounds of [training] and [scoring]."""
+    bounds = {
+        ("training", "threads"): (raw.training.threads, 1, 256),
+        ("training", "nice"): (raw.training.nice, 0, 19),
+        ("training", "cpu_seconds"): (raw.training.cpu_seconds, 1, 10**7),
+        ("scoring", "threads"): (raw.scoring.threads, 1, 256),
+        ("policy", "min_gateways"): (raw.policy.min_gateways, 1, 10**6),
+    }
+    for key, (value, low, high) in bounds.items():
+        if not low <= value <= high:
+            raise file.error(list(key), f"{value} is out of range", f"write {low} to {high}")
+    if raw.scoring.provider != ScoringTable().provider:
+        import onnxruntime  # noqa: PLC0415 - only where something else than the default is asked for
+
+        known = onnxruntime.get_available_providers()
+        if raw.scoring.provider not in known:
+            problem = f"{raw.scoring.provider!r} is not in this machine's ONNX Runtime"
+            raise file.error(["scoring", "provider"], problem, f"write one of: {', '.join(known)}")
 
 
 def _size(file: TomlFile, key: list[str | int], text: str) -> int:
@@ -205,74 +223,14 @@ def _unknown(file: TomlFile, path: list[str | int], known: Iterable[str]) -> Use
 
 
 def _tags(source: str, path: Path, file: TomlFile, i: int) -> Iterable[Tag]:
-    """Read a tags CSV as Excel saves it: with or without a BOM, `,` or `;`, decimal commas in the latter."""
+    """Read the tags CSV of source i."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(str(path), 0, "", "not UTF-8 text", 'save it as "CSV UTF-8"') from None
     except OSError as error:
         raise file.error(["source", i, "tags"], f"{path} can't be read: {error.strerror}", "check the path") from None
-    first = text.partition("\n")[0]
-    semicolons = first.count(";") > first.count(",")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=";" if semicolons else ",")
-    header = _header(str(path), next(reader, []))
-    seen: dict[str, int] = {}
-    for cells in reader:
-        row = {k: v.strip() for k, v in zip(header, cells, strict=False)}
-        if not any(row.values()):
-            continue
-        tag = _tag(source, str(path), reader.line_num, row, decimal_comma=semicolons)
-        if tag.name in seen:
-            remedy = "give each tag its own name, since the name is its topic"
-            raise UserError(str(path), tag.line, "tag", f"{tag.name!r} stands on line {seen[tag.name]} too", remedy)
-        seen[tag.name] = tag.line
-        if len(seen) > MAX_TAGS:
-            raise UserError(str(path), tag.line, "", f"more than {MAX_TAGS} tags", "split them over sources")
-        yield tag
-
-
-def _header(path: str, cells: list[str]) -> list[str]:
-    header = [name.strip() for name in cells]
-    for name in header:
-        if name not in COLUMNS:
-            raise UserError(path, 1, name, "unknown column", f"columns are: {', '.join(COLUMNS)}")
-    for name in COLUMNS[:2]:
-        if name not in header:
-            raise UserError(path, 1, name, "missing column", f"the first line is {','.join(COLUMNS)}")
-    return header
-
-
-def _tag(source: str, path: str, line: int, row: dict[str, str], *, decimal_comma: bool) -> Tag:
-    for key in COLUMNS[:2]:
-        if not row.get(key):
-            raise UserError(path, line, key, "empty", f"write the {key}, or remove the line")
-    if re.search(r"[\s/]", row["tag"]):
-        raise UserError(path, line, "tag", f"{row['tag']!r} holds a space or a slash", "use letters, digits, . _ -")
-
-    def number(key: str, default: float) -> float:
-        text = row.get(key, "")
-        try:
-            return float(text.replace(",", ".") if decimal_comma else text) if text else default
-        except ValueError:
-            raise UserError(path, line, key, f"{text!r} is no number", "write one, such as 0.1") from None
-
-    type_ = row.get("type", "")
-    waveform = re.fullmatch(r"(\w+)\[(\d{1,6})\]", type_)
-    return Tag(
-        source=source,
-        name=row["tag"],
-        address=row["address"],
-        type=type_,
-        unit=row.get("unit", ""),
-        scale=number("scale", 1.0),
-        offset=number("offset", 0.0),
-        deadband=number("deadband", 0.0),
-        sampling_ms=int(number("sampling_ms", 0)),
-        description=row.get("description", ""),
-        width=int(waveform[2]) if waveform else 0,
-        file=path,
-        line=line,
-    )
+    return parse_tags(source, str(path), text)
 
 
 def _check_task(file: TomlFile, name: str, table: TaskTable, tags: dict[str, Tag]) -> None:

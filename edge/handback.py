@@ -5,6 +5,7 @@ before memory is taken. Chunks are content-addressed, so a fetch that was cut of
 """
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import sys
@@ -26,6 +27,7 @@ from models.spec import Task, parse_task
 MAX_PARAMETERS = 4_000_000
 _FLOAT = 4
 _SLACK = 2
+_PROBE_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -103,16 +105,29 @@ class Fetch:
 
 async def probe(model: Model, folder: Path) -> None:
     """Run a new graph for the first time, in a child with a memory limit; PeerError("graph") says why it is refused."""
-    wire = np.frombuffer(json.dumps(model.layout.to_wire()).encode(), np.uint8)
-    shape = np.array([*model.task.input_shape, model.task.outputs])
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".npz") as file:
-        np.savez(file, graph=np.frombuffer(model.graph, np.uint8), layout=wire, shape=shape)
-        file.flush()
+    path = await asyncio.to_thread(_write_probe, model, folder)
+    try:
         child = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "models.graphcheck", file.name,
+            sys.executable, "-P", "-m", "models.graphcheck", str(path),
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
-        _, errors = await child.communicate()
+        try:
+            _, errors = await asyncio.wait_for(child.communicate(), _PROBE_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+    except TimeoutError:
+        raise PeerError("graph", f"its first run took longer than {_PROBE_S:.0f} s") from None
+    finally:
+        path.unlink(missing_ok=True)
     if child.returncode:
         last = errors.decode(errors="replace").strip().rpartition("\n")[2][-200:]
         raise PeerError("graph", last or f"its first run ended with {child.returncode}")
+
+
+def _write_probe(model: Model, folder: Path) -> Path:
+    wire = np.frombuffer(json.dumps(model.layout.to_wire()).encode(), np.uint8)
+    shape = np.array([*model.task.input_shape, model.task.outputs])
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".npz", delete=False) as file:
+        np.savez(file, graph=np.frombuffer(model.graph, np.uint8), layout=wire, shape=shape)
+    return Path(file.name)

@@ -4,6 +4,7 @@ A Scorer is one model, whole and unchangeable: graph, weights, scale and thresho
 beside the old one; the agent swaps them between two windows.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from edge.dataset import Dataset
 from models import evaluate
 from models.delta import Layout, Vector
-from models.graph import MAX_BATCH, make_session
+from models.graph import batch_of, make_session
 from models.scale import Scale
 from models.spec import Task
 
@@ -75,8 +76,10 @@ class Scorer:
         return self.judge(self.run(inputs)[0], inputs[0])
 
     def judge(self, out: NDArray[np.float32], inputs: Windows) -> Verdict:
-        """Turn one row of outputs into a verdict, by the task's alarm."""
+        """Turn one row of outputs into a verdict, by the task's alarm; a score of NaN is `unknown`, and no alarm."""
         task, alarm = self.task, self.task.alarm
+        if not np.isfinite(out).all():
+            return Verdict(math.nan, "unknown", alarm=False)
         if task.kind == "anomaly":
             ratio = float(np.mean((out.reshape(inputs.shape) - inputs) ** 2)) / self.threshold
             return Verdict(ratio, "anomaly" if ratio > 1 else "normal", ratio > 1)
@@ -113,7 +116,8 @@ class Scorer:
         if not len(data):
             return float("nan")
         inputs = np.nan_to_num(self.scale.inputs(self.task, data.x), copy=False)
-        out = np.concatenate([self.run(inputs[i : i + MAX_BATCH]) for i in range(0, len(inputs), MAX_BATCH)])
+        many = batch_of(*self.task.input_shape)
+        out = np.concatenate([self.run(inputs[i : i + many]) for i in range(0, len(inputs), many)])
         if data.y is None:
             errors = ((out - inputs.reshape(len(inputs), -1)) ** 2).mean(1)
             self.threshold = max(float(np.quantile(errors, self.task.alarm.quantile)), 1e-9)
@@ -121,3 +125,23 @@ class Scorer:
         if self.task.kind == "classification":
             return evaluate.accuracy(data.y, out.argmax(1))
         return evaluate.rmse(data.y, out[:, 0] * self.scale.target_std + self.scale.target_mean)
+
+
+def contest(new: Scorer, old: Scorer | None, holdout: Dataset | None) -> tuple[bool, dict[str, object]]:
+    """Judge a model offered against the one that scores, on this gateway's own holdout.
+
+    Returns whether to adopt it, and the metrics (`metric`, `new`, `old`; None for one that is not a number). Without a
+    holdout, or an old one that has learnt anything, there is nothing to compare with, and the new one is taken.
+    """
+    name = evaluate.metric_name(new.task)
+    body: dict[str, object] = {"metric": name}
+    if holdout is None or not len(holdout) or not new.scale.mean:
+        return True, body
+    worth = new.metric(holdout)
+    body["new"] = worth if math.isfinite(worth) else None
+    adopt = math.isfinite(worth)
+    if old is not None and old.scale.mean and old.version > 0:
+        was = old.metric(holdout)
+        body["old"] = was if math.isfinite(was) else None
+        adopt = adopt and evaluate.not_worse(name, worth, was, len(holdout))
+    return adopt, body

@@ -1,6 +1,7 @@
 """Live scoring of one task: samples in, `_inference` messages out. Reads memory only and waits for nothing."""
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -91,6 +92,7 @@ class Live:
             return
         verdict = self.scorer.score(window.x)
         self._count_gap()
+        reliable = reliable and math.isfinite(verdict.score)
         alarm = verdict.alarm and window.active and reliable and self.learnt
         stats.alarms += alarm
         word = "learning" if not self.learnt else verdict.verdict if window.active else "inactive"
@@ -142,7 +144,7 @@ class Live:
         self.last = {
             "timestamp_ms": now_ms,
             "window_end_ms": window.end_ns // 1_000_000,
-            "score": None if score is None else round(score, 6),
+            "score": None if score is None or not math.isfinite(score) else round(score, 6),
             "verdict": word,
             "alarm": alarm,
             "reliable": reliable,

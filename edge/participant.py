@@ -40,9 +40,10 @@ class PlanSeen:
 
 @dataclass(frozen=True)
 class ModelStored:
-    """The global model of this version is verified and stored as training base."""
+    """The global model of this version is verified and stored as training base; `digest` is its weights'."""
 
     version: int
+    digest: bytes
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ def objection(policy: Policy, plan: Plan) -> tuple[str, str] | None:
         return "federate", "this gateway's policy takes part in no federation"
     if plan.min_gateways < policy.min_gateways:
         return "min-gateways", f"policy wants {policy.min_gateways} gateways in a sum, the plan {plan.min_gateways}"
+    if policy.max_epsilon is not None:
+        return "max-epsilon", f"policy bounds epsilon at {policy.max_epsilon:g}, the plan adds no noise"
     if policy.secure_aggregation == "required" and not plan.secure_aggregation:
         return "secure-aggregation", "policy requires secure aggregation, the plan has none"
     return None
@@ -139,7 +142,7 @@ class Participant:
     handled: int = 0
     state: State = State.IDLE
     plan: Plan | None = None
-    stored_version: int = -1
+    stored: tuple[int, bytes] = (-1, b"")
     windows: int = 0
     failures: int = 0
     answer: Answer | None = None
@@ -189,7 +192,7 @@ class Participant:
         """Go as far towards training as model and data allow."""
         if self.plan is None:
             return []
-        if self.stored_version != self.plan.base:
+        if self.stored != (self.plan.base, self.plan.base_digest):
             self.state = State.FETCHING
         elif self.windows < max(self.min_windows, self._due):
             self.state = State.WAITING
@@ -200,7 +203,7 @@ class Participant:
 
     def on_model(self, event: ModelStored) -> list[Action]:
         """The base may have come."""
-        self.stored_version = event.version
+        self.stored = event.version, event.digest
         return self._begin() if self.state is State.FETCHING else []
 
     def on_windows(self, event: WindowsReady) -> list[Action]:

@@ -7,10 +7,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,42 +16,26 @@ import numpy as np
 from broker import messages as m
 from broker.topics import Local, Uplink
 from edge import participant as p
-from edge.config import Config, TaskTable, wire
+from edge.config import TaskTable, wire
 from edge.handback import Fetch, Model, probe
-from edge.infer import Scorer
+from edge.infer import Scorer, contest
 from edge.live import Live
 from edge.memory import Memory
-from edge.store import Outgoing, Samples, State
+from edge.shop import Shop
+from edge.store import Outgoing
 from edge.tags import Sample
 from edge.train import NotEnoughError, Result, job_for, train
 from models import codec
 from models.delta import Vector
 from models.errors import LocalError, PeerError, UserError
-from models.evaluate import metric_name, not_worse
 from models.scale import Scale
+from models.spec import Task
 from models.tomlfile import seconds
 
 log = logging.getLogger(__name__)
 
 _RETRY_S = 5.0
 _UNSCALED = Scale((), ())
-
-
-@dataclass
-class Shop:
-    """What all tasks of the gateway share. `publish` returns False when the broker is away."""
-
-    config: Config
-    folder: Path
-    state: State
-    samples: Samples
-    signer: m.Signer
-    publish: Callable[..., bool]
-    subscribe: Callable[..., object]
-    unsubscribe: Callable[..., object]
-    refused: Counter[str] = field(default_factory=Counter)
-    federation: str = ""
-    federation_key: bytes = b""
 
 
 class Runner:
@@ -69,6 +50,8 @@ class Runner:
         self.problem = ""
         self.kept: dict[str, Any] = {}
         self._envelope = b""
+        self._wanted_ms = -1
+        self._installing = asyncio.Lock()
         self._jobs: set[asyncio.Task[None]] = set()
         self._training: asyncio.Task[None] | None = None
         self._stored_before = 0
@@ -103,6 +86,15 @@ class Runner:
         if self.live:
             self.live.feed(samples)
 
+    def guard(self, what: str, work: Callable[[], None]) -> None:
+        """Do this task's part of something that all share: a mistake in it must stop no driver and no other task."""
+        try:
+            work()
+        except Exception as error:
+            if self.problem != (problem := f"{what}: {type(error).__name__}: {error}"):
+                self.problem = problem
+                log.exception("%s: %s", self.name, problem)
+
     def tick(self) -> None:
         """Once in a while: let held values count, and tell the participant how much there is to train on."""
         if self.live:
@@ -117,15 +109,15 @@ class Runner:
 
     def on_manifest(self, manifest: m.ModelManifest, envelope: bytes) -> None:
         """Begin to fetch a newer model; PeerError if what it declares can't be."""
-        newest = self.model.manifest.version if self.model else -1
-        if manifest.version <= newest or (self.fetch and manifest.version <= self.fetch.manifest.version):
+        # The newest by its signed time, not by its number: an aggregator restored from a backup counts lower again.
+        if manifest.created_ms <= self._wanted_ms:
             return
         fetch = Fetch(self.shop.federation, manifest, self.model.graph if self.model else None)
         if fetch.task.name != self.name:
             raise PeerError("task", f"a manifest of {fetch.task.name!r} on the topic of {self.name!r}")
         if self.fetch:
             self.shop.unsubscribe(*self.fetch.topics)
-        self.fetch, self._envelope = fetch, envelope
+        self.fetch, self._envelope, self._wanted_ms = fetch, envelope, manifest.created_ms
         self.shop.subscribe(*fetch.topics)
 
     def on_chunk(self, topic: str, payload: bytes) -> None:
@@ -223,9 +215,11 @@ class Runner:
         except NotEnoughError as error:
             log.info("%s: round %d waits for data: %s", self.name, action.round, error)
             self._stored_before = error.count - live.stats.trainable
-            more = max(1, model.task.training.min_windows // 4)
+            self._do(self.participant.handle(p.WindowsReady(error.count)))
+            more = max(1, model.task.training.min_windows - error.count)
             self._do(self.participant.handle(p.TrainingFailed(action.round, str(error), more)))
-        except (LocalError, OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001
+            # Whatever it was (a cap, a disk, a runtime's own error): this round is tried again, then declined.
             self.problem = f"training: {error}"
             log.error("%s: round %d: %s", self.name, action.round, self.problem)
             await asyncio.sleep(_RETRY_S)
@@ -288,7 +282,9 @@ class Runner:
         self.participant.min_windows = task.training.min_windows
         unable = "" if wiring.target or task.kind == "anomaly" else "no target tag is wired"
         self._do(self.participant.handle(p.Unable(unable)))
-        if self.live is None or self.live.task != task:
+        if self.live and self.live.wiring == wiring and shape_of(self.live.task) == shape_of(task):
+            self.live.task = task
+        else:
             lag = int(seconds(self.table.max_lag) * 1e9)
             self.live = Live(task, wiring, lag, self._publish_inference, self.shop.samples.score, self._first_scale)
             self.live.feed(sorted(self._latest.values(), key=lambda s: s.time_ns))
@@ -314,8 +310,8 @@ class Runner:
 
     def _adopt_stored(self, model: Model) -> None:
         """At start: the model that scored when the gateway went down."""
-        self.model = model
-        self.participant.handle(p.ModelStored(model.manifest.version))
+        self.model, self._wanted_ms = model, model.manifest.created_ms
+        self.participant.handle(p.ModelStored(model.manifest.version, model.manifest.weights.digest))
         scorer = self._scorer(model, self._personalised(model), self.scale)
         kept = self.memory.scoring()
         if kept is not None and kept[1].size == model.layout.size:
@@ -334,21 +330,34 @@ class Runner:
             self.live.made_ms = model.manifest.created_ms if scorer.version == model.manifest.version else 0
 
     async def _install(self, fetch: Fetch, envelope: bytes) -> None:
+        """One model after the other: a fault of this machine is tried again, a fault of the model is not."""
+        async with self._installing:
+            try:
+                await self._take(fetch, envelope)
+            except PeerError as error:
+                self.refuse(error, f"model {fetch.manifest.version}")
+            except (LocalError, OSError) as error:
+                self.problem = f"model {fetch.manifest.version} can't be stored: {error}"
+                log.error("%s: %s", self.name, self.problem)
+                await asyncio.sleep(_RETRY_S)
+                if self._wanted_ms == fetch.manifest.created_ms:
+                    self._wanted_ms = -1
+                    self.on_manifest(fetch.manifest, envelope)
+
+    async def _take(self, fetch: Fetch, envelope: bytes) -> None:
         """A model is complete: verify it, try it, keep it as the base, and let it score if it is no worse."""
-        try:
-            model = await asyncio.to_thread(fetch.model)
-            if self.model is None or model.graph != self.model.graph:
-                await probe(model, self.shop.folder)
-        except PeerError as error:
-            self.refuse(error, f"model {fetch.manifest.version}")
-            return
+        if fetch.manifest.created_ms < self._wanted_ms:
+            return  # a newer one is on its way
+        model = await asyncio.to_thread(fetch.model)
+        if self.model is None or model.graph != self.model.graph:
+            await probe(model, self.shop.folder)
         changed = self.model is None or self.model.layout != model.layout
-        self.model = model
         await self.shop.state.commit(lambda: self.memory.keep_model(model, envelope))
+        self.model = model
         self._wire(model)
         if changed:
             self.kept = {}
-        self._do(self.participant.handle(p.ModelStored(model.manifest.version)))
+        self._do(self.participant.handle(p.ModelStored(model.manifest.version, model.manifest.weights.digest)))
         await self._offer(model, changed=changed)
 
     async def _offer(self, model: Model, *, changed: bool) -> None:
@@ -357,16 +366,9 @@ class Runner:
             return
         vector = self._personalised(model)
         new = await asyncio.to_thread(self._scorer, model, vector, self.scale)
-        name, old = metric_name(model.task), live.scorer
-        body: dict[str, object] = {"task": self.name, "version": model.manifest.version, "metric": name}
-        adopt = True
-        if holdout is not None and len(holdout) and new.scale.mean:
-            worth = await asyncio.to_thread(new.metric, holdout)
-            body["new"] = worth
-            if old is not None and old.scale.mean and old.version > 0 and not changed:
-                was = await asyncio.to_thread(old.metric, holdout)
-                body["old"] = was
-                adopt = not_worse(name, worth, was, len(holdout))
+        old = live.scorer
+        adopt, body = await asyncio.to_thread(contest, new, None if changed else old, holdout)
+        body |= {"task": self.name, "version": model.manifest.version}
         if adopt:
             self._swap(new, model)
         self.kept = body | {"adopted": adopt}
@@ -374,12 +376,12 @@ class Runner:
         def work() -> None:
             if adopt:
                 self.memory.keep_scoring(new.version, vector)
-            self.shop.state.record("model-adopted" if adopt else "model-kept", _finite(body))
+            self.shop.state.record("model-adopted" if adopt else "model-kept", body)
 
         await self.shop.state.commit(work)
         word = "scores now" if adopt else f"is worse here; version {old.version if old else 0} goes on scoring"
-        log.info("%s: model %d %s (%s %s, was %s)", self.name, model.manifest.version, word, name, body.get("new"),
-                 body.get("old"))  # fmt: skip
+        version, worth = model.manifest.version, f"{body['metric']} {body.get('new')}, was {body.get('old')}"
+        log.info("%s: model %d %s (%s)", self.name, version, word, worth)
 
     def refuse(self, error: PeerError, what: str) -> None:
         """Count and log a peer's bytes that were refused; nothing stops because of them."""
@@ -387,6 +389,6 @@ class Runner:
         log.warning("%s: %s refused: %s", self.name, what, error)
 
 
-def _finite(body: dict[str, object]) -> dict[str, object]:
-    """JSON has no NaN."""
-    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in body.items()}
+def shape_of(task: Task) -> tuple[object, ...]:
+    """What of a task decides how windows are made and judged; the rest may change while it scores."""
+    return task.kind, task.net, task.window, task.signal, task.target

@@ -7,6 +7,7 @@ keys, models, the outbox, the ledger.
 """
 
 import asyncio
+import fcntl
 import logging
 import shutil
 import sqlite3
@@ -20,9 +21,9 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import zstandard
 
 from broker import ledger
+from edge.blocks import pack, unpack
 from edge.tags import Sample
 from edge.window import Columns
 from models.errors import LocalError
@@ -106,6 +107,7 @@ class State:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = (folder / "lock").open("w")
         self._db = _open(folder / "state.db", _STATE_SCHEMA, "FULL")
         self._thread = ThreadPoolExecutor(1, "state")
         self.waiting: tuple[Outgoing, ...] = tuple(self.outbox())
@@ -114,6 +116,15 @@ class State:
         """Finish what was begun, and release the file."""
         self._thread.shutdown()
         self._db.close()
+        self._lock.close()
+
+    def claim(self) -> None:
+        """Make this process the folder's only gateway, until it ends; LocalError if another one runs there."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            folder = Path(self._lock.name).parent
+            raise LocalError(f"another gateway runs with its state in {folder}; stop it, or give --state") from None
 
     async def commit(self, work: Callable[[], T]) -> T:
         """Run `work`, which calls the methods below, as one transaction in the state's thread."""
@@ -138,7 +149,8 @@ class State:
         try:
             yield
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # SQLite may have rolled back by itself
+                self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
 
@@ -152,8 +164,7 @@ class State:
         self._db.execute("INSERT OR REPLACE INTO state VALUES (?, ?)", (key, value))
 
     def send(self, out: Outgoing) -> None:
-        """Put an update into the outbox, in place of an older one of the same task and round."""
-        self._db.execute("DELETE FROM outbox WHERE task = ? AND round = ?", (out.task, out.round))
+        """Put an update into the outbox; only its receipt takes it out again."""
         self._db.execute("INSERT OR REPLACE INTO outbox VALUES (?, ?, ?, ?, ?)", (*out, int(time.time() * 1000)))
 
     def outbox(self) -> list[Outgoing]:
@@ -164,6 +175,12 @@ class State:
     def settle(self, digest: bytes) -> bool:
         """Delete one update from the outbox on its receipt; False if it was not there."""
         return self._db.execute("DELETE FROM outbox WHERE digest = ?", (digest,)).rowcount > 0
+
+    def forget_federation(self) -> None:
+        """Drop what a federation gave and what waits for it; key, normalisation, holdout and ledger stay."""
+        self._db.execute("DELETE FROM outbox")
+        for name in ("manifest", "graph", "weights", "scoring", "residual", "personal", "handled"):
+            self._db.execute("DELETE FROM state WHERE key LIKE ? || '/%'", (name,))
 
     def record(self, kind: str, body: dict[str, object]) -> None:
         """Append to the gateway's hash-chained ledger."""
@@ -176,27 +193,6 @@ class State:
         """Give the ledger as JSON lines, oldest first."""
         for (line,) in self._db.execute("SELECT line FROM ledger ORDER BY seq"):
             yield line
-
-
-def _pack(samples: Sequence[Sample], width: int) -> bytes:
-    """Columns of one tag: time deltas int64, values float64 (or float32 waveforms), qualities int8, in one frame."""
-    times = np.array([s.time_ns for s in samples], np.int64)
-    quality = np.array([s.quality for s in samples], np.int8)
-    if width:
-        values = np.stack([s.value for s in samples]).astype(np.float32).tobytes()
-    else:  # a waveform that is Bad has an empty array
-        values = np.array([s.value if isinstance(s.value, float) else np.nan for s in samples], np.float64).tobytes()
-    raw = np.diff(times, prepend=0).tobytes() + quality.tobytes() + values
-    return zstandard.ZstdCompressor(level=3).compress(raw)
-
-
-def _unpack(data: bytes, count: int, width: int) -> Columns:
-    raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=count * (17 + 4 * width))
-    times = np.cumsum(np.frombuffer(raw, np.int64, count))
-    quality = np.frombuffer(raw, np.int8, count, 8 * count)
-    if width:
-        return times, np.frombuffer(raw, np.float32, count * width, 9 * count).reshape(count, width), quality
-    return times, np.frombuffer(raw, np.float64, count, 9 * count), quality
 
 
 class Samples:
@@ -260,7 +256,13 @@ class Samples:
                     by_tag.setdefault((sample.tag, width), []).append(sample)
                 self._taken += len(batch)
             scores = [self._scores.popleft() for _ in range(len(self._scores))]
-            self._write(by_tag, scores)
+            try:
+                self._write(by_tag, scores)
+            except Exception as error:
+                # The one writer there is: a mistake costs this flush, and is seen; the thread lives on.
+                self.error = f"samples can't be stored: {type(error).__name__}: {error}"
+                self.dropped += sum(map(len, by_tag.values()))
+                log.exception("samples")
             for event in waiting:
                 event.set()
             if stop:
@@ -276,7 +278,7 @@ class Samples:
             for start in range(0, len(samples), most):
                 # Concurrent sources are ordered among themselves only.
                 part = sorted(samples[start : start + most], key=lambda s: s.time_ns)
-                rows.append((tag, part[0].time_ns, part[-1].time_ns, len(part), width, _pack(part, width)))
+                rows.append((tag, part[0].time_ns, part[-1].time_ns, len(part), width, pack(part, width)))
         for attempt in range(2):
             try:
                 self._db.execute("BEGIN IMMEDIATE")
@@ -288,22 +290,25 @@ class Samples:
             except sqlite3.Error as error:
                 self.error = f"samples can't be stored: {error}; free space on the disk of the state directory"
                 log.error("%s", self.error)
-                self._recover()
+                self._recover(full=error.sqlite_errorcode == sqlite3.SQLITE_FULL)
                 if attempt:
                     self.dropped += sum(row[3] for row in rows)
             except OSError as error:
                 self.error = f"samples can't be stored: {error}; check the state directory"
-                self._recover()
+                self._recover(full=False)
+                if attempt:
+                    self.dropped += sum(row[3] for row in rows)
             else:
                 self.error = "the disk is nearly full, old samples go early; free space on it" if full else ""
                 return
 
-    def _recover(self) -> None:
-        """After a failed write: give up the transaction, and make room by dropping a tenth of what is stored."""
+    def _recover(self, *, full: bool) -> None:
+        """After a failed write: give up the transaction; on a full disk, drop a tenth of what is stored."""
         try:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
-            self._trim(self._used() * 9 // 10)
+            if full:
+                self._trim(self._used() * 9 // 10)
         except sqlite3.Error as error:
             log.error("the oldest samples can't be dropped either: %s", error)
 
@@ -376,7 +381,7 @@ class SampleReader:
             if total >= most:
                 break
         width = max((row[2] for row in rows), default=0)
-        parts = [_unpack(data, count, w) for data, count, w in reversed(rows) if w == width]
+        parts = [unpack(data, count, w) for data, count, w in reversed(rows) if w == width]
         if not parts:
             return None
         times, values, quality = (np.concatenate(column) for column in zip(*parts, strict=True))

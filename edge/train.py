@@ -103,12 +103,12 @@ async def train(job: Job, base: Vector, folder: Path) -> Result:
 
     Raises NotEnoughError or TrainingError. Cancelling kills the child. `folder` is the job's own and is removed.
     """
-    _prepare(job, base, folder)
+    await asyncio.to_thread(_prepare, job, base, folder)
     try:
         await _run(job, folder)
-        return _read(folder / _RESULT, base.size)
+        return await asyncio.to_thread(_read, folder / _RESULT, base.size)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
 
 def _prepare(job: Job, base: Vector, folder: Path) -> None:
@@ -122,7 +122,7 @@ async def _run(job: Job, folder: Path) -> None:
     threads = str(job.threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONSAFEPATH": "1"}
     child = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "edge.trainer", str(folder),
+        sys.executable, "-P", "-m", "edge.trainer", str(folder),
         env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip

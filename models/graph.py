@@ -7,10 +7,15 @@ from models.delta import Layout, Vector
 
 OPSET = 17
 MAX_GRAPH_BYTES = 4 * 1024 * 1024
-# Windows that one run takes at most; a graph's first run is of that many too.
-MAX_BATCH = 256
+# Windows, and values in them, that one run takes at most; a graph's first run is of that many too.
+_MAX_BATCH, _MAX_VALUES = 256, 1_000_000
 # Where an external initializer says that it lives. It is no file: the weights come from memory.
 LOCATION = "tundish-weights"
+
+
+def batch_of(channels: int, length: int) -> int:
+    """How many windows (C, T) one run may take."""
+    return max(1, min(_MAX_BATCH, _MAX_VALUES // (channels * length)))
 
 
 def make_session(

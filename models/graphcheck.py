@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from models.delta import Layout
 from models.errors import PeerError
-from models.graph import LOCATION, MAX_BATCH, MAX_GRAPH_BYTES, make_session
+from models.graph import LOCATION, MAX_GRAPH_BYTES, batch_of, make_session
 
 MAX_NODES = 2_000
 MAX_CONSTANT_BYTES = 64 * 1024
@@ -82,11 +82,11 @@ def first_run(graph: bytes, layout: Layout, shape: tuple[int, int, int]) -> None
     """Check a graph, then score a full batch of zeros with it; `shape` is (C, T, outputs)."""
     check_graph(graph, layout)
     session = make_session(graph, layout, np.zeros(layout.size, np.float32), threads=1)
-    out = session.run(None, {"x": np.zeros((MAX_BATCH, *shape[:2]), np.float32)})
-    if len(out) != 1 or out[0].shape != (MAX_BATCH, shape[2]):
-        raise PeerError(
-            "graph", f"gives {[list(o.shape) for o in out][:3]} for {MAX_BATCH} windows of {shape[2]} outputs"
-        )
+    many = batch_of(*shape[:2])
+    out = session.run(None, {"x": np.zeros((many, *shape[:2]), np.float32)})
+    if len(out) != 1 or out[0].shape != (many, shape[2]):
+        due = f"for {many} windows of {shape[2]} outputs"
+        raise PeerError("graph", f"gives {[list(o.shape) for o in out][:3]} {due}")
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ one refuse the same mistakes. No torch.
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,14 @@ from models.tomlfile import TomlFile, read_toml, seconds
 
 MAX_TASK_BYTES = 64 * 1024
 MAX_RATE_HZ = 1e6
+# What a task may ask of a gateway at most; a slip of a digit or two ends here and not on the plant's machines.
+MAX_EPOCHS = 1000
+MAX_BATCH = 65_536
+MAX_WINDOW_VALUES = 4_000_000
+MAX_STRIDE = 1_000_000
+MAX_DURATION_S = 10 * 366 * 86_400.0
+
+_Need = Callable[[bool, list[str | int], str, str], None]
 
 
 class Window(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -189,9 +198,13 @@ def _check(file: TomlFile, task: Task) -> None:
             "give each its own",
         )
         seen.add(signal.name)
+    need(0 < task.alarm.quantile < 1, ["alarm", "quantile"], "out of range", "write a part, such as 0.99")
     w = task.window
     need(1 <= w.length <= 65_536, ["window", "length"], "out of range", "write 1 to 65536")  # noqa: PLR2004
-    need(w.stride >= 1, ["window", "stride"], "out of range", "write 1 or more")
+    need(1 <= w.stride <= MAX_STRIDE, ["window", "stride"], "out of range", f"write 1 to {MAX_STRIDE}")
+    large = f"{w.length * task.channels} values in a window"
+    few = f"length * signals may be {MAX_WINDOW_VALUES} at most"
+    need(w.length * task.channels <= MAX_WINDOW_VALUES, ["window", "length"], large, few)
     need(0 < w.rate_hz <= MAX_RATE_HZ, ["window", "rate_hz"], "out of range", "rows per second, above 0, at most 1e6")
     need(0 <= w.min_quality <= 1, ["window", "min_quality"], "out of range", "write 0.0 to 1.0")
     if task.kind == "anomaly":
@@ -225,17 +238,28 @@ def _check(file: TomlFile, task: Task) -> None:
     )
     sums = "sums in the clear are all there is yet; write false"
     need(not task.privacy.secure_aggregation, ["privacy", "secure_aggregation"], "is not available", sums)
-    t, r = task.training, task.round
+    _check_training(need, task.training)
+    _check_round(file, need, task.round)
+
+
+def _check_training(need: _Need, t: Training) -> None:
     need(0 < t.holdout < 1, ["training", "holdout"], "out of range", "write a part, such as 0.2")
-    need(t.epochs >= 1 and t.batch >= 1 and t.lr > 0, ["training"], "out of range", "epochs, batch, lr above 0")
+    need(1 <= t.epochs <= MAX_EPOCHS, ["training", "epochs"], "out of range", f"write 1 to {MAX_EPOCHS}")
+    need(1 <= t.batch <= MAX_BATCH, ["training", "batch"], "out of range", f"write 1 to {MAX_BATCH}")
+    need(0 < t.lr <= 1, ["training", "lr"], "out of range", "write a number above 0, at most 1")
     need(1 <= t.min_windows <= t.max_windows, ["training", "min_windows"], "out of range", "1 to max_windows")
+
+
+def _check_round(file: TomlFile, need: _Need, r: Round) -> None:
     need(r.min_gateways >= 1, ["round", "min_gateways"], "out of range", "write 1 or more")
     need(0 <= r.momentum < 1, ["round", "momentum"], "out of range", "write 0.0 to 0.99")
+    need(r.rounds is None or r.rounds >= 1, ["round", "rounds"], "out of range", "write 1 or more, or leave it out")
     for key in ("deadline", "every"):
         try:
-            seconds(getattr(r, key))
+            duration = seconds(getattr(r, key))
         except ValueError as error:
             raise file.error(["round", key], str(error), 'write "90s", "2h", "7d" or "2w"') from None
+        need(duration <= MAX_DURATION_S, ["round", key], "out of range", "write ten years at most")
 
 
 def _is_name(text: str) -> bool:

@@ -269,7 +269,9 @@ def lie(p: Plant) -> None:
     sent("schema", (plan, signer.seal(Death(1, 1), plan)), (manifest, signer.seal(Death(1, 1), manifest)))
     real = open_envelope(signed[manifest], manifest, signer.public_key, ModelManifest)
     weights = Object("weights", 9, real.weights.size, bytes(32), (bytes(32),))
-    fields = {name: getattr(real, name) for name in real.__struct_fields__} | {"version": 9, "weights": weights}
+    fields = {name: getattr(real, name) for name in real.__struct_fields__} | {
+        "version": 9, "weights": weights, "created_ms": real.created_ms + 1
+    }  # fmt: skip
     other = topics.Manifest(FEDERATION, "other").topic
     sent("signature", (manifest, signer.seal(ModelManifest(**fields), other)))
     sent("layout", (manifest, signer.seal(ModelManifest(**fields | {"layout": (("w", (1 << 40,)),)}), manifest)))

@@ -192,6 +192,40 @@ async def test_the_outbound_queue_is_bounded(mosquitto: BrokerProcess, monkeypat
         await until(lambda: a.link.publish("x", bytes(900)))
 
 
+@pytest.mark.parametrize("manual_ack", [False, True])
+async def test_an_owner_that_raises_keeps_no_bytes_and_hears_the_next(
+    monkeypatch: pytest.MonkeyPatch, *, manual_ack: bool
+) -> None:
+    monkeypatch.setattr(link_module, "INBOUND_BYTES", 5000)
+    heard: list[bytes] = []
+
+    def on_message(inbound: Inbound) -> None:
+        heard.append(inbound.payload)
+        raise RuntimeError("not foreseen")
+
+    with BrokerProcess("amqtt") as broker:
+        link = Link(
+            known(broker),
+            client_id="a",
+            will=None,
+            on_message=on_message,
+            on_up=lambda: None,
+            on_down=lambda _: None,
+            manual_ack=manual_ack,
+        )
+        link.subscribe("x")
+        link.start()
+        async with peer(known(broker), "b") as b:
+            await until(lambda: link.connected and b.link.connected)
+            await asyncio.sleep(0.1)
+            for i in range(4):
+                assert b.link.publish("x", bytes([i]) * 2000)
+                await until(lambda i=i: len(heard) == i + 1)  # type: ignore[misc]
+        assert link._held == 0
+        assert link.counters["failed"] == 4
+        await link.stop()
+
+
 def _certificate(
     folder: Path, name: str, issuer: tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None
 ) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:

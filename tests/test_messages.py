@@ -151,6 +151,15 @@ def test_signed_but_not_a_message(payload: object) -> None:
 @pytest.mark.parametrize(
     "hexadecimal",
     [
+        "c5821b400000000000000003",  # a bigfloat whose exponent decimal can't hold
+        "d823645b5b5b5b",  # a pattern that does not compile
+        "c074323032362d30312d30315430303a30303a30305a",  # a date
+        "a1616101",  # a map
+        "8181c100",  # a tag further in
+        "5fc100ff",  # a tag among the parts of bytes
+        "1c",  # a reserved length
+        "00" * 2,  # two items
+        "9f" + "00" * 70_000 + "ff",  # more items than any message has
         "9b7fffffffffffffff",  # an array that says it has 2^63 - 1 items
         "5b7fffffffffffffff00",  # bytes that say so
         "81" * 5000,  # nested too deep
@@ -162,5 +171,50 @@ def test_signed_but_not_a_message(payload: object) -> None:
 def test_cbor_that_asks_for_too_much(hexadecimal: str) -> None:
     data = bytes.fromhex(hexadecimal)
     assert refused(data) == "envelope"
+    with pytest.raises(PeerError, match="envelope"):
+        peek(data, Birth)
     envelope: bytes = cwt.COSE.new(alg_auto_inclusion=True).encode(data, SIGNER._cose, external_aad=TOPIC.encode())
     assert refused(envelope) == "schema"
+    with pytest.raises(PeerError, match="schema"):
+        peek(envelope, Update)
+
+
+HEAD, SIGNATURE = bytes.fromhex("d28443a10127a0"), bytes.fromhex("5840") + bytes(64)
+
+
+@pytest.mark.parametrize(
+    "envelope",
+    [
+        HEAD + bytes.fromhex("5f414100ff") + SIGNATURE,  # bytes in parts
+        HEAD + bytes.fromhex("5bffffffffffffffff00") + SIGNATURE,
+        HEAD + bytes.fromhex("6100") + SIGNATURE,  # text
+        HEAD + bytes.fromhex("5c00") + SIGNATURE,
+        HEAD + SIGNATURE,
+        HEAD + bytes.fromhex("4100") + SIGNATURE + b"\0",
+        HEAD + bytes.fromhex("4100") + bytes.fromhex("583f") + bytes(63),
+        bytes.fromhex("d28443a10127a1c5821b400000000000000003004100") + SIGNATURE,  # a header that computes
+        bytes.fromhex("d284c5821b400000000000000003a04100") + SIGNATURE,
+    ],
+    ids=lambda e: e.hex()[:60],
+)
+def test_any_other_shape_reaches_no_decoder(envelope: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("broker.messages.cbor2", None)
+    assert refused(envelope) == "envelope"
+    with pytest.raises(PeerError, match="envelope"):
+        peek(envelope, Birth)
+
+
+@pytest.mark.parametrize("length", ["581e", "59001e", "5a0000001e", "5b000000000000001e"])
+def test_every_length_of_the_payload_is_read(length: str) -> None:
+    """The signature is over the payload, not over how its length is written."""
+    payload = bytes.fromhex(ENVELOPE)[9:-66]
+    envelope = HEAD + bytes.fromhex(length) + payload + bytes.fromhex(ENVELOPE)[-66:]
+    assert peek(envelope, Update) == UPDATE
+    assert open_envelope(envelope, TOPIC, SIGNER.public_key, Update) == UPDATE
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=60))
+def test_any_signed_bytes_are_refused(data: bytes) -> None:
+    envelope = cwt.COSE.new(alg_auto_inclusion=True).encode(data, SIGNER._cose, external_aad=TOPIC.encode())
+    assert refused(envelope) in {"schema", "envelope"}

@@ -325,7 +325,8 @@ def test_fit_of_numbers_and_of_nothing() -> None:
 
 
 def test_divergence_raises() -> None:
-    one = task("regression", epochs=2, lr=1e36)
+    one = task("regression", epochs=2)
+    one = msgspec.structs.replace(one, training=msgspec.structs.replace(one.training, lr=1e36))
     _, layout, base = export(one, 0)
     x, y = toy("regression")
     with pytest.raises(FloatingPointError, match="training diverged"):

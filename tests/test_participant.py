@@ -49,24 +49,24 @@ def joined(number: int) -> Answer:
     return Answer(number, "joined", "ok", "")
 
 
-READY: tuple[p.Event, ...] = (ModelStored(0), WindowsReady(10))
+READY: tuple[p.Event, ...] = (ModelStored(0, bytes(32)), WindowsReady(10))
 
 
 def test_a_round_from_plan_to_receipt() -> None:
     g, states = gateway(), list[State]()
-    for event, actions in ((seen(1), [joined(1)]), (ModelStored(0), [])):
+    for event, actions in ((seen(1), [joined(1)]), (ModelStored(0, bytes(32)), [])):
         assert tell(g, event) == actions
         states.append(g.state)
     assert states == [State.FETCHING, State.WAITING]
     assert tell(g, WindowsReady(9)) == []
     assert tell(g, WindowsReady(10)) == [StartTraining(1, 0, 4)]
-    assert tell(g, WindowsReady(11), seen(1), ModelStored(0)) == []
+    assert tell(g, WindowsReady(11), seen(1), ModelStored(0, bytes(32))) == []
     assert tell(g, Trained(1)) == []
     assert g.state is State.SENT
     assert tell(g, Settled(1, "counted")) == []
     assert (g.state, g.handled) == (State.IDLE, 1)
     assert tell(g, seen(1), seen(1, state="closed"), seen(1, state="done")) == []
-    assert tell(g, ModelStored(1), seen(2, 1)) == [joined(2), StartTraining(2, 1, 4)]
+    assert tell(g, ModelStored(1, bytes(32)), seen(2, 1)) == [joined(2), StartTraining(2, 1, 4)]
 
 
 def test_the_order_of_model_windows_and_plan_does_not_matter() -> None:
@@ -77,19 +77,19 @@ def test_the_order_of_model_windows_and_plan_does_not_matter() -> None:
 
 def test_another_version_is_not_trained_from() -> None:
     g = gateway()
-    assert tell(g, ModelStored(3), WindowsReady(99), seen(5, 4)) == [joined(5)]
+    assert tell(g, ModelStored(3, bytes(32)), WindowsReady(99), seen(5, 4)) == [joined(5)]
     assert g.state is State.FETCHING
-    assert tell(g, ModelStored(4)) == [StartTraining(5, 4, 4)]
+    assert tell(g, ModelStored(4, bytes(32))) == [StartTraining(5, 4, 4)]
 
 
 def test_a_base_that_has_gone_on_is_not_trained_from() -> None:
     g = gateway()
-    assert tell(g, ModelStored(0), seen(1), ModelStored(1), WindowsReady(50)) == [joined(1)]
+    assert tell(g, ModelStored(0, bytes(32)), seen(1), ModelStored(1, bytes(32)), WindowsReady(50)) == [joined(1)]
     assert g.state is State.FETCHING
     # The manifest of a closed round may come before its plan says closed.
     g = gateway()
     tell(g, *READY, seen(1))
-    assert tell(g, ModelStored(1), TrainingFailed(1, "killed")) == []
+    assert tell(g, ModelStored(1, bytes(32)), TrainingFailed(1, "killed")) == []
     assert g.state is State.FETCHING
 
 
@@ -121,7 +121,7 @@ def test_too_little_data_waits_for_more() -> None:
     tell(g, *READY, seen(1))
     assert tell(g, TrainingFailed(1, "7 good windows", wait_for=5)) == []
     assert g.state is State.WAITING
-    assert tell(g, WindowsReady(14), seen(1), ModelStored(0)) == []
+    assert tell(g, WindowsReady(14), seen(1), ModelStored(0, bytes(32))) == []
     assert tell(g, WindowsReady(15)) == [StartTraining(1, 0, 4)]
     # It was no failure, however often.
     for windows in range(20, 60, 5):
@@ -159,7 +159,7 @@ def test_policy_declines_with_its_reason_and_goes_on(
     assert (answer.round, answer.verdict, answer.code) == (1, "declined", code)
     assert reason in answer.reason
     assert g.state is State.IDLE
-    assert tell(g, seen(1, **bad), WindowsReady(99), ModelStored(0)) == []
+    assert tell(g, seen(1, **bad), WindowsReady(99), ModelStored(0, bytes(32))) == []
     assert tell(g, Reconnected()) == [answer]
     after = tell(g, seen(2, min_gateways=4, secure_aggregation=True))
     if policy.federate:
@@ -200,19 +200,19 @@ def test_an_update_in_the_outbox_is_not_made_again() -> None:
     g = gateway(handled=3)
     assert tell(g, *READY, seen(3), seen(3)) == []
     assert tell(g, Settled(3, "counted"), seen(3), WindowsReady(20)) == []
-    assert tell(g, ModelStored(1), seen(4, 1)) == [joined(4), StartTraining(4, 1, 4)]
+    assert tell(g, ModelStored(1, bytes(32)), seen(4, 1)) == [joined(4), StartTraining(4, 1, 4)]
 
 
 # -- every pair, any order ---------------------------------------------------------------------------------------------
 
 
 EVENTS: dict[type, p.Event] = {
-    PlanSeen: seen(1), ModelStored: ModelStored(0), WindowsReady: WindowsReady(10), Trained: Trained(1),
+    PlanSeen: seen(1), ModelStored: ModelStored(0, bytes(32)), WindowsReady: WindowsReady(10), Trained: Trained(1),
     TrainingFailed: TrainingFailed(1, "killed"), Settled: Settled(1, "counted"), Unable: Unable(""),
     Reconnected: Reconnected(),
 }  # fmt: skip
 WAYS: dict[State, tuple[p.Event, ...]] = {
-    State.IDLE: (), State.FETCHING: (seen(1),), State.WAITING: (seen(1), ModelStored(0)),
+    State.IDLE: (), State.FETCHING: (seen(1),), State.WAITING: (seen(1), ModelStored(0, bytes(32))),
     State.TRAINING: (seen(1), *READY), State.SENT: (seen(1), *READY, Trained(1)),
 }  # fmt: skip
 
@@ -307,7 +307,7 @@ class World:
             self.tell(self.plan())
         elif what == "model" and self.stored != self.version:
             self.stored = self.version
-            self.tell(ModelStored(self.version))
+            self.tell(ModelStored(self.version, bytes(32)))
         elif what == "windows":
             self.windows += count
             self.tell(WindowsReady(self.windows))
@@ -332,7 +332,7 @@ class World:
             self.running, self.said, self.windows = None, {}, 0
             self.g = gateway(self.policy, handled=max([self.settled, *self.outbox]))
             if self.stored >= 0:
-                self.tell(ModelStored(self.stored))
+                self.tell(ModelStored(self.stored, bytes(32)))
 
 
 steps = st.lists(
@@ -370,3 +370,17 @@ def test_whatever_happens(script: list[tuple[str, int]], policy: Policy) -> None
         assert world.running == StartTraining(world.number, world.version, 4)
     else:
         assert world.said[world.number].verdict == "declined"
+
+
+def test_a_base_of_the_right_number_and_other_weights_is_not_trained_on() -> None:
+    g = gateway()
+    assert tell(g, WindowsReady(99), ModelStored(0, b"x" * 32), seen(1)) == [joined(1)]
+    assert g.state is State.FETCHING
+    assert tell(g, ModelStored(0, bytes(32))) == [StartTraining(1, 0, 4)]
+
+
+def test_a_bound_on_epsilon_declines_a_plan_without_noise() -> None:
+    g = gateway(Policy(max_epsilon=4.0))
+    (answer,) = tell(g, WindowsReady(99), ModelStored(0, bytes(32)), seen(1))
+    assert isinstance(answer, Answer)
+    assert (answer.verdict, answer.code) == ("declined", "max-epsilon")

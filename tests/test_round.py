@@ -9,7 +9,20 @@ from hypothesis import strategies as st
 
 from broker import federation
 from broker import round as rounds
-from broker.federation import Aggregated, Answered, Born, Connected, Died, Federation, Finish, Open, Past, Rules, Tick
+from broker.federation import (
+    Aggregated,
+    Answered,
+    Born,
+    Connected,
+    Died,
+    Disconnected,
+    Federation,
+    Finish,
+    Open,
+    Past,
+    Rules,
+    Tick,
+)
 from broker.round import Action, Close, Extend, Outcome, Round
 from models.errors import LocalError
 
@@ -34,11 +47,12 @@ def submit(path: str, digest: bytes = D[0], base: int = 0) -> rounds.Submitted:
 
 
 def test_every_transition_stands_in_the_table() -> None:
-    events = [rounds.Arrived, rounds.Left, rounds.Declined, rounds.Joined, rounds.Submitted, rounds.Held, rounds.Tick]
+    events = [rounds.Arrived, rounds.Left, rounds.Declined, rounds.Joined, rounds.Submitted, rounds.Refused]
+    events += [rounds.Held, rounds.Tick]
     assert rounds.TRANSITIONS.keys() == set(itertools.product(rounds.State, events))
     with pytest.raises(LocalError, match="knows no Event"):
         sync().handle(rounds.Event(), 0)
-    more = [Born, Died, Answered, federation.Submitted, Connected, Tick]
+    more = [Born, Died, Answered, federation.Submitted, federation.Refused, Disconnected, Connected, Tick]
     pairs = {*itertools.product(federation.State, more), (federation.State.CLOSING, Aggregated)}
     assert federation.TRANSITIONS.keys() == pairs
     with pytest.raises(LocalError, match="waiting knows no Aggregated"):
@@ -62,6 +76,19 @@ def test_refuses_another_base() -> None:
     r = sync()
     assert feed(r, submit("a", base=1)) == ["stale"]
     assert feed(r, submit("a")) == ["counted"]
+
+
+@pytest.mark.parametrize("spent", [submit("c", base=1), rounds.Refused("c")])
+def test_whose_update_can_not_be_used_is_not_waited_for(spent: rounds.Event) -> None:
+    r = sync()
+    assert feed(r, submit("a"), spent, rounds.Joined("c")) in (["counted"], ["counted", "stale"])
+    assert r.waiting_for == {"b"}
+    assert feed(r, submit("b")) == ["counted", "Close"]
+    r = sync()
+    assert feed(r, submit("a"), submit("b"), spent)[-1] == "Close"
+    r = sync()
+    feed(r, spent)
+    assert feed(r, submit("c"), submit("a"), submit("b")) == ["counted", "counted", "counted", "Close"]
 
 
 def test_needs_the_quorum_however_few_are_expected() -> None:
@@ -115,6 +142,7 @@ events = st.one_of(
     st.builds(rounds.Left, st.sampled_from("abcd")),
     st.builds(rounds.Declined, st.sampled_from("abcd")),
     st.builds(rounds.Joined, st.sampled_from("abcd")),
+    st.builds(rounds.Refused, st.sampled_from("abcd")),
     st.builds(rounds.Submitted, st.sampled_from("abcd"), st.integers(0, 1), st.sampled_from(D)),
     st.just(rounds.Tick()),
 )
@@ -236,6 +264,35 @@ def test_who_is_silent_after_a_lost_connection_is_gone() -> None:
     f.round.deadline_ms = 10 * HOUR  # type: ignore[union-attr]
     assert words(tell(f, Tick(), now=10 + federation.CONFIRM_MS)) == ["Close"]
     assert f.online == {"a"}
+
+
+def test_nothing_closes_or_opens_without_a_broker() -> None:
+    f = fed(every=0)
+    tell(f, Born("a", 1), Born("b", 1), Born("c", 1), update("a"), update("b"))
+    tell(f, Disconnected(), now=50)
+    assert tell(f, Tick(), now=100) == []
+    assert tell(f, Tick(), now=HOUR) == []
+    assert f.online == {"a", "b", "c"}  # nobody could have said that they are still there
+    tell(f, Connected(), now=HOUR)
+    assert words(tell(f, Born("a", 1), Born("b", 1), Born("c", 1), Tick(), now=HOUR + 1)) == []
+    assert words(tell(f, update("c"), now=HOUR + 2)) == ["counted"]
+    tell(f, Disconnected(), now=HOUR + 3)
+    assert tell(f, Tick(), now=2 * HOUR) == []
+    tell(f, Connected(), now=2 * HOUR)
+    assert words(tell(f, Tick(), now=2 * HOUR + federation.SETTLE_MS)) == ["Close"]
+    tell(f, Disconnected(), now=2 * HOUR + 4000)
+    assert tell(f, Aggregated(1), Tick(), Born("d", 1), now=3 * HOUR) == []
+    assert tell(f, Connected(), Tick(), now=3 * HOUR) == [Open(2, 1, 3 * HOUR, 3 * HOUR + 100)]
+
+
+def test_a_refusal_counts_for_the_open_round_alone() -> None:
+    f = fed()
+    assert tell(f, federation.Refused("a", 1)) == []
+    tell(f, Born("a", 1), Born("b", 1), federation.Refused("a", 0))
+    assert f.round
+    assert f.round.waiting_for == {"a", "b"}
+    tell(f, federation.Refused("a", 1))
+    assert f.round.waiting_for == {"b"}
 
 
 def test_an_open_round_is_taken_up_after_a_restart() -> None:

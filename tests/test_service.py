@@ -399,6 +399,59 @@ async def test_hostile_messages_are_counted_and_nothing_stops(broker: BrokerProc
     journal.close()
 
 
+async def test_an_exception_that_nobody_foresaw_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = intake.Intake.read
+
+    def fragile(self: intake.Intake, inbound: Inbound, now_ms: int) -> intake.Heard:
+        if inbound.payload == b"surprise":
+            raise ZeroDivisionError
+        return read(self, inbound, now_ms)
+
+    monkeypatch.setattr(intake.Intake, "read", fragile)
+    with BrokerProcess("amqtt") as broker:
+        plant = Plant(tmp_path, broker.url, min_gateways=1)
+        async with gateways(broker.url, 1) as there, plant.service() as service:
+            plan = await open_plan(there)
+            there[0].link.publish(topics.Uplink(there[0].path, "wear", "update").topic, b"surprise")
+            there[0].send(plan, delta(0))
+            await until(lambda: there[0].outcomes() == ["counted"])
+            assert service.status()["refused"] == {"internal": 1}
+
+
+async def test_a_refused_update_is_not_waited_for(tmp_path: Path) -> None:
+    with BrokerProcess("amqtt") as broker:
+        plant = Plant(tmp_path, broker.url, min_gateways=1)
+        async with gateways(broker.url, 2) as there:
+            await until(lambda: all(g.link.connected for g in there))
+            async with plant.service() as service:
+                plan = await open_plan(there)
+                await until(lambda: len(service.status()["tasks"]["wear"]["gateways"]) == 2)
+                there[0].send(plan, np.ones(SHARED + 1, np.float32))
+                await until(lambda: there[0].outcomes() == ["refused-layout"])
+                there[1].send(plan, delta(0))
+                await until(lambda: service.status()["tasks"]["wear"]["state"] == "done")
+
+
+async def test_a_lost_broker_is_told_to_the_federation(tmp_path: Path) -> None:
+    with BrokerProcess("amqtt") as broker:
+        plant = Plant(tmp_path, broker.url)
+        async with gateways(broker.url) as there, plant.service() as service:
+            await open_plan(there)
+            job = service._jobs["wear"]
+            broker.stop()
+            await until(lambda: job.federation._offline)
+            broker.start()
+            await until(lambda: not job.federation._offline)
+
+
+async def test_an_update_that_no_message_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant = Plant(tmp_path, "mqtt://127.0.0.1:1")
+    monkeypatch.setattr("broker.job.MAX_PAYLOAD", SHARED + 1023)
+    with pytest.raises(UserError, match="an update of 40 values may be 1064 bytes") as caught:
+        await Service(load_federation(plant.config), plant.state).run()
+    assert (caught.value.place, caught.value.key) == (str(tmp_path / "wear.toml"), "round.bits")
+
+
 CELL = "acme/lyon/press/line4/cell0"
 KNOWN = Signer.from_bytes(bytes(range(32)))
 cbor_values = st.recursive(

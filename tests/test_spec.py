@@ -108,7 +108,7 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
     "a net for another kind": ('"tcn"', '"autoencoder"', 3, "net", "learns no target", "write tcn or mlp"),
     "no length": ("length = 30", "length = 0", 7, "window.length", "out of range", "write 1 to 65536"),
     "a length too large": ("length = 30", "length = 65537", 7, "window.length", "out of range", "write 1 to 65536"),
-    "no stride": ("stride = 2", "stride = 0", 8, "window.stride", "out of range", "write 1 or more"),
+    "no stride": ("stride = 2", "stride = 0", 8, "window.stride", "out of range", "write 1 to 1000000"),
     "no rate": ("rate_hz = 4.0", "rate_hz = 0.0", 9, "window.rate_hz", "out of range", "above 0"),
     "a rate that is no number": ("rate_hz = 4.0", "rate_hz = nan", 9, "window.rate_hz", "out of range", "above 0"),
     "a quality": ("rate_hz = 4.0", "min_quality = 1.1", 9, "window.min_quality", "out of range", "write 0.0 to 1.0"),
@@ -153,7 +153,19 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
         "out of range",
         "write a part, such as 0.2",
     ),
-    "no epoch": ("epochs = 2", "epochs = 0", 25, "training", "out of range", "epochs, batch, lr above 0"),
+    "no epoch": ("epochs = 2", "epochs = 0", 26, "training.epochs", "out of range", "write 1 to 1000"),
+    "too many epochs": ("epochs = 2", "epochs = 1001", 26, "training.epochs", "out of range", "write 1 to 1000"),
+    "no batch": ("epochs = 2", "batch = 0", 26, "training.batch", "out of range", "write 1 to 65536"),
+    "a batch too large": ("epochs = 2", "batch = 65537", 26, "training.batch", "out of range", "write 1 to 65536"),
+    "no lr": ("epochs = 2", "lr = 0.0", 26, "training.lr", "out of range", "above 0, at most 1"),
+    "an lr too large": ("epochs = 2", "lr = 1.01", 26, "training.lr", "out of range", "above 0, at most 1"),
+    "an lr that is no number": ("epochs = 2", "lr = nan", 26, "training.lr", "out of range", "above 0, at most 1"),
+    "an lr without end": ("epochs = 2", "lr = inf", 26, "training.lr", "out of range", "above 0, at most 1"),
+    "a quantile": ('["worn"]\n\n[t', '["worn"]\nquantile = 1.0\n[t', 24, "alarm.quantile", "out of range", "0.99"),
+    "no round": ("min_gateways = 3", "rounds = 0", 29, "round.rounds", "out of range", "write 1 or more, or leave"),
+    "a stride too large": ("stride = 2", "stride = 1000001", 8, "window.stride", "out of range", "1 to 1000000"),
+    "a duration too long": ('"7d"', '"3661d"', 31, "round.every", "out of range", "ten years at most"),
+    "a duration without end": ('"2h"', f'"{"9" * 400}h"', 30, "round.deadline", "out of range", "ten years at most"),
     "more than the most": (
         "epochs = 2",
         "min_windows = 30\nmax_windows = 20",
@@ -194,6 +206,20 @@ def test_more_mistakes() -> None:
     bare = 'name = "a"\nkind = "anomaly"\nnet = "autoencoder"\nsignal = []\n[window]\nlength = 3\n'
     with pytest.raises(UserError, match=r"t:4: signal: no signal; add a \[\[signal\]\] table"):
         parse_task(bare, "t")
+
+
+def test_the_largest_window() -> None:
+    signals = "".join(f'[[signal]]\nname = "s{i}"\n' for i in range(62))
+    text = change("length = 30", "length = 64000")
+    with pytest.raises(UserError, match=r"t:7: window.length: 4096000 values in a window; length \* signals may be"):
+        parse_task(text.replace("[target]", signals + "[target]"), "t")
+    assert parse_task(change("length = 30", "length = 64000")).window.length == 64_000
+
+
+def test_what_is_just_allowed() -> None:
+    text = change("epochs = 2", "epochs = 1000\nbatch = 65536\nlr = 1.0").replace("stride = 2", "stride = 1000000")
+    task = parse_task(text.replace('"7d"', '"3660d"').replace("min_gateways = 3", "rounds = 1"))
+    assert (task.training.lr, task.round.rounds) == (1.0, 1)
 
 
 def test_nets_are_the_files_there_are() -> None:

@@ -279,7 +279,9 @@ def test_the_outbox(tmp_path: Path) -> None:
     state.send(out(2, 2))
     state.send(out(3, 1, "u"))
     assert {o.digest[0] for o in state.outbox()} == {1, 2, 3}
-    state.send(out(4, 1))  # trained again for the same round: the first one was never counted
+    state.send(out(4, 1))  # whatever the round: only a receipt takes one out
+    assert {o.digest[0] for o in state.outbox()} == {1, 2, 3, 4}
+    assert state.settle(bytes([1]) * 32)
     assert {o.digest[0] for o in state.outbox()} == {2, 3, 4}
     assert not state.settle(out(1, 1).digest)
     assert state.settle(out(2, 2).digest)

@@ -154,7 +154,7 @@ async def test_a_child_over_its_memory_cap_is_killed(tmp_path: Path) -> None:
 async def test_a_child_over_its_processor_time_is_killed(tmp_path: Path) -> None:
     fill(tmp_path)
     with pytest.raises(TrainingError, match=f"ended with -{signal.SIGXCPU.value}"):
-        await run(job(tmp_path, cpu_seconds=1, epochs=100_000), tmp_path / "job")
+        await run(job(tmp_path, cpu_seconds=1, epochs=1000), tmp_path / "job")
 
 
 async def test_a_layout_of_another_net_fails_in_the_child(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ async def test_a_layout_of_another_net_fails_in_the_child(tmp_path: Path) -> Non
 
 async def test_kill_9_leaves_nothing_and_a_cancelled_child_dies(tmp_path: Path) -> None:
     fill(tmp_path)
-    endless = job(tmp_path, epochs=100_000)
+    endless = job(tmp_path, epochs=1000)
     running = asyncio.create_task(train(endless, base(), tmp_path / "job"))
     pid = await child_of(os.getpid())
     await asyncio.sleep(1)
@@ -193,7 +193,7 @@ from pathlib import Path
 from tests.test_train import base, job
 from edge.train import train
 folder = Path(sys.argv[1])
-asyncio.run(train(job(folder, epochs=100_000), base(), folder / "job"))
+asyncio.run(train(job(folder, epochs=1000), base(), folder / "job"))
 """
 
 

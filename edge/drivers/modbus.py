@@ -251,7 +251,7 @@ class Driver(Reader[Spot]):
         if spot is self._clock:
             self.health.error = f"{self.source.name}: the device refuses its clock ({reply.name}); check clock ="
             return
-        reason = f"the device answers {reply.name} for {spot.tag.address}; check the address column"
+        reason = f"the device answers {reply.name} for {spot.tag.address}; check the address column and the source's device_id"
         self.quarantine(spot, reason)
 
     async def _request(self, table: str, block: Block) -> list[int] | list[bool] | _Refused:

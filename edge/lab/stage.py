@@ -110,10 +110,10 @@ classes = ["healthy", "outer", "inner", "ball"]
 classes = ["outer", "inner", "ball"]
 
 [training]
-epochs = 6
+epochs = 8
 batch = 32
 lr = 2e-3
-min_windows = 48
+min_windows = 40
 {tail}"""
     return _recorded_task(scenario, layout) + tail
 

@@ -1,0 +1,82 @@
+"""A tags CSV as Excel saves it -> Tag values; every mistake with file, line, column and remedy."""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterable
+
+from edge.tags import Tag
+from models.errors import UserError
+
+COLUMNS = ("tag", "address", "type", "unit", "scale", "offset", "deadband", "sampling_ms", "description")
+MAX_TAGS = 100_000
+MAX_NUMBER = 1e12
+
+
+def parse_tags(source: str, path: str, text: str) -> Iterable[Tag]:
+    """Parse the text of a tags CSV: `,` or `;` between the cells, decimal commas with the latter."""
+    first = text.partition("\n")[0]
+    semicolons = first.count(";") > first.count(",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=";" if semicolons else ",")
+    header = _header(path, next(reader, []))
+    seen: dict[str, int] = {}
+    for cells in reader:
+        row = {k: v.strip() for k, v in zip(header, cells, strict=False)}
+        if not any(row.values()):
+            continue
+        tag = _tag(source, path, reader.line_num, row, decimal_comma=semicolons)
+        if tag.name in seen:
+            remedy = "give each tag its own name, since the name is its topic"
+            raise UserError(path, tag.line, "tag", f"{tag.name!r} stands on line {seen[tag.name]} too", remedy)
+        seen[tag.name] = tag.line
+        if len(seen) > MAX_TAGS:
+            raise UserError(path, tag.line, "", f"more than {MAX_TAGS} tags", "split them over sources")
+        yield tag
+
+
+def _header(path: str, cells: list[str]) -> list[str]:
+    header = [name.strip() for name in cells]
+    for name in header:
+        if name not in COLUMNS:
+            raise UserError(path, 1, name, "unknown column", f"columns are: {', '.join(COLUMNS)}")
+    for name in COLUMNS[:2]:
+        if name not in header:
+            raise UserError(path, 1, name, "missing column", f"the first line is {','.join(COLUMNS)}")
+    return header
+
+
+def _tag(source: str, path: str, line: int, row: dict[str, str], *, decimal_comma: bool) -> Tag:
+    for key in COLUMNS[:2]:
+        if not row.get(key):
+            raise UserError(path, line, key, "empty", f"write the {key}, or remove the line")
+    if re.search(r"[\s/]", row["tag"]):
+        raise UserError(path, line, "tag", f"{row['tag']!r} holds a space or a slash", "use letters, digits, . _ -")
+
+    def number(key: str, default: float) -> float:
+        text = row.get(key, "")
+        try:
+            value = float(text.replace(",", ".") if decimal_comma else text) if text else default
+        except ValueError:
+            raise UserError(path, line, key, f"{text!r} is no number", "write one, such as 0.1") from None
+        if not math.isfinite(value) or abs(value) > MAX_NUMBER or (value < 0 and key in {"deadband", "sampling_ms"}):
+            raise UserError(path, line, key, f"{text!r} is out of range", "write one, such as 0.1")
+        return value
+
+    type_ = row.get("type", "")
+    waveform = re.fullmatch(r"(\w+)\[(\d{1,6})\]", type_)
+    return Tag(
+        source=source,
+        name=row["tag"],
+        address=row["address"],
+        type=type_,
+        unit=row.get("unit", ""),
+        scale=number("scale", 1.0),
+        offset=number("offset", 0.0),
+        deadband=number("deadband", 0.0),
+        sampling_ms=int(number("sampling_ms", 0)),
+        description=row.get("description", ""),
+        width=int(waveform[2]) if waveform else 0,
+        file=path,
+        line=line,
+    )
