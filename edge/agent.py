@@ -280,11 +280,12 @@ class Agent:
             return
         trusted = self.shop.federation_key
         if (offered := m.peek(inbound.payload, m.FederationBirth).public_key) != trusted:
+            m.open_envelope(inbound.payload, inbound.topic, offered, m.FederationBirth)
             self.problem = (
                 f"federation {topic.federation} now signs with key {offered.hex()}, trusted is {trusted.hex()}; if the "
                 "aggregator was replaced, write name and key under [federation]"
             )
-            raise PeerError("federation-key", self.problem)
+            raise PeerError("signature", self.problem)
         birth = m.open_envelope(inbound.payload, inbound.topic, trusted, m.FederationBirth)
         self.problem = ""
         if birth.state == "up" and birth.session > self._aggregator:

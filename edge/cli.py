@@ -165,14 +165,7 @@ def _print_status(status: dict[str, Any], *, alive: bool) -> None:
     if status["problem"]:
         print(f"  PROBLEM  {status['problem']}")
     for name, health in status["sources"].items():
-        word = "connected" if health["connected"] else "OFFLINE"
-        print(f"  source   {name}: {word}, {health['samples']} samples")
-        if health["error"]:
-            print(f"           {health['error']}")
-        for ref, why in list(health["quarantined"].items())[:_SHOWN]:
-            print(f"           QUARANTINED {ref}: {why}")
-        if len(health["quarantined"]) > _SHOWN:
-            print(f"           and {len(health['quarantined']) - _SHOWN} tags more (--json has all)")
+        _print_source(name, health)
     for name, task in status["tasks"].items():
         scored = f"{task.get('scored', 0)} windows scored, model {task['scoring_model']}"
         print(f"  task     {name}: {scored}, round {task['round']} {task['state']} {task['answer']}".rstrip())
@@ -184,6 +177,17 @@ def _print_status(status: dict[str, Any], *, alive: bool) -> None:
         print(f"  refused  {count} times: {reason}")
     if status["store_error"]:
         print(f"  STORE    {status['store_error']} ({status['samples_dropped']} samples dropped)")
+
+
+def _print_source(name: str, health: dict[str, Any]) -> None:
+    word = "connected" if health["connected"] else "OFFLINE"
+    print(f"  source   {name}: {word}, {health['samples']} samples")
+    if health["error"]:
+        print(f"           {health['error']}")
+    for ref, why in list(health["quarantined"].items())[:_SHOWN]:
+        print(f"           QUARANTINED {ref}: {why}")
+    if len(health["quarantined"]) > _SHOWN:
+        print(f"           and {len(health['quarantined']) - _SHOWN} tags more (--json has all)")
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -251,7 +251,8 @@ class Driver(Reader[Spot]):
         if spot is self._clock:
             self.health.error = f"{self.source.name}: the device refuses its clock ({reply.name}); check clock ="
             return
-        reason = f"the device answers {reply.name} for {spot.tag.address}; check the address column and the source's device_id"
+        where = "check the address column and the source's device_id"
+        reason = f"the device answers {reply.name} for {spot.tag.address}; {where}"
         self.quarantine(spot, reason)
 
     async def _request(self, table: str, block: Block) -> list[int] | list[bool] | _Refused:
