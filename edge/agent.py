@@ -278,21 +278,28 @@ class Agent:
             self._follow()
         elif topic.federation != self.shop.federation:
             return
-        trusted = self.shop.federation_key
-        if (offered := m.peek(inbound.payload, m.FederationBirth).public_key) != trusted:
-            m.open_envelope(inbound.payload, inbound.topic, offered, m.FederationBirth)
-            self.problem = (
-                f"federation {topic.federation} now signs with key {offered.hex()}, trusted is {trusted.hex()}; if the "
-                "aggregator was replaced, write name and key under [federation]"
-            )
-            raise PeerError("signature", self.problem)
-        birth = m.open_envelope(inbound.payload, inbound.topic, trusted, m.FederationBirth)
+        try:
+            birth = m.open_envelope(inbound.payload, inbound.topic, self.shop.federation_key, m.FederationBirth)
+        except PeerError as error:
+            if error.reason == "signature":
+                with contextlib.suppress(PeerError):
+                    self._other_key(topic.federation, inbound)
+            raise
         self.problem = ""
         if birth.state == "up" and birth.session > self._aggregator:
             self._aggregator = birth.session
             for runner in self.runners.values():
                 runner.reconnected()
             self._hurry()
+
+    def _other_key(self, federation: str, inbound: Inbound) -> None:
+        """Tell a replaced aggregator, whose birth verifies with a key of its own, from noise; PeerError for noise."""
+        offered = m.peek(inbound.payload, m.FederationBirth).public_key
+        m.open_envelope(inbound.payload, inbound.topic, offered, m.FederationBirth)
+        self.problem = (
+            f"federation {federation} now signs with key {offered.hex()}, trusted is {self.shop.federation_key.hex()}; "
+            "if the aggregator was replaced, write name and key under [federation]"
+        )
 
     # -- status -----------------------------------------------------------------------------------------------------
 

@@ -178,7 +178,7 @@ async def test_nobody_there_is_said_in_one_line_with_a_remedy() -> None:
             assert "check" in driver.health.error
             assert "\n" not in driver.health.error
             await asyncio.sleep(0.6)
-        assert sorted(s.tag for s in sink.samples) == sorted(tag.ref for tag in source.tags)
+        assert sink.samples == []  # the source's clock is not known yet, and neither is any value
 
 
 @pytest.mark.parametrize("name", driver_names())
@@ -296,7 +296,7 @@ async def test_a_silent_server_is_a_cut_too() -> None:
         driver, sink = make(source)
         async with running(driver):
             await until(lambda driver=driver: "did not answer" in driver.health.error)  # type: ignore[misc]
-            assert {s.quality for s in sink.samples} == {Quality.BAD}
+            assert sink.samples == []
         for writer in held:
             writer.close()
         server.close()
