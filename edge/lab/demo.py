@@ -21,7 +21,7 @@ from models.errors import LocalError, UserError
 
 _START_S = 90.0
 _ROUND_S = 240.0
-_OUTAGE_S = 8.0
+_OUTAGE_S = 6.0
 _POLL_S = 0.02
 _MARK = ".tundish-demo"
 

@@ -110,7 +110,7 @@ classes = ["healthy", "outer", "inner", "ball"]
 classes = ["outer", "inner", "ball"]
 
 [training]
-epochs = 8
+epochs = 6
 batch = 32
 lr = 2e-3
 min_windows = 40
