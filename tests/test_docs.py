@@ -98,3 +98,9 @@ def test_every_module_has_its_line_in_the_rooms_readme(room: str) -> None:
     for module in (ROOT / room).glob("*.py"):
         if module.stem != "__init__":
             assert module.name in text, f"{room}/README.md does not name {module.name}"
+
+
+def test_the_readme_shows_a_real_run() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert "DEMO_OUTPUT" not in text
+    assert "lost, counted twice                 0, 0" in text
