@@ -1,7 +1,5 @@
 """Metrics: what a model is worth on windows with known targets. numpy only."""
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -53,13 +51,6 @@ def auprc(y: NDArray[np.generic], score: Array) -> float:
 
 
 LOWER_IS_BETTER = frozenset({"rmse", "error"})
-METRICS: dict[str, Callable[..., float]] = {
-    "accuracy": accuracy,
-    "macro_f1": macro_f1,
-    "rmse": rmse,
-    "auroc": auroc,
-    "auprc": auprc,
-}
 
 
 def metric_name(task: Task) -> str:
