@@ -1,7 +1,7 @@
 """Scoring: one window in, a score, a verdict and the signals behind it out. Reads memory only.
 
-A Scorer is one model, whole: graph, weights, scale, and the threshold that its last `metric` set. A new model is a new Scorer built
-beside the old one; the agent swaps them between two windows.
+A Scorer is one model, whole: graph, weights, scale, and the threshold that its last `metric` set. A new model is a
+new Scorer built beside the old one; the agent swaps them between two windows.
 """
 
 import math
