@@ -24,7 +24,7 @@ from edge.memory import Memory
 from edge.shop import Shop
 from edge.store import Outgoing
 from edge.tags import Sample
-from edge.train import NotEnoughError, Result, job_for, train
+from edge.train import NotEnoughError, Result, Trainer, job_for
 from models import codec
 from models.delta import Vector
 from models.errors import LocalError, PeerError, UserError
@@ -53,6 +53,7 @@ class Runner:
         self._wanted_ms = -1
         self._installing = asyncio.Lock()
         self._jobs: set[asyncio.Task[None]] = set()
+        self._trainer = Trainer()
         self._training: asyncio.Task[None] | None = None
         self._stored_before = 0
         # Every tag's last sample: a tag that seldom changes has said its value long before a task is there.
@@ -77,6 +78,7 @@ class Runner:
         for job in self._jobs:
             job.cancel()
         await asyncio.gather(*self._jobs, return_exceptions=True)
+        await self._trainer.stop()
 
     # -- samples ----------------------------------------------------------------------------------------------------
 
@@ -210,7 +212,7 @@ class Runner:
             text, folder = model.manifest.task_text, self.shop.folder
             job = job_for(self.shop.config, folder, text, live.wiring, model.layout, action.round)
             folder = self.shop.folder / f"training-{self.name}"
-            result = await train(job, self._personalised(model), folder)
+            result = await self._trainer.train(job, self._personalised(model), folder)
             await self._send(action, model, result)
         except NotEnoughError as error:
             log.info("%s: round %d waits for data: %s", self.name, action.round, error)

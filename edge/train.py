@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import resource
 import shutil
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 DONE, NOT_ENOUGH, DIVERGED = 0, 3, 4
 _POLL_S = 0.25
+_LINGER_S = 20.0
 _PIECE = 4096
 _PR_SET_PDEATHSIG = 1
 _RESULT = "result.npz"
@@ -92,23 +94,105 @@ def job_for(config: Config, folder: Path, text: str, wiring: Wiring, layout: Lay
 def lower_priority(job: Job) -> None:
     """In the child: the caps of the job, and first in line for the kernel's out-of-memory killer."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.nice(job.nice)
-    resource.setrlimit(resource.RLIMIT_CPU, (job.cpu_seconds, job.cpu_seconds + 5))
+    os.nice(max(0, job.nice - os.nice(0)))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    most = math.ceil(used.ru_utime + used.ru_stime) + job.cpu_seconds
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-async def train(job: Job, base: Vector, folder: Path) -> Result:
-    """Run one training in a child process and return its result.
+class Trainer:
+    """The training child of one task: it starts with a job, and stays a while for the next.
 
-    Raises NotEnoughError or TrainingError. Cancelling kills the child. `folder` is the job's own and is removed.
+    Half of a short training is Python starting and importing torch; where round follows round, that is paid once. A
+    child that has failed, or passed a cap, is never used again.
     """
-    await asyncio.to_thread(_prepare, job, base, folder)
-    try:
-        await _run(job, folder)
-        return await asyncio.to_thread(_read, folder / _RESULT, base.size)
-    finally:
-        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    def __init__(self) -> None:
+        self._child: asyncio.subprocess.Process | None = None
+        self._errors: asyncio.Task[str] | None = None
+        self._leaving: asyncio.TimerHandle | None = None
+
+    async def train(self, job: Job, base: Vector, folder: Path) -> Result:
+        """Run one training in the child and return its result.
+
+        Raises NotEnoughError or TrainingError. Cancelling kills the child. `folder` is the job's own and is removed.
+        """
+        if self._leaving:
+            self._leaving.cancel()
+        await asyncio.to_thread(_prepare, job, base, folder)
+        try:
+            await self._run(job, folder)
+            result = await asyncio.to_thread(_read, folder / _RESULT, base.size)
+        except NotEnoughError:
+            self._linger()
+            raise
+        except BaseException:
+            await self.stop()
+            raise
+        finally:
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        self._linger()
+        return result
+
+    async def stop(self) -> None:
+        """Kill the child, if there is one."""
+        child, self._child = self._child, None
+        if self._leaving:
+            self._leaving.cancel()
+        if child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+            await child.wait()
+
+    def _linger(self) -> None:
+        """Let the child end in a while: it does when its standard input closes."""
+        child = self._child
+        if child is not None and child.stdin is not None:
+            self._leaving = asyncio.get_running_loop().call_later(_LINGER_S, child.stdin.close)
+
+    async def _run(self, job: Job, folder: Path) -> None:
+        child = await self._ready(job)
+        if child.stdin is None or child.stdout is None:
+            raise TrainingError("the training process has no pipes")
+        # A child that has died meanwhile says nothing; its exit code and last words do.
+        with contextlib.suppress(ConnectionError):
+            child.stdin.write(f"{folder}\n".encode())
+            await child.stdin.drain()
+        answer = asyncio.ensure_future(child.stdout.readline())
+        try:
+            over = await _watch(child, answer, job.memory)
+            said = (await answer).decode(errors="replace").strip()
+        finally:
+            answer.cancel()
+        if over:
+            cap = job.memory >> 20
+            raise TrainingError(f"went over its memory cap ({over >> 20} of {cap} MiB); raise training.memory")
+        word, _, text = said.partition(" ")
+        if not word and self._errors is not None:
+            code, last = await child.wait(), await self._errors
+            raise TrainingError(f"the training process ended with {code}: {last or 'it said nothing'}")
+        if word == str(NOT_ENOUGH):
+            raise NotEnoughError(text)
+        if word != str(DONE):
+            raise TrainingError(text)
+
+    async def _ready(self, job: Job) -> asyncio.subprocess.Process:
+        """Return the child that is there, or start one."""
+        child = self._child
+        if child is not None and child.returncode is None and child.stdin and not child.stdin.is_closing():
+            return child
+        await self.stop()
+        threads = str(job.threads)
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONSAFEPATH": "1"}
+        pipe = asyncio.subprocess.PIPE
+        self._child = child = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-m", "edge.trainer", env=environment, stdin=pipe, stdout=pipe, stderr=pipe
+        )
+        self._errors = asyncio.create_task(_tail(child))
+        return child
 
 
 def _prepare(job: Job, base: Vector, folder: Path) -> None:
@@ -116,30 +200,6 @@ def _prepare(job: Job, base: Vector, folder: Path) -> None:
     folder.mkdir(parents=True, mode=0o700)
     (folder / "job.json").write_bytes(msgspec.json.encode(job))
     np.save(folder / "base.npy", base, allow_pickle=False)
-
-
-async def _run(job: Job, folder: Path) -> None:
-    threads = str(job.threads)
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONSAFEPATH": "1"}
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-P", "-m", "edge.trainer", str(folder),
-        env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    errors = asyncio.create_task(_tail(child))
-    try:
-        over = await _watch(child, job.memory)
-        code = await child.wait()
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
-        last = await errors
-    if over:
-        raise TrainingError(f"went over its memory cap ({over >> 20} of {job.memory >> 20} MiB); raise training.memory")
-    if code == NOT_ENOUGH:
-        raise NotEnoughError(last)
-    if code != DONE:
-        raise TrainingError(f"the training process ended with {code}: {last or 'it said nothing'}")
 
 
 async def _tail(child: asyncio.subprocess.Process) -> str:
@@ -150,15 +210,14 @@ async def _tail(child: asyncio.subprocess.Process) -> str:
     return kept.decode(errors="replace").strip().rpartition("\n")[2][-300:]
 
 
-async def _watch(child: asyncio.subprocess.Process, memory: int) -> int:
-    """Kill the child when its resident memory passes the cap; return that memory, 0 when it ended by itself."""
-    while child.returncode is None:
+async def _watch(child: asyncio.subprocess.Process, answer: asyncio.Future[bytes], memory: int) -> int:
+    """Kill the child when its resident memory passes the cap; return that memory, 0 when it answered or ended."""
+    while not answer.done():
         resident = resident_bytes(child.pid)
         if resident > memory:
             child.kill()
             return resident
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(child.wait()), _POLL_S)
+        await asyncio.wait([answer], timeout=_POLL_S)
     return 0
 
 

@@ -1,7 +1,8 @@
-"""The training child: `python -m edge.trainer FOLDER`. The one module of the gateway that reaches torch.
+"""The training child: `python -m edge.trainer`. The one module of the gateway that reaches torch.
 
-Reads FOLDER/job.json and base.npy, makes the windows from the stored samples, trains, and writes FOLDER/result.npz in
-one rename. Killed at any time, it leaves nothing behind that anybody would read.
+A line on standard input names a folder: it reads job.json and base.npy there, makes the windows from the stored
+samples, trains, writes result.npz in one rename, and answers on standard output. It ends with its standard input.
+Killed at any time, it leaves nothing behind that anybody would read.
 """
 
 import sys
@@ -22,14 +23,21 @@ MAX_SAMPLES = 5_000_000
 
 
 def main() -> int:
-    """Run one job; the exit code says why not, and the last line on standard error says it in words."""
-    folder = Path(sys.argv[1])
+    """Run the jobs whose folders come on standard input, a line each; answer each with a code and a sentence."""
+    for line in sys.stdin:
+        code, text = run(Path(line.rstrip("\n")))
+        print(code, text, flush=True)  # noqa: T201 - the answer
+    return 0
+
+
+def run(folder: Path) -> tuple[int, str]:
+    """Run one job; return its code, and what there is to say of it."""
     job = msgspec.json.decode((folder / "job.json").read_bytes(), type=Job)
     lower_priority(job)
     task = parse_task(job.task_text)
     train, holdout = stored_dataset(task, job)
     if len(train) < task.training.min_windows:
-        return _say(NOT_ENOUGH, f"{len(train)} good windows are stored, training wants {task.training.min_windows}")
+        return NOT_ENOUGH, f"{len(train)} good windows are stored, training wants {task.training.min_windows}"
     scale = Scale.learn(task, train.x, train.y)
     y = None if train.y is None else scale.targets(task, train.y)
     base = np.load(folder / "base.npy", allow_pickle=False)
@@ -40,12 +48,12 @@ def main() -> int:
     try:
         fitted = fit(task, Layout.from_wire(job.layout), base, scale.inputs(task, train.x), y, seed=job.seed)
     except FloatingPointError as error:
-        return _say(DIVERGED, str(error))
+        return DIVERGED, str(error)
     write_result(
         folder,
         Result(fitted.vector, len(train), fitted.steps, fitted.loss, fitted.seconds, fitted.device, scale, holdout),
     )
-    return DONE
+    return DONE, f"{fitted.steps} steps"
 
 
 def stored_dataset(task: Task, job: Job) -> tuple[Dataset, Dataset]:
@@ -64,11 +72,6 @@ def stored_dataset(task: Task, job: Job) -> tuple[Dataset, Dataset]:
     columns = {ref: column for ref, column in stored if column is not None}
     reader.close()
     return split(task, stored_windows(job.wiring, columns))
-
-
-def _say(code: int, text: str) -> int:
-    print(text, file=sys.stderr)  # noqa: T201
-    return code
 
 
 if __name__ == "__main__":
