@@ -45,7 +45,7 @@ def _add_demo(commands: Any) -> None:
         description="Three simulated plants, three gateways, one aggregator, one broker; about three minutes.",
         epilog="example: tundish demo --rounds 6 --out my-demo",
     )
-    demo.add_argument("--rounds", type=int, default=9, help="rounds to run (default 9)")
+    demo.add_argument("--rounds", type=int, default=20, help="rounds to run (default 20)")
     demo.add_argument("--gateways", type=int, default=3, help="plants, each with its own gateway (default 3)")
     demo.add_argument("--seed", type=int, default=0, help="seed of the simulated plants (default 0)")
     demo.add_argument("--out", type=Path, default=Path("tundish-demo"), help="report folder (default tundish-demo)")

@@ -84,8 +84,9 @@ def task_toml(scenario: Scenario) -> str:
 strategy = "fedavg"
 min_gateways = {count}
 deadline = "60s"
-every = "0s"
+every = "3s"
 bits = 4
+momentum = 0.5
 {rounds}"""
     layout = scenario.layout
     if layout is None:
@@ -110,7 +111,7 @@ classes = ["healthy", "outer", "inner", "ball"]
 classes = ["outer", "inner", "ball"]
 
 [training]
-epochs = 6
+epochs = 4
 batch = 32
 lr = 2e-3
 min_windows = 40
