@@ -87,10 +87,11 @@ class Memory:
             np.savez(buffer, x=data.x, y=data.y)
         self._put("holdout", buffer.getvalue())
 
-    def handled(self) -> int:
-        """The newest round that needs nothing more from this gateway."""
-        return int.from_bytes(self._get("handled") or b"", "big")
+    def handled(self) -> tuple[int, int]:
+        """The newest round that this gateway has sent an update for: its number and its opening in ms."""
+        data = self._get("handled") or bytes(16)
+        return int.from_bytes(data[:8], "big"), int.from_bytes(data[8:], "big")
 
-    def keep_handled(self, round_: int) -> None:
+    def keep_handled(self, round_: int, opened_ms: int) -> None:
         """Store that."""
-        self._put("handled", round_.to_bytes(8, "big"))
+        self._put("handled", round_.to_bytes(8, "big") + opened_ms.to_bytes(8, "big"))

@@ -109,6 +109,7 @@ class StartTraining:
     round: int
     base: int
     bits: int
+    opened_ms: int
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,26 @@ def objection(policy: Policy, plan: Plan) -> tuple[str, str] | None:
     return None
 
 
+def _named(plan: Plan) -> tuple[int, int]:
+    return plan.round, plan.opened_ms
+
+
+def _newer(plan: Plan, than: tuple[int, int]) -> bool:
+    return plan.round > than[0] or plan.opened_ms > than[1]
+
+
 @dataclass
 class Participant:
-    """One task's state. `handled` is the newest round that needs nothing more from us (kept over restarts)."""
+    """One task's state. `handled` is the newest round that needs nothing more from us: its number and its opening.
+
+    A round is newer when either grew: the number falls when an aggregator is restored from a backup, the time when
+    its clock is set back.
+    """
 
     policy: Policy
     min_windows: int
     can_train: str = ""
-    handled: int = 0
+    handled: tuple[int, int] = (0, 0)
     state: State = State.IDLE
     plan: Plan | None = None
     stored: tuple[int, bytes] = (-1, b"")
@@ -158,16 +171,17 @@ class Participant:
     def on_plan(self, event: PlanSeen) -> list[Action]:
         """A plan, new or seen before: join, decline, or leave what its round no longer needs."""
         plan, stop = event.plan, list[Action]()
-        if self.plan and (plan.round, plan.opened_ms) < (self.plan.round, self.plan.opened_ms):
+        known = _named(self.plan) if self.plan else (0, 0)
+        same = _named(plan) == known
+        if not same and not _newer(plan, known):
             return []
-        same = self.plan is not None and self.plan.round == plan.round
         if self.state is State.TRAINING and not (same and plan.state == "open"):
             stop = [StopTraining()]
         if same and plan.state == "open" and self.state is not State.IDLE:
             self.plan = plan
             return []
         self.plan, self.failures, self._due = plan, 0, 0
-        if plan.state != "open" or plan.round <= self.handled:
+        if plan.state != "open" or not _newer(plan, self.handled):
             self.state = State.IDLE
             return stop
         return stop + self._join(plan)
@@ -184,7 +198,7 @@ class Participant:
     def _decline(self, code: str, reason: str) -> list[Action]:
         if self.plan is None:
             return []
-        self.state, self.handled = State.IDLE, self.plan.round
+        self.state, self.handled = State.IDLE, _named(self.plan)
         self.answer = Answer(self.plan.round, "declined", code, reason)
         return [self.answer]
 
@@ -198,7 +212,7 @@ class Participant:
             self.state = State.WAITING
         else:
             self.state = State.TRAINING
-            return [StartTraining(self.plan.round, self.plan.base, self.plan.bits)]
+            return [StartTraining(self.plan.round, self.plan.base, self.plan.bits, self.plan.opened_ms)]
         return []
 
     def on_model(self, event: ModelStored) -> list[Action]:
@@ -232,9 +246,9 @@ class Participant:
 
     def on_settled(self, event: Settled) -> list[Action]:
         """The receipt came: nothing of this round is left to do."""
-        self.handled = max(self.handled, event.round)
         if not self.plan or event.round != self.plan.round:
             return []
+        self.handled = _named(self.plan)
         stop = self.state is State.TRAINING
         self.state = State.IDLE
         return [StopTraining()] if stop else []

@@ -61,8 +61,7 @@ class Runner:
         # What the memory holds, at hand for the event loop.
         self.scale, self.holdout = self.memory.scale(), self.memory.holdout()
         self.personal = self.memory.vector("personal")
-        sent = [o.round for o in shop.state.outbox() if o.task == name]
-        self.participant = p.Participant(shop.config.policy, 1, handled=max([self.memory.handled(), *sent]))
+        self.participant = p.Participant(shop.config.policy, 1, handled=self.memory.handled())
 
     def start(self) -> None:
         """Score at once with what is stored from before."""
@@ -144,7 +143,6 @@ class Runner:
         def work() -> bool:
             if not self.shop.state.settle(receipt.digest):
                 return False
-            self.memory.keep_handled(max(receipt.round, self.memory.handled()))
             self.shop.state.record("receipt", body)
             return True
 
@@ -252,6 +250,7 @@ class Runner:
 
         def work() -> None:
             self.shop.state.send(Outgoing(digest, self.name, action.round, envelope))
+            self.memory.keep_handled(action.round, action.opened_ms)
             self.memory.keep_vector("residual", delta - encoded.decoded)
             if not shared.all():
                 self.memory.keep_vector("personal", result.vector)

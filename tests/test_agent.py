@@ -18,7 +18,7 @@ from broker.messages import MAX_PAYLOAD, Birth, Death, ModelManifest, Object, Pl
 from edge.lab.stage import FEDERATION, Scenario, Stage, gateway_path
 from edge.store import State
 from models.errors import PeerError
-from tests.brokers import BROKERS, BrokerProcess, mosquitto_path
+from tests.brokers import BROKERS, BrokerProcess, need_mosquitto
 
 WAIT_S = 90
 TASK = "bearing-condition"
@@ -87,8 +87,8 @@ class Plant:
 
 @contextmanager
 def plant(folder: Path, kind: str, rounds: int = 1) -> Iterator[Plant]:
-    if kind == "mosquitto" and not mosquitto_path():
-        pytest.skip("mosquitto is not installed")
+    if kind == "mosquitto":
+        need_mosquitto()
     made = Plant(folder, BrokerProcess(kind), rounds)
     try:
         made.broker.start()

@@ -1,7 +1,9 @@
 """The demo as a user runs it, short: real processes, a real kill -9, figures that can tell when something is lost."""
 
+import contextlib
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from edge.lab.figures import account
 from edge.lab.report import Line, plot
 from edge.lab.stage import Scenario, task_toml
 from models.spec import parse_task
-from tests.brokers import mosquitto_path
+from tests.brokers import need_mosquitto
 
 Array = NDArray[np.generic]
 
@@ -64,8 +66,8 @@ def test_the_demo_survives_its_outage_and_loses_nothing(tmp_path: Path) -> None:
     assert found["centralised"] > 0.5
 
 
-@pytest.mark.skipif(mosquitto_path() is None, reason="mosquitto is not installed")
 def test_the_demo_plays_recorded_waveforms_over_mosquitto(tmp_path: Path) -> None:
+    need_mosquitto()
     rng = np.random.default_rng(0)
     count, length = 240, 512
     y = rng.integers(0, 2, count)
@@ -96,6 +98,29 @@ def test_an_update_that_nobody_counted_is_lost_and_one_counted_twice_is_seen() -
 
 def test_a_plot_escapes_its_names() -> None:
     assert "<script>" not in plot("<script>", "x", "<script>", [Line("<script>", [(0, 1), (1, 2)])])
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Processes whose command line names a folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+def test_a_demo_that_is_told_to_end_takes_its_plants_with_it(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-P", "-m", "edge.cli", "demo", "--gateways", "1", "--out", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        assert any("gateways started" in line for line in child.stderr)
+        assert len(processes_of(out)) == 3  # the demo, an aggregator and a gateway name it
+        child.terminate()
+        child.communicate(timeout=60)
+    assert child.returncode == 128 + signal.SIGTERM
+    assert processes_of(out) == []
 
 
 @pytest.mark.parametrize(

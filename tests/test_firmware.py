@@ -42,7 +42,7 @@ from edge.cli import build_parser
 from edge.profile import load_profile
 from models.errors import UserError
 from models.tomlfile import size_bytes
-from tests.brokers import BrokerProcess, free_port, mosquitto_path
+from tests.brokers import BrokerProcess, free_port, mosquitto_path, need_mosquitto
 
 FOLDER = Path(__file__).parent.parent / "firmware-configs"
 BOARDS = sorted(FOLDER.glob("*.toml"))
@@ -342,8 +342,7 @@ class Bridged(NamedTuple):
 
 @pytest.fixture
 def bridged(tmp_path: Path) -> Iterator[Bridged]:
-    if not mosquitto_path():
-        pytest.skip("mosquitto is not installed")
+    need_mosquitto()
     for parent in [tmp_path, *tmp_path.parents][:3]:
         parent.chmod(0o755)
     ca = certificate(tmp_path, "ca", None)

@@ -20,23 +20,22 @@ from broker.link import Inbound, Link, MqttSettings, check_mqtt
 from broker.messages import MAX_PAYLOAD
 from models.errors import UserError
 from models.tomlfile import TomlFile
-from tests.brokers import BROKERS, BrokerProcess, free_port, mosquitto_path
+from tests.brokers import BROKERS, BrokerProcess, free_port, need_mosquitto
 
 WAIT_S = 30
 
 
 @pytest.fixture(params=BROKERS)
 def broker(request: pytest.FixtureRequest) -> Iterator[BrokerProcess]:
-    if request.param == "mosquitto" and not mosquitto_path():
-        pytest.skip("mosquitto is not installed")
+    if request.param == "mosquitto":
+        need_mosquitto()
     with BrokerProcess(request.param) as process:
         yield process
 
 
 @pytest.fixture
 def mosquitto() -> Iterator[BrokerProcess]:
-    if not mosquitto_path():
-        pytest.skip("mosquitto is not installed")
+    need_mosquitto()
     with BrokerProcess("mosquitto") as process:
         yield process
 
@@ -251,8 +250,7 @@ def _certificate(
 
 
 async def test_tls_with_a_client_certificate(tmp_path: Path) -> None:
-    if not mosquitto_path():
-        pytest.skip("mosquitto is not installed")
+    need_mosquitto()
     for parent in [tmp_path, *tmp_path.parents][:3]:
         parent.chmod(0o755)
     ca = _certificate(tmp_path, "ca", None)

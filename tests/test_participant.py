@@ -59,27 +59,27 @@ def test_a_round_from_plan_to_receipt() -> None:
         states.append(g.state)
     assert states == [State.FETCHING, State.WAITING]
     assert tell(g, WindowsReady(9)) == []
-    assert tell(g, WindowsReady(10)) == [StartTraining(1, 0, 4)]
+    assert tell(g, WindowsReady(10)) == [StartTraining(1, 0, 4, 1)]
     assert tell(g, WindowsReady(11), seen(1), ModelStored(0, bytes(32))) == []
     assert tell(g, Trained(1)) == []
     assert g.state is State.SENT
     assert tell(g, Settled(1, "counted")) == []
-    assert (g.state, g.handled) == (State.IDLE, 1)
+    assert (g.state, g.handled) == (State.IDLE, (1, 1))
     assert tell(g, seen(1), seen(1, state="closed"), seen(1, state="done")) == []
-    assert tell(g, ModelStored(1, bytes(32)), seen(2, 1)) == [joined(2), StartTraining(2, 1, 4)]
+    assert tell(g, ModelStored(1, bytes(32)), seen(2, 1)) == [joined(2), StartTraining(2, 1, 4, 2)]
 
 
 def test_the_order_of_model_windows_and_plan_does_not_matter() -> None:
     for order in itertools.permutations([seen(1), *READY]):
         actions = tell(gateway(), *order)
-        assert actions == [joined(1), StartTraining(1, 0, 4)]
+        assert actions == [joined(1), StartTraining(1, 0, 4, 1)]
 
 
 def test_another_version_is_not_trained_from() -> None:
     g = gateway()
     assert tell(g, ModelStored(3, bytes(32)), WindowsReady(99), seen(5, 4)) == [joined(5)]
     assert g.state is State.FETCHING
-    assert tell(g, ModelStored(4, bytes(32))) == [StartTraining(5, 4, 4)]
+    assert tell(g, ModelStored(4, bytes(32))) == [StartTraining(5, 4, 4, 5)]
 
 
 def test_a_base_that_has_gone_on_is_not_trained_from() -> None:
@@ -103,7 +103,7 @@ def test_a_round_that_is_over_stops_the_child() -> None:
         assert g.state is State.IDLE
     g = gateway()
     tell(g, *READY, seen(1))
-    assert tell(g, seen(2, 0)) == [StopTraining(), joined(2), StartTraining(2, 0, 4)]
+    assert tell(g, seen(2, 0)) == [StopTraining(), joined(2), StartTraining(2, 0, 4, 2)]
     assert tell(g, Trained(1)) == []
     assert g.state is State.TRAINING
     assert tell(g, Settled(2, "duplicate")) == [StopTraining()]
@@ -122,24 +122,24 @@ def test_too_little_data_waits_for_more() -> None:
     assert tell(g, TrainingFailed(1, "7 good windows", wait_for=5)) == []
     assert g.state is State.WAITING
     assert tell(g, WindowsReady(14), seen(1), ModelStored(0, bytes(32))) == []
-    assert tell(g, WindowsReady(15)) == [StartTraining(1, 0, 4)]
+    assert tell(g, WindowsReady(15)) == [StartTraining(1, 0, 4, 1)]
     # It was no failure, however often.
     for windows in range(20, 60, 5):
-        assert tell(g, TrainingFailed(1, "few", wait_for=5), WindowsReady(windows)) == [StartTraining(1, 0, 4)]
-    assert tell(g, TrainingFailed(1, "few", wait_for=5), seen(2)) == [joined(2), StartTraining(2, 0, 4)]
+        assert tell(g, TrainingFailed(1, "few", wait_for=5), WindowsReady(windows)) == [StartTraining(1, 0, 4, 1)]
+    assert tell(g, TrainingFailed(1, "few", wait_for=5), seen(2)) == [joined(2), StartTraining(2, 0, 4, 2)]
 
 
 def test_three_failures_decline() -> None:
     g = gateway()
     tell(g, *READY, seen(1))
-    assert tell(g, TrainingFailed(1, "killed")) == [StartTraining(1, 0, 4)]
+    assert tell(g, TrainingFailed(1, "killed")) == [StartTraining(1, 0, 4, 1)]
     assert tell(g, TrainingFailed(7, "another round's")) == []
-    assert tell(g, TrainingFailed(1, "killed")) == [StartTraining(1, 0, 4)]
+    assert tell(g, TrainingFailed(1, "killed")) == [StartTraining(1, 0, 4, 1)]
     assert tell(g, TrainingFailed(1, "over its cap")) == [Answer(1, "declined", "training-failed", "over its cap")]
-    assert (g.state, g.handled) == (State.IDLE, 1)
+    assert (g.state, g.handled) == (State.IDLE, (1, 1))
     assert tell(g, seen(1), WindowsReady(99)) == []
-    assert tell(g, seen(2)) == [joined(2), StartTraining(2, 0, 4)]
-    assert tell(g, TrainingFailed(2, "killed")) == [StartTraining(2, 0, 4)]
+    assert tell(g, seen(2)) == [joined(2), StartTraining(2, 0, 4, 2)]
+    assert tell(g, TrainingFailed(2, "killed")) == [StartTraining(2, 0, 4, 2)]
 
 
 @pytest.mark.parametrize(
@@ -163,14 +163,14 @@ def test_policy_declines_with_its_reason_and_goes_on(
     assert tell(g, Reconnected()) == [answer]
     after = tell(g, seen(2, min_gateways=4, secure_aggregation=True))
     if policy.federate:
-        assert after == [joined(2), StartTraining(2, 0, 4)]
+        assert after == [joined(2), StartTraining(2, 0, 4, 2)]
     else:
         assert after == [Answer(2, "declined", code, answer.reason)]
 
 
 def test_enough_protection_is_joined() -> None:
     strict = Policy(min_gateways=3, secure_aggregation="required")
-    assert tell(gateway(strict), *READY, seen(1, secure_aggregation=True)) == [joined(1), StartTraining(1, 0, 4)]
+    assert tell(gateway(strict), *READY, seen(1, secure_aggregation=True)) == [joined(1), StartTraining(1, 0, 4, 1)]
 
 
 def test_what_this_gateway_cannot_train() -> None:
@@ -179,7 +179,7 @@ def test_what_this_gateway_cannot_train() -> None:
     g = gateway()
     assert tell(g, seen(1), Unable(""), Unable("no target tag is wired")) == [joined(1), declined]
     assert tell(g, Unable(""), seen(1)) == []
-    assert tell(g, *READY, seen(2)) == [joined(2), StartTraining(2, 0, 4)]
+    assert tell(g, *READY, seen(2)) == [joined(2), StartTraining(2, 0, 4, 2)]
     assert tell(g, Unable("too late for this one")) == []
     assert g.state is State.TRAINING
 
@@ -196,11 +196,21 @@ def test_an_answer_is_repeated_while_its_round_is_open() -> None:
 
 
 def test_an_update_in_the_outbox_is_not_made_again() -> None:
-    """After a restart, `handled` is the newest round with an update in the outbox or a receipt."""
-    g = gateway(handled=3)
+    """After a restart, `handled` is the newest round that an update was made for."""
+    g = gateway(handled=(3, 3))
     assert tell(g, *READY, seen(3), seen(3)) == []
     assert tell(g, Settled(3, "counted"), seen(3), WindowsReady(20)) == []
-    assert tell(g, ModelStored(1, bytes(32)), seen(4, 1)) == [joined(4), StartTraining(4, 1, 4)]
+    assert tell(g, ModelStored(1, bytes(32)), seen(4, 1)) == [joined(4), StartTraining(4, 1, 4, 4)]
+
+
+def test_an_aggregator_restored_from_a_backup_is_heard_and_one_with_its_clock_set_back_too() -> None:
+    g = gateway(handled=(9, 900))
+    tell(g, *READY)
+    assert tell(g, seen(9, opened_ms=900), seen(8, opened_ms=899)) == []
+    assert tell(g, seen(4, opened_ms=901)) == [joined(4), StartTraining(4, 0, 4, 901)]
+    tell(g, Trained(4), Settled(4, "counted"))
+    assert tell(g, seen(4, opened_ms=901), seen(4, opened_ms=901, state="closed")) == []
+    assert tell(g, seen(5, opened_ms=700)) == [joined(5), StartTraining(5, 0, 4, 700)]
 
 
 # -- every pair, any order ---------------------------------------------------------------------------------------------
@@ -236,9 +246,9 @@ def test_every_pair(state: State, event: type) -> None:
     moved = {
         (State.IDLE, PlanSeen): (State.FETCHING, [joined(1)]),
         (State.FETCHING, ModelStored): (State.WAITING, []),
-        (State.WAITING, WindowsReady): (State.TRAINING, [StartTraining(1, 0, 4)]),
+        (State.WAITING, WindowsReady): (State.TRAINING, [StartTraining(1, 0, 4, 1)]),
         (State.TRAINING, Trained): (State.SENT, []),
-        (State.TRAINING, TrainingFailed): (State.TRAINING, [StartTraining(1, 0, 4)]),
+        (State.TRAINING, TrainingFailed): (State.TRAINING, [StartTraining(1, 0, 4, 1)]),
         (State.TRAINING, Settled): (State.IDLE, [StopTraining()]),
     }
     stays = (State.IDLE if event is Settled else state, [joined(1)] if event is Reconnected and WAYS[state] else [])
@@ -330,7 +340,8 @@ class World:
             self.tell(Unable("no target" if count > 6 else ""))
         elif what == "restart":
             self.running, self.said, self.windows = None, {}, 0
-            self.g = gateway(self.policy, handled=max([self.settled, *self.outbox]))
+            newest = max([self.settled, *self.outbox])
+            self.g = gateway(self.policy, handled=(newest, newest))
             if self.stored >= 0:
                 self.tell(ModelStored(self.stored, bytes(32)))
 
@@ -367,7 +378,7 @@ def test_whatever_happens(script: list[tuple[str, int]], policy: Policy) -> None
     assert known is not None
     assert known.round == world.number
     if p.objection(policy, known) is None:
-        assert world.running == StartTraining(world.number, world.version, 4)
+        assert world.running == StartTraining(world.number, world.version, 4, world.number)
     else:
         assert world.said[world.number].verdict == "declined"
 
@@ -376,7 +387,7 @@ def test_a_base_of_the_right_number_and_other_weights_is_not_trained_on() -> Non
     g = gateway()
     assert tell(g, WindowsReady(99), ModelStored(0, b"x" * 32), seen(1)) == [joined(1)]
     assert g.state is State.FETCHING
-    assert tell(g, ModelStored(0, bytes(32))) == [StartTraining(1, 0, 4)]
+    assert tell(g, ModelStored(0, bytes(32))) == [StartTraining(1, 0, 4, 1)]
 
 
 def test_a_bound_on_epsilon_declines_a_plan_without_noise() -> None:

@@ -42,7 +42,7 @@ from models import codec
 from models.delta import Layout, Vector
 from models.errors import PeerError, UserError
 from models.spec import load_task
-from tests.brokers import BROKERS, BrokerProcess, mosquitto_path
+from tests.brokers import BROKERS, BrokerProcess, need_mosquitto
 
 WAIT_S = 40
 LAYOUT = Layout(("body.weight", "body.bias", "head.weight"), ((8, 4), (8,), (3,)), ("steps",))
@@ -70,8 +70,8 @@ rounds = {rounds}
 
 @pytest.fixture(params=BROKERS)
 def broker(request: pytest.FixtureRequest) -> Iterator[BrokerProcess]:
-    if request.param == "mosquitto" and not mosquitto_path():
-        pytest.skip("mosquitto is not installed")
+    if request.param == "mosquitto":
+        need_mosquitto()
     with BrokerProcess(request.param) as process:
         yield process
 

@@ -7,6 +7,7 @@ import argparse
 import importlib.util
 import json
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -190,6 +191,8 @@ def main(args: argparse.Namespace) -> int:
     scenario.check()
     _need_torch()
     _prepare(args.out)
+    # Told to end, it takes the plants down with it, as it does for Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     demo = Demo(scenario, args.out)
     report = demo.run()
     (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
