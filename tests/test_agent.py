@@ -108,7 +108,8 @@ def test_a_round_completes_and_scores_say_by_which_model(tmp_path: Path, kind: s
             process.start()
         p.until(lambda: p.aggregator().get("state") == "done")
         p.until(lambda: p.task().get("model") == 1 and p.status()["outbox"] == 0)
-        version = p.task()["scoring_model"]
+        # The model is stored before it is tried, and a window of the one before may be on its way.
+        p.until(lambda: (said := p.inference()) and said["model"]["version"] == p.task()["scoring_model"])
         p.until(
             lambda: (said := p.inference()) and said["verdict"] in {"healthy", "outer", "inner", "ball", "inactive"}
         )
@@ -127,7 +128,7 @@ def test_a_round_completes_and_scores_say_by_which_model(tmp_path: Path, kind: s
         }
         assert 0 < said["score"] <= 1
         assert 0 < said["quality"] <= 1
-        assert said["model"]["version"] == version
+        assert said["model"]["version"] in {0, 1}
         assert said["model"]["age_s"] > 0
         assert 0 < sum(one["share"] for one in said["top"]) <= 1.01
         signals = {one["signal"] for one in said["top"]}
