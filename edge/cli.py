@@ -118,22 +118,25 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from edge.config import wire  # noqa: PLC0415
+    from edge.wiring import unit_notes, wire  # noqa: PLC0415
     from models.spec import load_task  # noqa: PLC0415
 
-    config = _load(args)
+    config, notes = _load(args), list[str]()
     for path in args.task:
         task, _ = load_task(path)
         if task.name not in config.tasks:
             known = ", ".join(config.tasks) or "none"
             remedy = f"add [task.{task.name}] with signals = {{ … }}; wired now: {known}"
             raise UserError(config.file, 0, f"task.{task.name}", "is not wired", remedy)
-        wire(task, config.tasks[task.name], config.tags, config.file)
+        wiring = wire(task, config.tasks[task.name], config.tags, config.file)
+        notes += unit_notes(task, wiring, config.tags)
     found = {"file": config.file, "sources": len(config.sources), "tags": len(config.tags), "tasks": list(config.tasks)}
+    found["notes"] = notes
     if args.json:
         print(json.dumps(found))
     else:
         print(f"{config.file}: ok ({found['sources']} sources, {found['tags']} tags, tasks: {', '.join(config.tasks)})")
+        print("".join(f"  {note}\n" for note in notes), end="")
     return 0
 
 

@@ -14,9 +14,8 @@ from edge.drivers import registry
 from edge.profile import Profile, load_profile
 from edge.tags import Sample, Source, Tag
 from edge.tagscsv import parse_tags
-from edge.window import Condition, Wiring, parse_gate
+from edge.window import Condition, parse_gate
 from models.errors import PeerError, UserError
-from models.spec import Task
 from models.tomlfile import TomlFile, read_toml, seconds, size_bytes
 
 _SOURCE_KEYS = ("name", "driver", "url", "tags")
@@ -282,30 +281,6 @@ def _raw_topics(file: TomlFile, refs: tuple[str, ...], tags: dict[str, Tag]) -> 
             raise file.error(path, f"{ref} and {other} share the topic _raw/{name}", "rename one of the tags")
         out[ref] = name
     return out
-
-
-def wire(task: Task, table: TaskTable, tags: dict[str, Tag], place: str) -> Wiring:
-    """Match a task as published to this gateway's wiring; UserError names the signal that doesn't fit."""
-    for signal in task.signal:
-        if signal.name not in table.signals:
-            remedy = f'add {signal.name} = "source/tag" (in {signal.unit or "1"}) under [task.{task.name}] signals'
-            raise UserError(place, 0, f"task.{task.name}.signals", f"signal {signal.name!r} is not wired", remedy)
-        tag = tags[table.signals[signal.name]]
-        if tag.unit and tag.unit != signal.unit:
-            problem = f"{tag.ref} is in {tag.unit!r}, the task's {signal.name} in {signal.unit!r}"
-            raise UserError(tag.file, tag.line, "unit", problem, "wire a tag in that unit, or scale it there")
-        if task.window.waveform != bool(tag.width) or (tag.width and tag.width != task.window.length):
-            due = f"float32[{task.window.length}]" if task.window.waveform else "a scalar"
-            raise UserError(
-                tag.file, tag.line, "type", f"{tag.ref} is {tag.type or 'a scalar'}", f"the task wants {due}"
-            )
-    return Wiring(
-        window=task.window,
-        signals=tuple(table.signals[s.name] for s in task.signal),
-        target=table.target if task.target else None,
-        gate=parse_gate(table.active_when) if table.active_when else (),
-        segment=table.segment,
-    )
 
 
 # -- board profiles ------------------------------------------------------------------------------------------------

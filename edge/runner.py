@@ -16,7 +16,7 @@ import numpy as np
 from broker import messages as m
 from broker.topics import Local, Uplink
 from edge import participant as p
-from edge.config import TaskTable, wire
+from edge.config import TaskTable
 from edge.handback import Fetch, Model, probe
 from edge.infer import Scorer, contest
 from edge.live import Live
@@ -25,6 +25,7 @@ from edge.shop import Shop
 from edge.store import Outgoing
 from edge.tags import Sample
 from edge.train import NotEnoughError, Result, Trainer, job_for
+from edge.wiring import wire
 from models import codec
 from models.delta import Vector
 from models.errors import LocalError, PeerError, UserError

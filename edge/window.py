@@ -59,13 +59,19 @@ def parse_gate(text: str) -> tuple[Condition, ...]:
 
 @dataclass(frozen=True)
 class Wiring:
-    """Which tag is which: signals in the task's order, target, gate, segment (refs; None where there is none)."""
+    """Which tag is which: signals in the task's order, target, gate, segment (refs; None where there is none).
+
+    `gains` and `offsets` bring a tag's unit to the task's, one for each signal and then the target; empty where all
+    units are the task's own. Gate and segment stay in the tag's.
+    """
 
     window: Window
     signals: tuple[str, ...]
     target: str | None = None
     gate: tuple[Condition, ...] = ()
     segment: str | None = None
+    gains: tuple[float, ...] = ()
+    offsets: tuple[float, ...] = ()
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -100,6 +106,7 @@ class _Rows:
         self.wiring = wiring
         self.index = {ref: i for i, ref in enumerate(wiring.tags)}
         self.c, self.t = len(wiring.signals), wiring.window.length
+        self.gains, self.offsets = np.array(wiring.gains), np.array(wiring.offsets)
         self.buffer = np.empty((max(4 * self.t, 256), len(self.index)))
         self.gap = 2 * self.t + 1
         self.fill, self.wait, self.segment = 0, self.t, math.nan
@@ -126,8 +133,14 @@ class _Rows:
             return None
         self.wait = self.wiring.window.stride
         rows = self.buffer[self.fill - self.t : self.fill]
-        x = np.ascontiguousarray(rows[:, : self.c].T, np.float32)
+        x = self.convert(rows[:, : self.c].T)
         return Win(end_ns, x, float(np.isfinite(x).mean()), self.gate(rows), self.segment, self.label(row))
+
+    def convert(self, x: NDArray[np.floating]) -> Float:
+        """Bring signals (C, T) to the task's units."""
+        if len(self.gains):
+            x = x * self.gains[: self.c, None] + self.offsets[: self.c, None]
+        return np.ascontiguousarray(x, np.float32)
 
     def gate(self, rows: Wide) -> bool:
         """Whether the machine-state gate held in all rows; a gate tag that is not good does not hold."""
@@ -139,7 +152,10 @@ class _Rows:
 
     def label(self, row: Wide) -> float:
         """The target's value in a row, NaN without one."""
-        return float(row[self.index[self.wiring.target]]) if self.wiring.target else math.nan
+        if not self.wiring.target:
+            return math.nan
+        value = float(row[self.index[self.wiring.target]])
+        return value * self.wiring.gains[-1] + self.wiring.offsets[-1] if self.wiring.gains else value
 
 
 @dataclass
@@ -247,7 +263,7 @@ class Windower:
         times = {t for t, _ in self._arrays.values()}
         if len(times) > 1:
             return []
-        x = np.stack([self._arrays[ref][1] for ref in self.wiring.signals]).astype(np.float32)
+        x = self._rows.convert(np.stack([self._arrays[ref][1] for ref in self.wiring.signals]))
         self._arrays.clear()
         row = self._latest
         segment = float(row[self._rows.index[self.wiring.segment]]) if self.wiring.segment else math.nan
@@ -331,7 +347,7 @@ def _stored_waveforms(rows: _Rows, columns: Mapping[str, Columns]) -> Iterable[W
         table = _held(rows, columns, times)
         picks = [values[np.searchsorted(t, times)] for t, values in good]
         for i, end_ns in enumerate(times.tolist()):
-            x = np.stack([p[i] for p in picks]).astype(np.float32)
+            x = rows.convert(np.stack([p[i] for p in picks]))
             segment = float(table[i, rows.index[rows.wiring.segment]]) if rows.wiring.segment else math.nan
             quality = float(np.isfinite(x).mean())
             yield Win(end_ns, x, quality, rows.gate(table[i : i + 1]), segment, rows.label(table[i]))

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from edge.cli import main
-from edge.config import Config, TaskTable, load_config, profile_path, state_folder, wire
+from edge.config import Config, TaskTable, load_config, profile_path, state_folder
 from edge.window import Condition
+from edge.wiring import unit_notes, wire
 from models.errors import UserError
 from models.spec import Task, parse_task
 
@@ -377,10 +379,27 @@ def wired(config: Config, text: str, **more: str) -> UserError:
     return caught.value
 
 
+def test_units_that_differ_are_converted_and_those_not_named_are_taken_as_they_are(gateway: Path) -> None:
+    config = load_config(gateway)
+    table = config.tasks["spindle-wear"]
+    made = wire(parse_task(TASK), table, config.tags, config.file)
+    assert (made.gains, made.offsets) == ((), ())
+    made = wire(parse_task(TASK.replace('"degC"', '"degF"')), table, config.tags, config.file)
+    assert made.gains == pytest.approx((1.8, 1, 1))
+    assert made.offsets == pytest.approx((32, 0, 0))
+    notes = unit_notes(parse_task(TASK.replace('"degC"', '"degF"')), made, config.tags)
+    assert notes == ["plc1/Spindle.Temp: degC to degF, x 1.8 +32"]
+    unnamed = {ref: msgspec.structs.replace(tag, unit="") for ref, tag in config.tags.items()}
+    bar = parse_task(TASK.replace('"degC"', '"bar"'))
+    made = wire(bar, table, unnamed, config.file)
+    assert made.gains == ()
+    assert "no unit in" in unit_notes(bar, made, unnamed)[0]
+
+
 def test_a_task_that_does_not_fit_the_wiring(gateway: Path) -> None:
     config, plc1 = load_config(gateway), gateway.parent / "plc1.csv"
-    error = wired(config, TASK.replace('"degC"', '"K"'))
-    told(error, plc1, 2, "unit", "is in 'degC', the task's T24 in 'K'", "wire a tag in that unit")
+    error = wired(config, TASK.replace('"degC"', '"bar"'))
+    told(error, plc1, 2, "unit", "can't be T24: 'degC' (temperature) is no 'bar'", "wire another tag")
     error = wired(config, TASK.replace('"vib"', '"rpm"'))
     told(
         error, gateway, 0, "task.spindle-wear.signals", "signal 'rpm' is not wired", 'add rpm = "source/tag" (in mm/s)'
@@ -444,7 +463,7 @@ def test_check_says_ok(gateway: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ("file", "old", "new", "line"),
     [
         ("gateway.toml", "min_gateways", "min_gatewais", "gateway.toml:28: policy.min_gatewais: unknown key; "),
-        ("plc1.csv", ",degC,", ",K,", "plc1.csv:2: unit: plc1/Spindle.Temp is in 'K'"),
+        ("plc1.csv", ",degC,", ",bar,", "plc1.csv:2: unit: plc1/Spindle.Temp can't be T24: 'bar'"),
         ("task.toml", "tcn", "lstm", "task.toml:3: net: no net 'lstm'; write one of: "),
         ("task.toml", "spindle-wear", "other", "gateway.toml: task.other: is not wired; add [task.other]"),
     ],

@@ -176,6 +176,25 @@ def ramp(count: int, tag: str = "a/x", first: int = 0) -> list[Sample]:
     return [sample(tag, at, float(at)) for at in range(first, first + count)]
 
 
+@pytest.mark.parametrize("waveform", [False, True])
+def test_values_come_in_the_tasks_units_live_and_stored(*, waveform: bool) -> None:
+    """300 K is 26.85 degC; the gate stays in the tag's own unit."""
+    units: dict[str, Any] = {"gains": (1.0, 10.0, 0.01), "offsets": (-273.15, 0.0, 0.0)}
+    gate = parse_gate("a/run > 99")
+    made = wiring("a/x", "a/y", length=2, waveform=waveform, target="a/t", gate=gate, **units)
+    value = {"a/x": 300.0, "a/y": 1.5, "a/t": 50.0, "a/run": 100.0}
+    samples = [sample(tag, at, v) for at in range(4) for tag, v in value.items()]
+    if waveform:
+        wave = {tag: np.array([value[tag]] * 2, np.float32) for tag in ("a/x", "a/y")}
+        samples = [s._replace(value=wave[s.tag]) if s.tag in wave else s for s in samples]
+        samples.sort(key=lambda s: (s.time_ns, not isinstance(s.value, float)))
+    live = Windower(made).feed(samples)
+    same(live, list(stored_windows(made, columns(samples)))[: len(live)])
+    np.testing.assert_allclose(live[-1].x, np.array([[26.85, 26.85], [15, 15]], np.float32), rtol=1e-6)
+    assert live[-1].label == pytest.approx(0.5)
+    assert live[-1].active
+
+
 def test_a_row_holds_the_last_value_of_each_signal() -> None:
     live = Windower(wiring("a/x", "a/y"))
     got = live.feed([sample("a/y", 0, 7.0), *ramp(4), sample("a/x", 3.5, 9.0), sample("a/x", 4.1, 5.0)])

@@ -18,11 +18,12 @@ import numpy as np
 from broker import ledger
 from broker.journal import Journal
 from broker.topics import GatewayPath
-from edge.config import load_config, wire
+from edge.config import load_config
 from edge.lab.processes import python
 from edge.lab.stage import Stage, gateway_path, test_set
 from edge.store import SampleReader, State
 from edge.train import Job, job_for
+from edge.wiring import wire
 from models import codec
 from models.delta import Layout
 from models.errors import LocalError

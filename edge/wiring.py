@@ -1,0 +1,61 @@
+"""A task as published, matched to this gateway's tags: names, units, shapes."""
+
+from edge.config import TaskTable
+from edge.tags import Tag
+from edge.units import SAME, Conversion, UnitError, conversion
+from edge.window import Wiring, parse_gate
+from models.errors import UserError
+from models.spec import Task
+
+
+def wire(task: Task, table: TaskTable, tags: dict[str, Tag], place: str) -> Wiring:
+    """Match a task as published to this gateway's wiring; UserError names the signal that doesn't fit."""
+    conversions: list[Conversion] = []
+    for signal in task.signal:
+        if signal.name not in table.signals:
+            remedy = f'add {signal.name} = "source/tag" (in {signal.unit or "1"}) under [task.{task.name}] signals'
+            raise UserError(place, 0, f"task.{task.name}.signals", f"signal {signal.name!r} is not wired", remedy)
+        tag = tags[table.signals[signal.name]]
+        conversions.append(_convert(tag, signal.name, signal.unit))
+        if task.window.waveform != bool(tag.width) or (tag.width and tag.width != task.window.length):
+            due = f"float32[{task.window.length}]" if task.window.waveform else "a scalar"
+            raise UserError(
+                tag.file, tag.line, "type", f"{tag.ref} is {tag.type or 'a scalar'}", f"the task wants {due}"
+            )
+    target = table.target if task.target else None
+    if task.target and target:
+        # Classes and counts have no unit, whatever the tag's column says.
+        unit = "" if task.target.classes or task.target.unit == "1" else task.target.unit
+        conversions.append(_convert(tags[target], task.target.name, unit))
+    same = all(c == SAME for c in conversions)
+    return Wiring(
+        window=task.window,
+        signals=tuple(table.signals[s.name] for s in task.signal),
+        target=target,
+        gains=() if same else tuple(c.gain for c in conversions),
+        offsets=() if same else tuple(c.offset for c in conversions),
+        gate=parse_gate(table.active_when) if table.active_when else (),
+        segment=table.segment,
+    )
+
+
+def _convert(tag: Tag, name: str, unit: str) -> Conversion:
+    """Return how a tag's values become the task's; where either names no unit, they are taken as they are."""
+    try:
+        return conversion(tag.unit, unit) if tag.unit and unit else SAME
+    except UnitError as error:
+        problem = f"{tag.ref} can't be {name}: {error}"
+        raise UserError(tag.file, tag.line, "unit", problem, "wire another tag, or mend its unit") from None
+
+
+def unit_notes(task: Task, wiring: Wiring, tags: dict[str, Tag]) -> list[str]:
+    """Say which signals are converted, and which tags were taken at their word for want of a unit."""
+    notes = []
+    for i, signal in enumerate(task.signal):
+        tag = tags[wiring.signals[i]]
+        if signal.unit and not tag.unit:
+            notes.append(f"{tag.ref}: no unit in {tag.file}:{tag.line}; taken to be in {signal.unit} ({signal.name})")
+        elif wiring.gains and (wiring.gains[i], wiring.offsets[i]) != SAME:
+            plus = f" {wiring.offsets[i]:+.6g}" if wiring.offsets[i] else ""
+            notes.append(f"{tag.ref}: {tag.unit} to {signal.unit}, x {wiring.gains[i]:.6g}{plus}")
+    return notes
