@@ -31,6 +31,7 @@ from broker.topics import (
 )
 from edge.config import Config
 from edge.drivers import registry
+from edge.health import Watch
 from edge.runner import Runner
 from edge.shop import Shop
 from edge.store import Samples, State
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 SOFTWARE = "tundish 0.1.0"
 STATUS_FILE = "status.json"
 _TICK_S = 0.5
+_HEALTH_S = 10.0
 _RESEND_S = (5.0, 60.0)
 _DRIVER_RESTART_S = 5.0
 
@@ -54,7 +56,8 @@ class Agent:
         self.config, self.folder = config, folder
         self.state = State(folder)
         self.state.claim()
-        self.samples = Samples(folder, config.store_bytes)
+        self.watch = Watch(config.tags)
+        self.samples = Samples(folder, config.store_bytes, self.watch.take)
         self.stopped = asyncio.Event()
         signer = self._signer()
         self.session = self._next_session()
@@ -73,6 +76,7 @@ class Agent:
         self.runners = {name: Runner(name, table, self.shop) for name, table in config.tasks.items()}
         self.drivers: dict[str, Driver] = {}
         self.problem = ""
+        self._health_at, self._tags = 0.0, dict[str, dict[str, dict[str, object]]]()
         self._resend_at, self._resend_s, self._aggregator = 0.0, _RESEND_S[0], 0
 
     def _signer(self) -> m.Signer:
@@ -185,9 +189,22 @@ class Agent:
                 body = {"timestamp_ms": sample.time_ns // 1_000_000, "value": value}
                 self.link.publish(Local(self.config.path, "raw", name).topic, json.dumps(body).encode(), qos=0)
 
+    async def _look(self) -> None:
+        """Every ten seconds: how the tags are, on each source's own clock as its newest sample tells it."""
+        if time.monotonic() < self._health_at:
+            return
+        self._health_at = time.monotonic() + _HEALTH_S
+        for name, driver in self.drivers.items():
+            now_ns = time.time_ns() + int((driver.health.clock_skew_s or 0.0) * 1e9)
+            self._tags[name] = await asyncio.to_thread(self.watch.snapshot, name, now_ns)
+            body = asdict(driver.health) | {"timestamp_ms": int(time.time() * 1000), "tags": self._tags[name]}
+            topic = Local(self.config.path, "health", name).topic
+            self.link.publish(topic, json.dumps(body).encode(), qos=0, retain=True)
+
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
+            await self._look()
             for runner in self.runners.values():
                 runner.guard("scoring", runner.tick)
             self._resend()
@@ -314,7 +331,9 @@ class Agent:
             "mqtt": {"connected": self.link.connected, "version": self.link.version, "error": self.link.error},
             "problem": self.problem,
             "federation": {"name": self.shop.federation, "key": self.shop.federation_key.hex()},
-            "sources": {name: asdict(driver.health) for name, driver in self.drivers.items()},
+            "sources": {
+                n: asdict(driver.health) | {"tags": self._tags.get(n, {})} for n, driver in self.drivers.items()
+            },
             "tasks": {name: self._task_snapshot(runner) for name, runner in self.runners.items()},
             "outbox": len(self.state.waiting),
             "samples_dropped": self.samples.dropped,

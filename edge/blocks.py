@@ -9,15 +9,21 @@ from edge.tags import Sample
 from edge.window import Columns
 
 
-def pack(samples: Sequence[Sample], width: int) -> bytes:
-    """Columns of one tag: time deltas int64, values float64 (or float32 waveforms), qualities int8, in one frame."""
+def columns_of(samples: Sequence[Sample], width: int) -> Columns:
+    """Times (N,) int64 ns, values (N,) float64 or (N, width) float32, qualities (N,) int8 of one tag's samples."""
     times = np.array([s.time_ns for s in samples], np.int64)
     quality = np.array([s.quality for s in samples], np.int8)
     if width:
-        values = np.stack([s.value for s in samples]).astype(np.float32).tobytes()
-    else:  # a waveform that is Bad has an empty array
-        values = np.array([s.value if isinstance(s.value, float) else np.nan for s in samples], np.float64).tobytes()
-    raw = np.diff(times, prepend=0).tobytes() + quality.tobytes() + values
+        return times, np.stack([s.value for s in samples]).astype(np.float32), quality
+    # A waveform that is Bad has an empty array.
+    values = [s.value if isinstance(s.value, float) else np.nan for s in samples]
+    return times, np.array(values, np.float64), quality
+
+
+def pack(columns: Columns) -> bytes:
+    """Put the columns of one tag into one frame: time deltas, qualities, values."""
+    times, values, quality = columns
+    raw = np.diff(times, prepend=0).tobytes() + quality.tobytes() + values.tobytes()
     return zstandard.ZstdCompressor(level=3).compress(raw)
 
 

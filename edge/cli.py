@@ -189,8 +189,21 @@ def _print_source(name: str, health: dict[str, Any]) -> None:
         print(f"           {health['error']}")
     for ref, why in list(health["quarantined"].items())[:_SHOWN]:
         print(f"           QUARANTINED {ref}: {why}")
+    unwell = [(tag, one) for tag, one in health["tags"].items() if one["word"] or one["out_of_range"]]
+    for tag, one in unwell[:_SHOWN]:
+        print(f"           {one['word'].upper() or 'OUT OF RANGE'} {name}/{tag}: {_tag_line(one)}")
+    if len(unwell) > _SHOWN:
+        print(f"           and {len(unwell) - _SHOWN} tags more (--json has all)")
     if len(health["quarantined"]) > _SHOWN:
         print(f"           and {len(health['quarantined']) - _SHOWN} tags more (--json has all)")
+
+
+def _tag_line(one: dict[str, Any]) -> str:
+    rate = f"{one['rate_hz']:g} values/s" if one["rate_hz"] else "no rate yet"
+    return (
+        f"{rate}, last {one['age_s']} s ago, unchanged for {one['unchanged_s']} s, {one['bad_ratio']:.0%} bad, "
+        f"{one['out_of_range']} out of range, {one['gaps']} gaps"
+    )
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from broker import ledger
-from edge.blocks import pack, unpack
+from edge.blocks import columns_of, pack, unpack
 from edge.tags import Sample
 from edge.window import Columns
 from models.errors import LocalError
@@ -196,11 +196,11 @@ class State:
 
 
 class Samples:
-    """`samples.db`: `append` and `score` return at once; a thread writes."""
+    """`samples.db`: `append` and `score` return at once; a thread writes, and shows `watch` what it writes, by tag."""
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int, watch: Callable[[str, Columns], object] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.max_bytes, self._folder = max_bytes, folder
+        self.max_bytes, self._folder, self._watch = max_bytes, folder, watch
         # Samples that could not be kept (disk full, or slower than the plant), and the last error of the disk.
         self.dropped, self.error = 0, ""
         self._batches: deque[list[Sample]] = deque()
@@ -272,13 +272,7 @@ class Samples:
         """Write one flush; a full disk costs the oldest samples first, and never an exception."""
         if not by_tag and not scores:
             return
-        rows = []
-        for (tag, width), samples in by_tag.items():
-            most = max(1, _MAX_BLOCK // max(1, width))
-            for start in range(0, len(samples), most):
-                # Concurrent sources are ordered among themselves only.
-                part = sorted(samples[start : start + most], key=lambda s: s.time_ns)
-                rows.append((tag, part[0].time_ns, part[-1].time_ns, len(part), width, pack(part, width)))
+        rows = self._rows(by_tag)
         for attempt in range(2):
             try:
                 self._db.execute("BEGIN IMMEDIATE")
@@ -292,15 +286,29 @@ class Samples:
                 log.error("%s", self.error)
                 self._recover(full=error.sqlite_errorcode == sqlite3.SQLITE_FULL)
                 if attempt:
-                    self.dropped += sum(row[3] for row in rows)
+                    self.dropped += sum(map(len, by_tag.values()))
             except OSError as error:
                 self.error = f"samples can't be stored: {error}; check the state directory"
                 self._recover(full=False)
                 if attempt:
-                    self.dropped += sum(row[3] for row in rows)
+                    self.dropped += sum(map(len, by_tag.values()))
             else:
                 self.error = "the disk is nearly full, old samples go early; free space on it" if full else ""
                 return
+
+    def _rows(self, by_tag: dict[tuple[str, int], list[Sample]]) -> list[tuple[object, ...]]:
+        """Pack what is to be written, in blocks of a bounded size."""
+        rows: list[tuple[object, ...]] = []
+        for (tag, width), samples in by_tag.items():
+            most = max(1, _MAX_BLOCK // max(1, width))
+            for start in range(0, len(samples), most):
+                # Concurrent sources are ordered among themselves only.
+                part = sorted(samples[start : start + most], key=lambda s: s.time_ns)
+                columns = columns_of(part, width)
+                if self._watch:
+                    self._watch(tag, columns)
+                rows.append((tag, part[0].time_ns, part[-1].time_ns, len(part), width, pack(columns)))
+        return rows
 
     def _recover(self, *, full: bool) -> None:
         """After a failed write: give up the transaction; on a full disk, drop a tenth of what is stored."""

@@ -9,6 +9,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+NO_BOUND = 1e308  # of a tag's range; infinity does not pass through JSON
+
 
 class Quality(IntEnum):
     """Of one sample, as OPC UA's severity bits mean it (OPC UA Part 8): only GOOD is trained on."""
@@ -21,8 +23,9 @@ class Quality(IntEnum):
 class Tag(msgspec.Struct, frozen=True, kw_only=True):
     """One row of a tags CSV. `ref` ("plc1/Spindle.Temp") is its name everywhere else.
 
-    value = raw * scale + offset, in `unit`. `sampling_ms` 0 leaves the rate to the source. `width` is the length of
-    a waveform (`float32[1024]`), 0 for a scalar. `file` and `line` say where it was written.
+    value = raw * scale + offset, in `unit`; outside of `low` to `high` it is counted, and masked in windows.
+    `sampling_ms` 0 leaves the rate to the source. `width` is the length of a waveform (`float32[1024]`), 0 for a
+    scalar. `file` and `line` say where it was written.
     """
 
     source: str
@@ -35,6 +38,8 @@ class Tag(msgspec.Struct, frozen=True, kw_only=True):
     deadband: float = 0.0
     sampling_ms: int = 0
     description: str = ""
+    low: float = -NO_BOUND
+    high: float = NO_BOUND
     width: int = 0
     file: str = ""
     line: int = 0

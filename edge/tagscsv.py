@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Iterable
 
-from edge.tags import Tag
+from edge.tags import NO_BOUND, Tag
 from models.errors import UserError
 
-COLUMNS = ("tag", "address", "type", "unit", "scale", "offset", "deadband", "sampling_ms", "description")
+COLUMNS = ("tag", "address", "type", "unit", "scale", "offset", "deadband", "sampling_ms", "description", "low", "high")
 MAX_TAGS = 100_000
 MAX_NUMBER = 1e12
 
@@ -42,7 +42,7 @@ def _header(path: str, cells: list[str]) -> list[str]:
             raise UserError(path, 1, name, "unknown column", f"columns are: {', '.join(COLUMNS)}")
     for name in COLUMNS[:2]:
         if name not in header:
-            raise UserError(path, 1, name, "missing column", f"the first line is {','.join(COLUMNS)}")
+            raise UserError(path, 1, name, "missing column", f"the first line is {','.join(COLUMNS[:9])}")
     return header
 
 
@@ -59,10 +59,17 @@ def _tag(source: str, path: str, line: int, row: dict[str, str], *, decimal_comm
             value = float(text.replace(",", ".") if decimal_comma else text) if text else default
         except ValueError:
             raise UserError(path, line, key, f"{text!r} is no number", "write one, such as 0.1") from None
-        if not math.isfinite(value) or abs(value) > MAX_NUMBER or (value < 0 and key in {"deadband", "sampling_ms"}):
+        if (
+            not math.isfinite(value)
+            or (text and abs(value) > MAX_NUMBER)
+            or (value < 0 and key in {"deadband", "sampling_ms"})
+        ):
             raise UserError(path, line, key, f"{text!r} is out of range", "write one, such as 0.1")
         return value
 
+    low, high = number("low", -NO_BOUND), number("high", NO_BOUND)
+    if low > high:
+        raise UserError(path, line, "low", f"{low:g} is above high, {high:g}", "swap them, or leave one empty")
     type_ = row.get("type", "")
     waveform = re.fullmatch(r"(\w+)\[(\d{1,6})\]", type_)
     return Tag(
@@ -76,6 +83,8 @@ def _tag(source: str, path: str, line: int, row: dict[str, str], *, decimal_comm
         deadband=number("deadband", 0.0),
         sampling_ms=int(number("sampling_ms", 0)),
         description=row.get("description", ""),
+        low=low,
+        high=high,
         width=int(waveform[2]) if waveform else 0,
         file=path,
         line=line,

@@ -62,7 +62,8 @@ class Wiring:
     """Which tag is which: signals in the task's order, target, gate, segment (refs; None where there is none).
 
     `gains` and `offsets` bring a tag's unit to the task's, one for each signal and then the target; empty where all
-    units are the task's own. Gate and segment stay in the tag's.
+    units are the task's own. Gate and segment stay in the tag's. `ranges` are low and high of each signal in the tag's
+    unit, empty where no tag has any; a value outside is masked like one that is not good.
     """
 
     window: Window
@@ -72,6 +73,7 @@ class Wiring:
     segment: str | None = None
     gains: tuple[float, ...] = ()
     offsets: tuple[float, ...] = ()
+    ranges: tuple[tuple[float, float], ...] = ()
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -107,6 +109,7 @@ class _Rows:
         self.index = {ref: i for i, ref in enumerate(wiring.tags)}
         self.c, self.t = len(wiring.signals), wiring.window.length
         self.gains, self.offsets = np.array(wiring.gains), np.array(wiring.offsets)
+        self.ranges = np.array(wiring.ranges)
         self.buffer = np.empty((max(4 * self.t, 256), len(self.index)))
         self.gap = 2 * self.t + 1
         self.fill, self.wait, self.segment = 0, self.t, math.nan
@@ -137,7 +140,9 @@ class _Rows:
         return Win(end_ns, x, float(np.isfinite(x).mean()), self.gate(rows), self.segment, self.label(row))
 
     def convert(self, x: NDArray[np.floating]) -> Float:
-        """Bring signals (C, T) to the task's units."""
+        """Mask what is out of range in signals (C, T), and bring them to the task's units."""
+        if len(self.ranges):
+            x = np.where((x >= self.ranges[:, :1]) & (x <= self.ranges[:, 1:]), x, np.nan)
         if len(self.gains):
             x = x * self.gains[: self.c, None] + self.offsets[: self.c, None]
         return np.ascontiguousarray(x, np.float32)

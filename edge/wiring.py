@@ -1,7 +1,7 @@
 """A task as published, matched to this gateway's tags: names, units, shapes."""
 
 from edge.config import TaskTable
-from edge.tags import Tag
+from edge.tags import NO_BOUND, Tag
 from edge.units import SAME, Conversion, UnitError, conversion
 from edge.window import Wiring, parse_gate
 from models.errors import UserError
@@ -28,11 +28,13 @@ def wire(task: Task, table: TaskTable, tags: dict[str, Tag], place: str) -> Wiri
         unit = "" if task.target.classes or task.target.unit == "1" else task.target.unit
         conversions.append(_convert(tags[target], task.target.name, unit))
     same = all(c == SAME for c in conversions)
+    ranges = tuple((tag.low, tag.high) for tag in (tags[table.signals[s.name]] for s in task.signal))
     return Wiring(
         window=task.window,
         signals=tuple(table.signals[s.name] for s in task.signal),
         target=target,
         gains=() if same else tuple(c.gain for c in conversions),
+        ranges=() if all(r == (-NO_BOUND, NO_BOUND) for r in ranges) else ranges,
         offsets=() if same else tuple(c.offset for c in conversions),
         gate=parse_gate(table.active_when) if table.active_when else (),
         segment=table.segment,

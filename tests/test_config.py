@@ -311,6 +311,7 @@ def test_two_tags_on_one_raw_topic(gateway: Path) -> None:
 
 
 CSV_MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
+    "range upside down": (",scale,offset,", ",low,high,", 2, "low", "0.1 is above high, -40", "swap them"),
     "unknown column": (",sampling_ms,", ",sampling,", 1, "sampling", "unknown column", "columns are: tag, address"),
     "missing column": ("tag,address", "tag,type", 1, "address", "missing column", "the first line is tag,address,type"),
     "a tag twice": ("\nPartId,", "\nRUL,", 6, "tag", "'RUL' stands on line 3 too", "give each tag its own name"),

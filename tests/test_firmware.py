@@ -199,6 +199,7 @@ STAYS: list[Topic] = [
     Local(GATEWAY, "raw", "Temp"),
     Local(GATEWAY, "inference", "wear"),
     Local(GATEWAY, "feedback", "wear"),
+    Local(GATEWAY, "health", "plc1"),
 ]
 RISES: list[Topic] = [Status(GATEWAY), Uplink(GATEWAY, "wear", "update"), Uplink(GATEWAY, "wear", "answer")]
 COMES: list[Topic] = [

@@ -195,6 +195,14 @@ def test_values_come_in_the_tasks_units_live_and_stored(*, waveform: bool) -> No
     assert live[-1].active
 
 
+def test_a_value_out_of_its_tags_range_is_masked() -> None:
+    made = wiring("a/x", ranges=((0.0, 5.0),), gains=(2.0,), offsets=(0.0,))
+    samples = [sample("a/x", at, value) for at, value in enumerate([1.0, -0.1, 5.0, 5.1])]
+    (window,) = list(stored_windows(made, columns(samples)))
+    np.testing.assert_array_equal(window.x, np.array([[2, np.nan, 10]], np.float32))
+    same(Windower(made).feed(samples), [window])
+
+
 def test_a_row_holds_the_last_value_of_each_signal() -> None:
     live = Windower(wiring("a/x", "a/y"))
     got = live.feed([sample("a/y", 0, 7.0), *ramp(4), sample("a/x", 3.5, 9.0), sample("a/x", 4.1, 5.0)])

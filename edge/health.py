@@ -1,0 +1,130 @@
+"""Per-tag health: how often a tag says something, what share of it is bad, whether it has fallen silent or is stuck.
+
+Everything is learnt from the tag itself, so nothing has to be configured: a value that changed every few seconds and
+has not for twenty times as long is stuck, one that never changes is a constant. Times are the sources'. The counts are
+kept by the store's writer, which has the samples as columns anyway, so that a sample costs no work of its own.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.tags import Quality, Tag
+from edge.window import Columns
+
+# A tag must have been heard, or have changed, this often before a pause of it means something.
+_KNOWN = 20
+# How many times its usual interval a pause is, and at least how long (seconds).
+_TIMES, _LEAST_S = 20.0, 30.0
+# Share of the newest flush in a running mean: a Bad ratio is that of the last hundred flushes or so.
+_DECAY = 0.02
+_MOST_BAD = 0.5
+# Tags of a source in one message: 200 bytes each, and brokers take 256 KiB.
+MOST_SHOWN = 500
+
+
+@dataclass(slots=True)
+class TagHealth:
+    """One tag since the start; intervals and times in nanoseconds of source time, ratios 0 to 1."""
+
+    samples: int = 0
+    bad: int = 0
+    bad_ratio: float = 0.0
+    out_of_range: int = 0
+    gaps: int = 0
+    last: float = math.nan
+    last_ns: int = 0
+    changed_ns: int = 0
+    changes: int = 0
+    interval_ns: float = 0.0
+    change_ns: float = 0.0
+
+    def take(self, columns: Columns, low: float, high: float) -> None:
+        """Count one flush of a tag: times (N,) ns, values (N,) or (N, width), qualities (N,)."""
+        times, values, quality = columns
+        good = quality == Quality.GOOD
+        bad = len(times) - int(good.sum())
+        self.bad += bad
+        self.bad_ratio = _mean(self.bad_ratio, bad / len(times), self.samples)
+        self.samples += len(times)
+        first = int(times[0]) if self.last_ns == 0 else self.last_ns
+        steps = np.diff(times, prepend=first)
+        steps = steps[steps > 0]
+        if len(steps):
+            if self.samples > _KNOWN:
+                self.gaps += int((steps > self._pause(self.interval_ns)).sum())
+            self.interval_ns = _mean(self.interval_ns, float(np.median(steps)), self.interval_ns)
+        self.last_ns = max(self.last_ns, int(times[-1]))
+        if values.ndim == 1 and good.any():
+            self._values(times[good], values[good], low, high)
+
+    def _values(self, times: NDArray[np.int64], values: NDArray[np.floating], low: float, high: float) -> None:
+        self.out_of_range += int(((values < low) | (values > high)).sum())
+        moved = times[np.diff(values, prepend=self.last) != 0]
+        if len(moved):
+            before = self.changed_ns or int(moved[0])
+            pace = (int(moved[-1]) - before) / len(moved)
+            if pace > 0:
+                self.change_ns = _mean(self.change_ns, pace, self.change_ns)
+            self.changes += len(moved)
+            self.changed_ns = int(moved[-1])
+        self.last = float(values[-1])
+
+    def word(self, now_ns: int) -> str:
+        """Say what is wrong with the tag at a source time: `bad`, `silent`, `stuck`, or nothing."""
+        if self.samples and self.bad_ratio > _MOST_BAD:
+            return "bad"
+        if self.samples > _KNOWN and now_ns - self.last_ns > self._pause(self.interval_ns):
+            return "silent"
+        if self.changes > _KNOWN and self.last_ns - self.changed_ns > self._pause(self.change_ns):
+            return "stuck"
+        return ""
+
+    def snapshot(self, now_ns: int) -> dict[str, object]:
+        """What status and the `_health` topic show; plain JSON types."""
+        return {
+            "samples": self.samples,
+            "rate_hz": round(1e9 / self.interval_ns, 3) if self.interval_ns else None,
+            "bad_ratio": round(self.bad_ratio, 4),
+            "out_of_range": self.out_of_range,
+            "gaps": self.gaps,
+            "age_s": round((now_ns - self.last_ns) / 1e9, 1) if self.last_ns else None,
+            "unchanged_s": round((self.last_ns - self.changed_ns) / 1e9, 1) if self.changed_ns else None,
+            "word": self.word(now_ns),
+        }
+
+    @staticmethod
+    def _pause(usual_ns: float) -> float:
+        """The pause that is too long for something usually so often."""
+        return max(_TIMES * usual_ns, _LEAST_S * 1e9)
+
+
+@dataclass
+class Watch:
+    """The health of every tag of a gateway. `take` runs in the store's writer, the rest in the event loop."""
+
+    tags: dict[str, Tag]
+    health: dict[str, TagHealth] = field(default_factory=dict)
+
+    def take(self, ref: str, columns: Columns) -> None:
+        """Count one flush of a tag."""
+        tag = self.tags.get(ref)
+        if tag is not None and len(columns[0]):
+            self.health.setdefault(ref, TagHealth()).take(columns, tag.low, tag.high)
+
+    def snapshot(self, source: str, now_ns: int) -> dict[str, dict[str, object]]:
+        """Tag name -> its health, of a source's tags that have said something; the unwell first, MOST_SHOWN at most."""
+        found = [
+            (self.tags[ref].name, one.snapshot(now_ns))
+            for ref, one in list(self.health.items())
+            if self.tags[ref].source == source
+        ]
+        found.sort(key=lambda pair: not (pair[1]["word"] or pair[1]["out_of_range"]))
+        return dict(found[:MOST_SHOWN])
+
+
+def _mean(before: float, now: float, known: float) -> float:
+    """Running mean: the first value as it is, later ones by a small share."""
+    return before + _DECAY * (now - before) if known else now

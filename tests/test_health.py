@@ -1,0 +1,95 @@
+"""Per-tag health from the columns that the store writes: rates, gaps, stuck and silent tags, bad shares, ranges."""
+
+import numpy as np
+import pytest
+
+from edge.health import MOST_SHOWN, TagHealth, Watch
+from edge.tags import NO_BOUND, Quality, Tag
+from edge.window import Columns
+
+SECOND = 1_000_000_000
+START = 1_700_000_000 * SECOND
+GOOD, BAD = Quality.GOOD, Quality.BAD
+
+
+def columns(first_s: int, values: list[float], quality: Quality = GOOD) -> Columns:
+    times = np.array([START + (first_s + i) * SECOND for i in range(len(values))], np.int64)
+    return times, np.array(values), np.full(len(values), quality, np.int8)
+
+
+def fed(*flushes: Columns, low: float = -NO_BOUND, high: float = NO_BOUND) -> TagHealth:
+    one = TagHealth()
+    for flush in flushes:
+        one.take(flush, low, high)
+    return one
+
+
+def at(second: float) -> int:
+    return START + round(second * SECOND)
+
+
+def moving(first_s: int, count: int) -> Columns:
+    return columns(first_s, [float(i % 7) for i in range(first_s, first_s + count)])
+
+
+def test_a_tag_that_moves_once_a_second_is_well() -> None:
+    one = fed(*(moving(i, 5) for i in range(0, 100, 5)))
+    assert one.snapshot(at(100)) == {
+        "samples": 100,
+        "rate_hz": 1.0,
+        "bad_ratio": 0.0,
+        "out_of_range": 0,
+        "gaps": 0,
+        "age_s": 1.0,
+        "unchanged_s": 0.0,
+        "word": "",
+    }
+
+
+def test_a_tag_that_says_the_same_for_too_long_is_stuck_and_a_constant_is_not() -> None:
+    stuck = fed(*(moving(i, 5) for i in range(0, 100, 5)), columns(100, [3.0] * 40))
+    assert stuck.word(at(140)) == "stuck"
+    assert stuck.snapshot(at(140))["unchanged_s"] == pytest.approx(39, abs=1)
+    stuck.take(moving(140, 5), -NO_BOUND, NO_BOUND)
+    assert stuck.word(at(145)) == ""
+    assert fed(columns(0, [3.0] * 500)).word(at(500)) == ""
+
+
+def test_a_tag_that_says_nothing_any_more_is_silent_and_a_pause_is_a_gap() -> None:
+    one = fed(*(moving(i, 5) for i in range(0, 100, 5)))
+    assert one.word(at(120)) == ""
+    assert one.word(at(140)) == "silent"
+    one.take(moving(200, 5), -NO_BOUND, NO_BOUND)
+    assert one.gaps == 1
+    assert one.word(at(205)) == ""
+
+
+def test_bad_values_are_a_share_and_outliers_a_count() -> None:
+    one = fed(columns(0, [float("nan")] * 30, BAD))
+    assert one.word(at(30)) == "bad"
+    assert one.bad == 30
+    one = fed(columns(0, [1.0, -5.0, 99.0, 2.0]), low=0, high=10)
+    assert one.out_of_range == 2
+
+
+def test_waveforms_have_a_rate_and_no_values() -> None:
+    times, _, quality = columns(0, [0.0] * 3)
+    one = fed((times, np.zeros((3, 16), np.float32), quality))
+    assert one.snapshot(at(3))["rate_hz"] == 1.0
+    assert one.snapshot(at(3))["unchanged_s"] is None
+
+
+def test_only_a_bounded_number_is_shown_and_the_unwell_are_among_them() -> None:
+    tags = {f"p/t{i}": Tag(source="p", name=f"t{i}", address="x") for i in range(MOST_SHOWN + 50)}
+    watch = Watch(tags)
+    for ref in tags:
+        watch.take(ref, columns(0, [1.0]))
+    watch.take("p/unknown", columns(0, [1.0]))
+    last = list(tags)[-1]
+    watch.take(last, columns(1, [float("nan")] * 99, BAD))
+    for _ in range(50):
+        watch.take(last, columns(1, [float("nan")] * 99, BAD))
+    shown = watch.snapshot("p", at(2))
+    assert len(shown) == MOST_SHOWN
+    assert shown[tags[last].name]["word"] == "bad"
+    assert watch.snapshot("q", at(2)) == {}
