@@ -14,6 +14,7 @@ from models.errors import LocalError, PeerError, TundishError, UserError
 
 _FRESH_S = 10.0
 _SHOWN = 10
+_SKEW_S = 2.0
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -184,6 +185,17 @@ def _print_source(name: str, health: dict[str, Any]) -> None:
     print(f"  source   {name}: {word}, {health['samples']} samples")
     if health["error"]:
         print(f"           {health['error']}")
+    if health["overflows"]:
+        print(f"           LOST: the source's queue ran over {health['overflows']} times; raise its queue or queue_s")
+    if health["gaps"]:
+        print(f"           LOST: {health['gaps']} times the source could not say what came in between")
+    skew = health["clock_skew_s"]
+    if skew is not None and abs(skew) > _SKEW_S:
+        print(
+            f"           CLOCK: the source's is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this gateway's"
+        )
+    for note in health["notes"].values():
+        print(f"           note: {note}")
     for ref, why in list(health["quarantined"].items())[:_SHOWN]:
         print(f"           QUARANTINED {ref}: {why}")
     if len(health["quarantined"]) > _SHOWN:
