@@ -36,6 +36,7 @@ _TABLES = [
         ObjectIds.Server_NamespaceArray,
         ObjectIds.Server_ServerCapabilities_OperationLimits_MaxMonitoredItemsPerCall,
         ObjectIds.Server_ServerCapabilities_OperationLimits_MaxNodesPerRead,
+        ObjectIds.Server_ServerCapabilities_OperationLimits_MaxNodesPerBrowse,
     )
 ]
 _MOST_TRIES = 3  # to get an old session back from a server that takes the connection and then breaks it off
@@ -56,7 +57,7 @@ class Link:
     def __init__(self, url: str, timeout_s: float, security: Security) -> None:
         self.gaps = 0
         self.subscription = 0
-        self.max_items = self.max_reads = BATCH
+        self.max_items = self.max_reads = self.max_browses = BATCH
         self.spaces: list[str] = []
         self._url, self._timeout_s, self._security = url, timeout_s, security
         self._client: Client | None = None
@@ -171,7 +172,9 @@ class Link:
         found = spaces.Value.Value if spaces.Value is not None else None
         self.spaces = [str(uri) for uri in found] if isinstance(found, list) else []
         counts = [limit.Value.Value if limit.Value is not None else 0 for limit in limits]
-        self.max_items, self.max_reads = (n if isinstance(n, int) and 0 < n < BATCH else BATCH for n in counts)
+        self.max_items, self.max_reads, self.max_browses = (
+            n if isinstance(n, int) and 0 < n < BATCH else BATCH for n in counts
+        )
 
     async def subscribe(self, publishing_ms: int, keep_alives: int) -> ua.CreateSubscriptionResult:
         """Make a new subscription; what the server revised stands in the result."""

@@ -46,6 +46,12 @@ const verbs = {
   put(_space, { name, type, value }) {
     variables[name].setValueFromSource(variant(type, value));
   },
+  many(space, { name, count }) {
+    const folder = space.addObject({ browseName: name, organizedBy: space.addressSpace.rootFolder.objects });
+    for (let n = 0; n < count; n++) {
+      space.addVariable({ browseName: `T${n}`, nodeId: `s=${name}.T${n}`, dataType: "Double", componentOf: folder });
+    }
+  },
   remove(space, { name }) {
     space.deleteNode(variables[name]);
   },
