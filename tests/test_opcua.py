@@ -97,7 +97,7 @@ async def test_a_user_comes_in_with_the_right_password_alone(
 
 
 @shared
-@pytest.mark.parametrize("security", [SECURE[0], SECURE[1], SECURE[3], SECURE[5]])
+@pytest.mark.parametrize("security", [SECURE[0], SECURE[3], SECURE[5]])
 async def test_a_user_comes_in_with_a_certificate(plant: Plant, pki: Path, tmp_path: Path, security: str) -> None:
     known, stranger = (make_identity(f"urn:user:{name}", name, []) for name in ("ot", "stranger"))
     await plant.trust(known.certificate, user=True)
@@ -142,6 +142,30 @@ async def test_a_certificate_for_another_host_is_refused(plant: Plant, pki: Path
     good, error = await reads(with_url(made, made.url.replace("127.0.0.1", "localhost")))
     assert not good
     assert "is for 127.0.0.1, not for localhost; write one of these in url" in error
+
+
+@pytest.mark.asyncio
+async def test_a_server_with_another_certificate_is_not_the_one_that_was_trusted(tmp_path: Path) -> None:
+    pki = tmp_path / "pki"
+    first = AsyncuaPlant(tmp_path)
+    await first.trust(own_identity(pki).certificate)
+    (pki / "trusted").mkdir()
+    (pki / "trusted" / "rig.pem").write_bytes(first.certificate.read_bytes())
+    await first.start()
+    await first.add("A", 1.0)
+    driver, sink = make(source(first, tag("A"), pki=pki, security=SECURE[1]))
+    async with running(driver):
+        await until(lambda: last(sink, "plc/A")[1] is Quality.GOOD)
+        await first.stop()
+        second = AsyncuaPlant(tmp_path)
+        second.port = first.port
+        await second.start()
+        try:
+            await until(lambda: "the server's certificate is not trusted" in driver.health.error)
+            assert last(sink, "plc/A")[1] is Quality.BAD
+            assert driver.health.gaps == 0  # nobody has answered yet
+        finally:
+            await second.stop()
 
 
 # -- cuts ------------------------------------------------------------------------------------------------------------
@@ -213,6 +237,52 @@ async def test_a_server_that_forgot_the_session_gives_the_subscription_or_a_gap(
 
 
 # -- items -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_restarted_servers_subscriptions_are_not_taken_from_others(tmp_path: Path) -> None:
+    """asyncua numbers sessions and subscriptions alike in every life: the number of before is somebody else's now."""
+    rig = AsyncuaPlant(tmp_path)
+    await rig.start()
+    await rig.add("A", 1.0)
+    made = source(rig, tag("A"))
+    (driver, sink), (other, others) = make(made), make(made)
+    async with running(driver):
+        await until(lambda: last(sink, "plc/A")[1] is Quality.GOOD)
+        await rig.stop()
+        await until(lambda: last(sink, "plc/A")[1] is Quality.BAD)
+        async with running(other):
+            await rig.start()
+            await rig.add("A", 1.0)
+            await until(lambda: last(sink, "plc/A")[1] is last(others, "plc/A")[1] is Quality.GOOD, 60.0)
+            await rig.put("A", 2.0)
+            await until(lambda: last(sink, "plc/A")[0] == last(others, "plc/A")[0] == 2.0)
+            assert (driver.health.gaps, other.health.gaps) == (1, 0)
+    await rig.stop()
+
+
+@shared
+async def test_a_silent_subscription_is_given_up_and_made_again(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    await plant.put("A", 1.0)
+    driver, sink = make(source(plant, tag("A")))
+    async with running(driver):
+        await until(lambda: last(sink, "plc/A")[0] == 1.0)
+        monkeypatch.setattr(driver, "_silent_s", 0.0)
+        await until(lambda: driver.health.connects == 2 and last(sink, "plc/A") == (1.0, Quality.GOOD))
+        assert driver.health.gaps == 1
+        assert [s.quality for s in sink.of("plc/A")] == [Quality.GOOD, Quality.BAD, Quality.GOOD]
+
+
+@shared
+async def test_polling_goes_on_after_a_cut(plant: Plant) -> None:
+    await plant.put("A", 1.0)
+    async with line_to(plant) as line:
+        driver, sink = make(source(plant, tag("A", sampling_ms=20), mode="poll", port=line.port))
+        async with running(driver):
+            await until(lambda: last(sink, "plc/A")[0] == 1.0)
+            await line.cut()
+            await until(lambda: last(sink, "plc/A")[1] is Quality.BAD)
+            await line.mend()
+            await until(lambda: last(sink, "plc/A") == (1.0, Quality.GOOD))
 
 
 @shared

@@ -20,7 +20,7 @@ from asyncua.ua.attribute_ids import AttributeIds
 from asyncua.ua.object_ids import ObjectIds
 
 from edge.drivers._common import LostError, endpoint
-from edge.drivers._opcua_security import Security, UntrustedError
+from edge.drivers._opcua_security import Security, UntrustedError, application_uri
 from edge.tags import Source
 
 LIFETIME_S = 120.0  # of a session and a subscription without a connection; then a server may forget them
@@ -30,6 +30,7 @@ _RENEW_AT = 0.75  # of a secure channel's lifetime (Part 4, 5.5.2.1)
 _MOST_REPUBLISHED = 1000  # messages of one hole; no server keeps more
 _MOST_SEQUENCE = 2**32 - 1  # after which sequence numbers begin at 1 again (Part 4, 7.38)
 _STATE = ua.NodeId(ua.Int32(ObjectIds.Server_ServerStatus_State))
+_START = ua.NodeId(ua.Int32(ObjectIds.Server_ServerStatus_StartTime))
 _TABLES = [
     ua.NodeId(ua.Int32(number))
     for number in (
@@ -39,7 +40,6 @@ _TABLES = [
         ObjectIds.Server_ServerCapabilities_OperationLimits_MaxNodesPerBrowse,
     )
 ]
-_MOST_TRIES = 3  # to get an old session back from a server that takes the connection and then breaks it off
 
 Take = Callable[[ua.PublishResult], None]
 
@@ -62,8 +62,8 @@ class Link:
         self._url, self._timeout_s, self._security = url, timeout_s, security
         self._client: Client | None = None
         self._expected = 1  # the sequence number of the next message
+        self._started: Any = None
         self._fresh = True  # nothing came of this subscription yet, and nothing was cut
-        self._tries = 0
         self._acks: list[ua.SubscriptionAcknowledgement] = []
 
     @property
@@ -89,10 +89,9 @@ class Link:
     async def open(self) -> bool:
         """Connect; True if the subscription of before goes on. May raise anything."""
         client = self._client
-        resumed = False
-        if client is not None and self.subscription and client.uaclient.has_session:
-            resumed = await self._resume(client)
-        if not resumed:
+        if client is not None and client.uaclient.has_session and await self._resume(client):
+            resumed = self.subscription != 0
+        else:
             resumed = await self._begin()
         if not resumed:
             self.forget()
@@ -107,28 +106,28 @@ class Link:
             await self._open_channel(client)
             client.uaclient.session.rebind_authentication_token()
             await self._activate(client)
-        except Exception as error:
+            same = bool(await self._start_time(client) == self._started)
+        except Exception:  # noqa: BLE001 - whatever it is, a server that answers a new client is begun anew
+            same = False
+        if not same:
             client.disconnect_socket()
-            self._tries += 1
-            # A restarted server may have another certificate, and answers what was meant for the old one not at all.
-            if not isinstance(error, uaerrors.UaStatusCodeError) and self._tries < _MOST_TRIES:
-                raise
-            return False
-        self._tries = 0
-        return True
+        return same
 
     async def _begin(self) -> bool:
         """Begin a new session; True if it could take the subscription of before over."""
-        before, self._client = self._client, None
-        if before is not None:
-            before.disconnect_socket()
-        self._client = client = Client(self._url, timeout=self._timeout_s)
+        client = Client(self._url, timeout=self._timeout_s)
         client.name = client.description = "Tundish"
+        client.application_uri = application_uri()
         client.session_timeout = int(LIFETIME_S * 1000)
         client.uaclient.session = _Session(client.uaclient)
         client.user_certificate, client.user_private_key = self._security.certificate, self._security.key
-        await self._connect(client)
-        endpoint = self._security.select(await client.get_endpoints())
+        try:
+            await self._connect(client)
+            endpoint = self._security.select(await client.get_endpoints())
+        except BaseException:
+            client.disconnect_socket()  # the session of before may be had yet
+            raise
+        self._client = client
         if self._security.policy is not None:
             await client.close_secure_channel()
             client.disconnect_socket()
@@ -136,10 +135,25 @@ class Link:
             await asyncio.to_thread(self._security.secure, client, endpoint, host)
             await self._connect(client)
         await client.create_session()
-        await self._activate(client)
+        try:
+            await self._activate(client)
+        except Exception:
+            with contextlib.suppress(Exception):  # a server has few sessions to give
+                await client.uaclient.close_session(delete_subscriptions=True)
+            raise
         return self.subscription != 0 and await self._transfer(client)
 
+    async def _start_time(self, client: Client) -> Any:
+        """Return when the server started; None if it does not say.
+
+        A restarted server may give the numbers of sessions and subscriptions to others, from whom none must be taken.
+        """
+        (data,) = await client.uaclient.session.read_attributes([_START], AttributeIds.Value)
+        return data.Value.Value if data.Value is not None else None
+
     async def _transfer(self, client: Client) -> bool:
+        if self._started is None or await self._start_time(client) != self._started:
+            return False
         request = ua.TransferSubscriptionsParameters(SubscriptionIds=[self.subscription], SendInitialValues=False)
         try:
             (result,) = await client.uaclient.session.transfer_subscriptions(request)
@@ -168,6 +182,7 @@ class Link:
 
     async def _look_up(self) -> None:
         """Read the namespaces and the limits of this server's life; an absent limit is none."""
+        self._started = await self._start_time(self._client) if self._client is not None else None
         spaces, *limits = await self.session.read_attributes(_TABLES, AttributeIds.Value)
         found = spaces.Value.Value if spaces.Value is not None else None
         self.spaces = [str(uri) for uri in found] if isinstance(found, list) else []
@@ -192,6 +207,11 @@ class Link:
         """Give the subscription up: what the server still held of it is lost, and counted as one gap."""
         self.gaps += self.subscription != 0
         self.subscription = 0
+
+    async def abandon(self) -> None:
+        """Close a session whose subscription is of no use any more, so that the server keeps neither."""
+        self.forget()
+        await self.close()
 
     async def publish(self, take: Take) -> None:
         """Hand each message of the subscription to `take`, once and in order; ends by raising.

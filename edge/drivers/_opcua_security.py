@@ -124,6 +124,11 @@ class Security:
         client.uaclient.set_security(policy)
 
 
+def application_uri() -> str:
+    """Name this gateway to servers, where no certificate does."""
+    return f"urn:{socket.gethostname()}:tundish"
+
+
 # -- this gateway ----------------------------------------------------------------------------------------------------
 
 
@@ -150,8 +155,7 @@ def own_identity(pki: Path) -> Identity:
 def _make_own(own: Path) -> None:
     """Write a new key and certificate: a folder that appears whole, whoever else is at it."""
     own.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    host = socket.gethostname()
-    identity = make_identity(f"urn:{host}:tundish", "Tundish gateway", [host])
+    identity = make_identity(application_uri(), "Tundish gateway", [socket.gethostname()])
     made = Path(tempfile.mkdtemp(prefix="own.", dir=own.parent))
     try:
         (made / "cert.der").write_bytes(identity.certificate.public_bytes(serialization.Encoding.DER))

@@ -154,10 +154,10 @@ class Driver(Reader[Item]):
     async def _tend(self) -> None:
         """Look after what no value tells: an ended or silent subscription, and refused tags."""
         if self._ended:
-            self._link.forget()
+            await self._link.abandon()
             raise LostError(self._ended)
         if not self._polls and time.monotonic() - self._heard > self._silent_s:
-            self._link.forget()
+            await self._link.abandon()
             raise LostError(f"the subscription sent nothing for {self._silent_s:.0f} s")
         if due := self._resolve(self.due()):
             await (self._probe(due) if self._polls else self._create(due))
@@ -298,11 +298,12 @@ class Driver(Reader[Item]):
                 time_ns = (since.days * 86_400 + since.seconds) * 1_000_000_000 + since.microseconds * 1000
                 was = stamp
             status = data.StatusCode.value if data.StatusCode is not None else 0
-            if status & _OVERFLOW == _OVERFLOW:
-                self.health.overflows += 1
-            if status in _GONE:
-                self._gone(points[note.ClientHandle], data.StatusCode.name)
-                continue
+            if status:
+                if status & _OVERFLOW == _OVERFLOW:
+                    self.health.overflows += 1
+                if status in _GONE:
+                    self._gone(points[note.ClientHandle], data.StatusCode.name)
+                    continue
             raw = data.Value.Value if data.Value is not None else None
             sample = to_sample(points[note.ClientHandle], raw, time_ns, _QUALITY[status >> 30])
             if sample is not None:
