@@ -58,6 +58,7 @@ class Plant(Protocol):
     transfers: bool  # subscriptions outlive their session
     knows_percent: bool
     tells_removal: bool
+    flags_overflow: bool
 
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
@@ -104,7 +105,7 @@ class _Users(UserManager):
 class AsyncuaPlant(OpcuaRig):
     """An asyncua server with every policy, which knows its gateways and users."""
 
-    transfers = knows_percent = tells_removal = False
+    transfers = knows_percent = tells_removal = flags_overflow = False
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -147,7 +148,7 @@ class AsyncuaPlant(OpcuaRig):
 class NodePlant:
     """A node-opcua server in a process of its own."""
 
-    transfers = knows_percent = tells_removal = True
+    transfers = knows_percent = tells_removal = flags_overflow = True
 
     def __init__(self, folder: Path, modules: Path) -> None:
         self.port, self.folder, self.modules = free_port(), folder, modules
