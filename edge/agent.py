@@ -15,6 +15,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import msgspec
+
 from broker import messages as m
 from broker.link import Inbound, Link
 from broker.topics import (
@@ -159,6 +161,7 @@ class Agent:
     async def _drive(self, name: str) -> None:
         """Keep one driver running; one that ends by a mistake of ours is logged whole and started again."""
         source = next(s for s in self.config.sources if s.name == name)
+        source = msgspec.structs.replace(source, pki=str(self.folder / "pki"))
         while True:
             driver: Driver = registry.load(source.driver).Driver(source, self._sink)
             self.drivers[name] = driver

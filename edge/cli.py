@@ -14,6 +14,7 @@ from models.errors import LocalError, PeerError, TundishError, UserError
 
 _FRESH_S = 10.0
 _SHOWN = 10
+_SKEW_S = 2.0
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -85,6 +86,7 @@ def _add_edge(commands: Any) -> None:
         help="show what a running gateway is doing; exit code 1 if none runs",
         epilog="example: tundish edge status -c gateway.toml --json",
     )
+    _add_browse(verbs)
     for verb in (run, check, status):
         verb.add_argument("-c", "--config", type=Path, required=True, help="gateway.toml")
         verb.add_argument("--profile", help="board in firmware-configs/ whose caps apply where the file says nothing")
@@ -96,6 +98,38 @@ def _add_edge(commands: Any) -> None:
     run.set_defaults(run=_run)
     check.set_defaults(run=_check)
     status.set_defaults(run=_status)
+
+
+def _add_browse(verbs: Any) -> None:
+    browse = verbs.add_parser(
+        "browse",
+        help="show what an OPC UA server has, and write a tags CSV to begin with",
+        epilog="example: tundish edge browse opc.tcp://10.0.0.10:4840 --filter 'Line1.*' --write plc1.csv",
+    )
+    browse.add_argument("url", metavar="URL", help="opc.tcp://HOST[:4840]")
+    browse.add_argument("--node", default="", help="where to begin (default: the Objects folder)")
+    browse.add_argument(
+        "--depth", type=int, default=10, help="levels to open; 1 lists what lies in the node (default 10)"
+    )
+    browse.add_argument("--filter", default="*", metavar="GLOB", help="names to show, such as 'Line1.*'")
+    browse.add_argument("--write", type=Path, metavar="FILE", help="write the tags to this CSV")
+    browse.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    browse.add_argument("--security", help="policy and mode, as in gateway.toml")
+    browse.add_argument("--user", help="user name")
+    browse.add_argument("--password-file", type=Path, help="file that holds the password")
+    browse.add_argument("--user-certificate", type=Path, help="certificate of a user, instead of --user")
+    browse.add_argument("--user-key", type=Path, help="its key")
+    browse.add_argument(
+        "--state", type=Path, metavar="DIR", help="the gateway's state folder, which has the certificates"
+    )
+    browse.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    browse.set_defaults(run=_browse)
+
+
+def _browse(args: argparse.Namespace) -> int:
+    from edge.browse import main as browse  # noqa: PLC0415
+
+    return browse(args)
 
 
 def _load(args: argparse.Namespace) -> Any:
@@ -187,9 +221,20 @@ def _print_source(name: str, health: dict[str, Any]) -> None:
     print(f"  source   {name}: {word}, {health['samples']} samples")
     if health["error"]:
         print(f"           {health['error']}")
+    if health["overflows"]:
+        print(f"           LOST: the source's queue ran over {health['overflows']} times; raise its queue or queue_s")
+    if health["gaps"]:
+        print(f"           LOST: {health['gaps']} times the source could not say what came in between")
+    skew = health["clock_skew_s"]
+    if skew is not None and abs(skew) > _SKEW_S:
+        print(
+            f"           CLOCK: the source's is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this gateway's"
+        )
+    for note in health["notes"].values():
+        print(f"           note: {note}")
     for ref, why in list(health["quarantined"].items())[:_SHOWN]:
         print(f"           QUARANTINED {ref}: {why}")
-    unwell = [(tag, one) for tag, one in health["tags"].items() if one["word"] or one["out_of_range"]]
+    unwell = [(tag, one) for tag, one in health.get("tags", {}).items() if one["word"] or one["out_of_range"]]
     for tag, one in unwell[:_SHOWN]:
         print(f"           {one['word'].upper() or 'OUT OF RANGE'} {name}/{tag}: {_tag_line(one)}")
     if len(unwell) > _SHOWN:

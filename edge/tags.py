@@ -24,7 +24,8 @@ class Tag(msgspec.Struct, frozen=True, kw_only=True):
     """One row of a tags CSV. `ref` ("plc1/Spindle.Temp") is its name everywhere else.
 
     value = raw * scale + offset, in `unit`; outside of `low` to `high` it is counted, and masked in windows.
-    `sampling_ms` 0 leaves the rate to the source. `width` is the length of a waveform (`float32[1024]`), 0 for a
+    `sampling_ms` 0 leaves the rate to the source. `deadband` is in `unit`, `deadband_percent` of the tag's EURange at
+    the source (OPC UA Part 8); one of them is 0. `width` is the length of a waveform (`float32[1024]`), 0 for a
     scalar. `file` and `line` say where it was written.
     """
 
@@ -36,6 +37,7 @@ class Tag(msgspec.Struct, frozen=True, kw_only=True):
     scale: float = 1.0
     offset: float = 0.0
     deadband: float = 0.0
+    deadband_percent: float = 0.0
     sampling_ms: int = 0
     description: str = ""
     low: float = -NO_BOUND
@@ -66,21 +68,27 @@ class Sample(NamedTuple):
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
-    """One `[[source]]` of gateway.toml with its tags. `options` holds the keys that one driver alone knows."""
+    """One `[[source]]` of gateway.toml with its tags. `options` holds the keys that one driver alone knows.
+
+    `pki` is the folder of certificates in the gateway's state; empty where nothing will be connected.
+    """
 
     name: str
     driver: str
     url: str
     tags: tuple[Tag, ...]
     options: dict[str, object] = {}
+    pki: str = ""
 
 
 @dataclass
 class Health:
     """What a driver says of itself, live: read by status, doctor and tests; written by the driver alone.
 
-    `overflows` counts values that the source or a queue lost; `quarantined` maps a tag's ref to why it is retried
-    apart from the others; `error` is the last failure in one line with its remedy, empty while all is well.
+    `overflows` counts values with which the source says that its queue lost some before them; `gaps` the times after
+    which nobody can say what came in between (a server that restarted, or kept too little). `quarantined` maps a tag's
+    ref to why it is retried apart from the others; `notes` says by subject where the source gives less than was
+    asked for; `error` is the last failure in one line with its remedy, empty while all is well.
     """
 
     connected: bool = False
@@ -88,8 +96,10 @@ class Health:
     samples: int = 0
     bad: int = 0
     overflows: int = 0
+    gaps: int = 0
     error: str = ""
     quarantined: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
     clock_skew_s: float | None = None
 
 

@@ -12,6 +12,7 @@ from models.errors import UserError
 COLUMNS = ("tag", "address", "type", "unit", "scale", "offset", "deadband", "sampling_ms", "description", "low", "high")
 MAX_TAGS = 100_000
 MAX_NUMBER = 1e12
+_ALL = 100.0  # percent
 
 
 def parse_tags(source: str, path: str, text: str) -> Iterable[Tag]:
@@ -70,6 +71,14 @@ def _tag(source: str, path: str, line: int, row: dict[str, str], *, decimal_comm
     low, high = number("low", -NO_BOUND), number("high", NO_BOUND)
     if low > high:
         raise UserError(path, line, "low", f"{low:g} is above high, {high:g}", "swap them, or leave one empty")
+    deadband = row.get("deadband", "")
+    percent = deadband.endswith("%")
+    row["deadband"] = deadband.removesuffix("%").strip()
+    band = number("deadband", 0.0)
+    if percent and not 0 < band <= _ALL:
+        raise UserError(
+            path, line, "deadband", f"{deadband!r} is out of range", "write 2% for 2 percent of the EURange"
+        )
     type_ = row.get("type", "")
     waveform = re.fullmatch(r"(\w+)\[(\d{1,6})\]", type_)
     return Tag(
@@ -80,7 +89,8 @@ def _tag(source: str, path: str, line: int, row: dict[str, str], *, decimal_comm
         unit=row.get("unit", ""),
         scale=number("scale", 1.0),
         offset=number("offset", 0.0),
-        deadband=number("deadband", 0.0),
+        deadband=0.0 if percent else band,
+        deadband_percent=band if percent else 0.0,
         sampling_ms=int(number("sampling_ms", 0)),
         description=row.get("description", ""),
         low=low,

@@ -91,7 +91,7 @@ class OpcuaRig:
         server = Server()
         await server.init()
         server.set_endpoint(f"opc.tcp://127.0.0.1:{self.port}/")
-        server.set_security_policy([ua.SecurityPolicyType.NoSecurity])
+        await self.prepare(server)
         # The URI's index differs from start to start, as it may at a real server.
         await server.register_namespace(f"urn:other:{id(server)}")
         if len(self.nodes) % 2:
@@ -101,6 +101,9 @@ class OpcuaRig:
         for name, value in self.values.items():
             await self.add(name, value)
         await server.start()
+
+    async def prepare(self, server: Server) -> None:
+        server.set_security_policy([ua.SecurityPolicyType.NoSecurity])
 
     async def add(self, name: str, value: Any, kind: ua.VariantType | None = None) -> None:
         assert self.server is not None

@@ -1,5 +1,7 @@
 """Every mistake in gateway.toml and its tags files is told in one line: file, line, key and what to write instead."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import msgspec
@@ -7,6 +9,7 @@ import pytest
 
 from edge.cli import main
 from edge.config import Config, TaskTable, load_config, profile_path, state_folder
+from edge.tags import Health
 from edge.window import Condition
 from edge.wiring import unit_notes, wire
 from models.errors import UserError
@@ -480,6 +483,26 @@ def test_check_says_what_is_wrong_in_one_line(
     assert out == ""
     assert err.count("\n") == 1
     assert err.startswith(f"tundish: {gateway.parent}/{line}")
+
+
+def test_a_deadband_is_absolute_or_percent_of_the_range(gateway: Path) -> None:
+    change(gateway.parent / "plc1.csv", ",0.5,", ",2 %,")
+    (tag,) = (tag for tag in load_config(gateway).tags.values() if tag.deadband_percent)
+    assert (tag.deadband, tag.deadband_percent) == (0.0, 2.0)
+
+
+def test_status_shows_what_was_lost_and_a_clock_that_is_off(gateway: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    health = asdict(Health(connected=True, overflows=3, gaps=2, clock_skew_s=-2.5, notes={"queue": "queues 5 only"}))
+    status = {
+        "path": "p", "time_ms": 0, "running": True, "resident_mb": 1, "outbox": 0, "problem": "", "tasks": {},
+        "mqtt": {"connected": True, "version": "5", "error": ""}, "sources": {"plc1": health}, "refused": {},
+        "store_error": "", "samples_dropped": 0,
+    }  # fmt: skip
+    (gateway.parent / "status.json").write_text(json.dumps(status))
+    main(["edge", "status", "-c", str(gateway), "--state", str(gateway.parent)])
+    said = capsys.readouterr().out
+    for words in ("queue ran over 3 times", "LOST: 2 times", "CLOCK: the source's is 2.5 s behind", "queues 5 only"):
+        assert words in said
 
 
 def test_no_gateway_is_running(gateway: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -71,9 +71,18 @@ P = TypeVar("P", bound=Point)
 
 
 class Reader(Generic[P]):
-    """The life of a driver around its connections, each of which is used once."""
+    """The life of a driver around its connections.
+
+    `knows_range` says whether a protocol tells a tag's range, of which a deadband can be a percentage.
+    """
+
+    knows_range: ClassVar[bool] = False
 
     def __init__(self, source: Source, sink: Sink, points: Sequence[P]) -> None:
+        for tag in source.tags:
+            if tag.deadband_percent and not self.knows_range:
+                problem = f"{tag.deadband_percent:g}% of a range that {source.driver} does not tell"
+                raise UserError(tag.file, tag.line, "deadband", problem, "write it in the tag's unit, such as 0.5")
         self.health = Health()
         self.source = source
         self.points = points
@@ -98,22 +107,28 @@ class Reader(Generic[P]):
         """Say in one line what failed and what to do about it."""
         raise NotImplementedError
 
+    async def cut(self) -> None:
+        """Let go of what failed, for the next `open`; by default of everything. Never raises."""
+        await self.close()
+
     async def run(self) -> None:
         """Read until cancelled."""
         attempt = 0
-        while True:
-            before = self.health.connects
-            try:
-                await self.open()
-                await self.read()
-            except Exception as error:  # noqa: BLE001 - the boundary: the libraries raise bare exceptions too
-                self._lost(self.explain(error))
-            finally:
-                self.health.connected = False
-                await self.close()
-            attempt = 0 if self.health.connects > before else attempt
-            await sleep_backoff(attempt)
-            attempt += 1
+        try:
+            while True:
+                before = self.health.connects
+                try:
+                    await self.open()
+                    await self.read()
+                except Exception as error:  # noqa: BLE001 - the boundary: the libraries raise bare exceptions too
+                    self._lost(self.explain(error))
+                    await self.cut()
+                attempt = 0 if self.health.connects > before else attempt
+                await sleep_backoff(attempt)
+                attempt += 1
+        finally:
+            self.health.connected = False
+            await self.close()
 
     def connected(self) -> None:
         """Note that the source answers."""
@@ -139,8 +154,12 @@ class Reader(Generic[P]):
 
         A stamp of the gateway's clock could lie in the source's future, and would then undo values that come later.
         """
-        now = time.time_ns() + (self._ahead_ns or 0)
+        now = self.source_ns()
         return [point.bad(now) for point in points]
+
+    def source_ns(self) -> int:
+        """Return the time on the source's clock, as its last sample tells it."""
+        return time.time_ns() + (self._ahead_ns or 0)
 
     def quarantine(self, point: P, reason: str) -> None:
         """Keep a refused tag apart until its next try is due, 1 s to 60 s from now; BAD once."""
