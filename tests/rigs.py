@@ -1,16 +1,21 @@
 """One real server a protocol, on a free loopback port, that the conformance suite can change, cut and bring back."""
 
 import asyncio
+import contextlib
+import os
 import socket
 import struct
+import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from asyncua import ua
 from asyncua.server.server import Server
 from pymodbus.constants import ExcCodes
-from pymodbus.server import ModbusTcpServer
+from pymodbus.server import ModbusSerialServer, ModbusTcpServer
 from pymodbus.simulator import DataType, SimData, SimDevice
 
 from edge.tags import Sample, Source, Tag
@@ -135,7 +140,9 @@ class ModbusRig:
 
     def __init__(self) -> None:
         self.port = free_port()
-        self.server: ModbusTcpServer | None = None
+        self.server: ModbusTcpServer | ModbusSerialServer | None = None
+        self.devices = [1]
+        self.silent: set[int] = set()
         self.refused: set[tuple[int, int]] = {(3, 4)}
         self.requests: list[tuple[int, int, int]] = []
         tags = [
@@ -167,16 +174,24 @@ class ModbusRig:
         def registers() -> list[SimData]:
             return [SimData(0, count=200, values=0, datatype=DataType.REGISTERS)]
 
-        device = SimDevice(1, simdata=(bits(), bits(), registers(), registers()), action=self.action)
-        self.server = ModbusTcpServer(device, address=("127.0.0.1", self.port))
+        blocks = [(bits(), bits(), registers(), registers()) for _ in self.devices]
+        devices = [SimDevice(n, simdata=b, action=self.action) for n, b in zip(self.devices, blocks, strict=True)]
+        self.server = self.serve(devices)
         await self.server.serve_forever(background=True)
         await self.change("a", 1.5)
         await self.change("b", 2)
         await self.change("flag", 1)
 
-    async def put(self, address: int, registers: list[int]) -> None:
+    def serve(self, devices: list[SimDevice]) -> ModbusTcpServer | ModbusSerialServer:
+        return ModbusTcpServer(devices, address=("127.0.0.1", self.port), trace_packet=partial(self.mute, 6))
+
+    def mute(self, at: int, sending: bool, frame: bytes) -> bytes:  # noqa: FBT001 - the library's signature
+        """Let no answer of a silent device out; its number is the frame's byte `at`."""
+        return b"" if sending and frame[at] in self.silent else frame
+
+    async def put(self, address: int, registers: list[int], device_id: int = 1) -> None:
         assert self.server is not None
-        await self.server.async_setValues(1, 16, address, registers)
+        await self.server.async_setValues(device_id, 16, address, registers)
 
     async def stop(self) -> None:
         if self.server is not None:
@@ -197,4 +212,64 @@ class ModbusRig:
         self.refused.clear()
 
 
-RIGS: dict[str, type[OpcuaRig] | type[ModbusRig]] = {"opcua": OpcuaRig, "modbus": ModbusRig}
+class Cable:
+    """Two serial ports with a cable between them: the ends of two pseudo-terminals, and what comes in goes across."""
+
+    def __init__(self) -> None:
+        self.ends: list[int] = []
+        self.ports: list[str] = []
+        self.asked: list[int] = []  # the device of each frame that came in at the first port
+        for _ in range(2):
+            end, port = os.openpty()
+            os.set_blocking(end, False)
+            self.ports.append(os.ttyname(port))
+            self.ends += [end, port]
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self.ends[0], partial(self._across, self.ends[0], self.ends[2]))
+        loop.add_reader(self.ends[2], partial(self._across, self.ends[2], self.ends[0]))
+
+    def _across(self, source: int, target: int) -> None:
+        with contextlib.suppress(OSError):
+            frame = os.read(source, 1024)
+            if source == self.ends[0]:
+                self.asked.append(frame[0])
+            os.write(target, frame)
+
+    def unplug(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self.ends[0])
+        loop.remove_reader(self.ends[2])
+        for end in self.ends:
+            os.close(end)
+
+
+class RtuRig(ModbusRig):
+    """A pymodbus server at the other end of a serial cable; a cut is an adapter that is pulled out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folder = tempfile.TemporaryDirectory()
+        self.path = Path(self._folder.name) / "ttyRig"
+        self.cable: Cable | None = None
+        options = {"poll_ms": 100, "timeout_s": 0.5, "baud": 115_200, "parity": "n", "stop_bits": 1}
+        self.source = Source(
+            name="plc", driver="modbus", url=f"modbus+rtu://{self.path}", tags=self.source.tags, options=options
+        )
+
+    def serve(self, devices: list[SimDevice]) -> ModbusSerialServer:
+        self.cable = Cable()
+        self.path.symlink_to(self.cable.ports[0])
+        return ModbusSerialServer(
+            devices, port=self.cable.ports[1], baudrate=115_200, trace_packet=partial(self.mute, 0)
+        )
+
+    async def stop(self) -> None:
+        await super().stop()
+        if self.cable is not None:
+            cable, self.cable = self.cable, None
+            cable.unplug()
+            self.path.unlink()
+
+
+# What `driver =` may say, and at least one rig for it.
+RIGS: dict[str, type[OpcuaRig] | type[ModbusRig]] = {"opcua": OpcuaRig, "modbus": ModbusRig, "modbus-rtu": RtuRig}
