@@ -61,13 +61,17 @@ class Sample(NamedTuple):
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
-    """One `[[source]]` of gateway.toml with its tags. `options` holds the keys that one driver alone knows."""
+    """One `[[source]]` of gateway.toml with its tags. `options` holds the keys that one driver alone knows.
+
+    `folder` is that file's, from which relative paths in it are meant.
+    """
 
     name: str
     driver: str
     url: str
     tags: tuple[Tag, ...]
     options: dict[str, object] = {}
+    folder: str = ""
 
 
 @dataclass

@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import struct
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -19,6 +21,8 @@ from pymodbus.server import ModbusSerialServer, ModbusTcpServer
 from pymodbus.simulator import DataType, SimData, SimDevice
 
 from edge.tags import Sample, Source, Tag
+from tests.brokers import BrokerProcess
+from tests.sparkplug_node import SparkplugNode
 
 LATER_S = 20.0  # an upper bound for whatever is awaited, generous on a busy machine
 
@@ -61,6 +65,7 @@ class Rig(Protocol):
 
     source: Source
     missing: Tag
+    wrong: str  # an address that can't be meant
 
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
@@ -70,6 +75,8 @@ class Rig(Protocol):
 
 class OpcuaRig:
     """An asyncua server."""
+
+    wrong = "what?"
 
     def __init__(self) -> None:
         port = free_port()
@@ -137,6 +144,8 @@ class OpcuaRig:
 
 class ModbusRig:
     """A pymodbus server; the register that is missing refuses to be read until it appears."""
+
+    wrong = "what?"
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -271,5 +280,55 @@ class RtuRig(ModbusRig):
             self.path.unlink()
 
 
+class MqttRig:
+    """Mosquitto, with JSON publishers and a Sparkplug edge node; a metric that its birth has not is missing."""
+
+    wrong = "plant/+/rms"  # nearly any other text is a topic
+
+    def __init__(self, kind: str = "mosquitto") -> None:
+        self.broker = BrokerProcess(kind)
+        self.node = SparkplugNode(self.broker.port)
+        self.values: dict[str, float] = {"a": 1.5, "flag": 1}
+        metric = "spBv1.0/rig/DDATA/edge/dev#"
+        tags = [
+            Tag(source="plc", name="a", address="plant/a", scale=2.0, offset=1.0),
+            Tag(source="plc", name="b", address=f"{metric}B Value", scale=2.0, offset=1.0),
+            Tag(source="plc", name="flag", address="plant/flag"),
+        ]
+        self.missing = Tag(source="plc", name="missing", address=f"{metric}Missing")
+        self.source = Source(name="plc", driver="mqtt", url=self.broker.url, tags=(*tags, self.missing))
+        self.node.metrics["B Value"] = {"alias": 7, "datatype": 3, "int_value": 2}
+
+    async def start(self) -> None:
+        await asyncio.to_thread(self.broker.start)
+        await asyncio.to_thread(self.node.start)
+        for name in self.values:
+            await self.change(name, self.values[name])
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self.broker.stop)
+        await asyncio.to_thread(self.node.stop)
+
+    async def change(self, name: str, value: float) -> None:
+        if name == "b":
+            await asyncio.to_thread(self.node.data, "B Value", int_value=int(value) & 0xFFFF_FFFF)
+            return
+        self.values[name] = value
+        body = {"timestamp_ms": time.time_ns() // 1_000_000, "value": value} if name == "a" else bool(value)
+        self.put(f"plant/{name}", json.dumps(body))
+
+    def put(self, topic: str, body: str | bytes, *, retain: bool = True) -> None:
+        self.node.client.publish(topic, body, qos=1, retain=retain).wait_for_publish(LATER_S)
+
+    async def appear(self) -> None:
+        self.node.metrics["Missing"] = {"alias": 8, "datatype": 10, "double_value": 7.0}
+        await asyncio.to_thread(self.node.birth)
+
+
 # What `driver =` may say, and at least one rig for it.
-RIGS: dict[str, type[OpcuaRig] | type[ModbusRig]] = {"opcua": OpcuaRig, "modbus": ModbusRig, "modbus-rtu": RtuRig}
+RIGS: dict[str, type[OpcuaRig] | type[ModbusRig] | type[MqttRig]] = {
+    "opcua": OpcuaRig,
+    "modbus": ModbusRig,
+    "modbus-rtu": RtuRig,
+    "mqtt": MqttRig,
+}

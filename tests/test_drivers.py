@@ -185,7 +185,7 @@ async def test_nobody_there_is_said_in_one_line_with_a_remedy() -> None:
 @pytest.mark.parametrize("name", RIGS)
 def test_what_cannot_be_meant_is_refused_at_its_place(name: str) -> None:
     source = RIGS[name]().source
-    tag = msgspec.structs.replace(source.tags[0], address="what?", file="plc.csv", line=7)
+    tag = msgspec.structs.replace(source.tags[0], address=RIGS[name].wrong, file="plc.csv", line=7)
     with pytest.raises(UserError, match=r"plc\.csv:7: address: ") as caught:
         make(msgspec.structs.replace(source, tags=(tag,)))
     assert caught.value.remedy
