@@ -66,6 +66,7 @@ class Rig(Protocol):
     source: Source
     missing: Tag
     wrong: str  # an address that can't be meant
+    positive: str  # an option that takes a number above 0
 
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
@@ -77,6 +78,7 @@ class OpcuaRig:
     """An asyncua server."""
 
     wrong = "what?"
+    positive = "timeout_s"
 
     def __init__(self) -> None:
         port = free_port()
@@ -146,6 +148,7 @@ class ModbusRig:
     """A pymodbus server; the register that is missing refuses to be read until it appears."""
 
     wrong = "what?"
+    positive = "timeout_s"
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -284,6 +287,7 @@ class MqttRig:
     """Mosquitto, with JSON publishers and a Sparkplug edge node; a metric that its birth has not is missing."""
 
     wrong = "plant/+/rms"  # nearly any other text is a topic
+    positive = "timeout_s"
 
     def __init__(self, kind: str = "mosquitto") -> None:
         self.broker = BrokerProcess(kind)
@@ -325,10 +329,52 @@ class MqttRig:
         await asyncio.to_thread(self.node.birth)
 
 
+class ReplayRig:
+    """A recording that is played over and over; it has no server, so a change is another file of the same name."""
+
+    wrong = "a\nb"  # any other text may head a column
+    positive = "speed"
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self.path = Path(self._folder.name) / "plant.csv"
+        self.values: dict[str, float] = {"a": 1.5, "b": 2, "flag": 1}
+        tags = [
+            Tag(source="plc", name="a", address="a", scale=2.0, offset=1.0),
+            Tag(source="plc", name="b", address="b", scale=2.0, offset=1.0),
+            Tag(source="plc", name="flag", address="flag"),
+        ]
+        self.missing = Tag(source="plc", name="missing", address="missing")
+        self.source = Source(
+            name="plc",
+            driver="replay",
+            url=f"file://{self.path}",
+            tags=(*tags, self.missing),
+            options={"loop": True, "rate_hz": 20.0},
+        )
+
+    async def start(self) -> None:
+        lines = [",".join(self.values), *[",".join(map(str, self.values.values()))] * 3, ""]
+        fresh = self.path.with_suffix(".new")
+        fresh.write_text("\n".join(lines))
+        fresh.rename(self.path)
+
+    async def stop(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    async def change(self, name: str, value: float) -> None:
+        self.values[name] = value
+        await self.start()
+
+    async def appear(self) -> None:
+        await self.change("missing", 7.0)
+
+
 # What `driver =` may say, and at least one rig for it.
-RIGS: dict[str, type[OpcuaRig] | type[ModbusRig] | type[MqttRig]] = {
+RIGS: dict[str, type[OpcuaRig] | type[ModbusRig] | type[MqttRig] | type[ReplayRig]] = {
     "opcua": OpcuaRig,
     "modbus": ModbusRig,
     "modbus-rtu": RtuRig,
     "mqtt": MqttRig,
+    "replay": ReplayRig,
 }

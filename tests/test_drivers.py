@@ -196,10 +196,11 @@ def test_what_cannot_be_meant_is_refused_at_its_place(name: str) -> None:
     ):
         with pytest.raises(UserError, match="url: "):
             make(msgspec.structs.replace(source, url=url))
-    with pytest.raises(UserError, match="timeout_s: "):
-        make(msgspec.structs.replace(source, options={"timeout_s": "soon"}))
-    with pytest.raises(UserError, match=r"timeout_s: .*out of range"):
-        make(msgspec.structs.replace(source, options={"timeout_s": -1}))
+    key = RIGS[name].positive
+    with pytest.raises(UserError, match=f"{key}: "):
+        make(msgspec.structs.replace(source, options={key: "soon"}))
+    with pytest.raises(UserError, match=f"{key}: .*out of range"):
+        make(msgspec.structs.replace(source, options={key: -1}))
 
 
 def opcua(rig: OpcuaRig, *tags: Tag) -> tuple[Driver, Collector]:
