@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import socket
 import struct
 import tempfile
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 
 from asyncua import ua
 from asyncua.server.server import Server
+from PIL import Image
 from pymodbus.constants import ExcCodes
 from pymodbus.server import ModbusSerialServer, ModbusTcpServer
 from pymodbus.simulator import DataType, SimData, SimDevice
@@ -370,11 +372,61 @@ class ReplayRig:
         await self.change("missing", 7.0)
 
 
+class ImagesRig:
+    """A folder with one picture at a time, a new one for each change; the values are labels of it."""
+
+    wrong = "a\nb"  # any other text may head a column
+    positive = "poll_ms"
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self.path = Path(self._folder.name) / "pictures"
+        self.number = 0
+        self.values: dict[str, float] = {"a": 1.5, "b": 2, "flag": 1}
+        tags = [
+            Tag(source="plc", name="pixels", address="pixels", type="float32[64]", width=64),
+            Tag(source="plc", name="a", address="a", scale=2.0, offset=1.0),
+            Tag(source="plc", name="b", address="b", scale=2.0, offset=1.0),
+            Tag(source="plc", name="flag", address="flag"),
+        ]
+        self.missing = Tag(source="plc", name="missing", address="missing")
+        self.source = Source(
+            name="plc",
+            driver="images",
+            url=f"file://{self.path}",
+            tags=(*tags, self.missing),
+            options={"size": 8, "poll_ms": 20, "backlog": True, "labels": str(self.path / "labels.csv")},
+        )
+
+    async def start(self) -> None:
+        self.path.mkdir(exist_ok=True)
+        for old in self.path.glob("*.png"):
+            old.unlink()
+        self.number += 1
+        name = f"{self.number:04}.png"
+        lines = [",".join(["file", *self.values]), ",".join([name, *map(str, self.values.values())]), ""]
+        fresh = self.path / "labels.new"
+        fresh.write_text("\n".join(lines))
+        fresh.rename(self.path / "labels.csv")
+        Image.new("L", (16, 16), self.number).save(self.path / name)
+
+    async def stop(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    async def change(self, name: str, value: float) -> None:
+        self.values[name] = value
+        await self.start()
+
+    async def appear(self) -> None:
+        await self.change("missing", 7.0)
+
+
 # What `driver =` may say, and at least one rig for it.
-RIGS: dict[str, type[OpcuaRig] | type[ModbusRig] | type[MqttRig] | type[ReplayRig]] = {
+RIGS: dict[str, type[OpcuaRig] | type[ModbusRig] | type[MqttRig] | type[ReplayRig] | type[ImagesRig]] = {
     "opcua": OpcuaRig,
     "modbus": ModbusRig,
     "modbus-rtu": RtuRig,
     "mqtt": MqttRig,
     "replay": ReplayRig,
+    "images": ImagesRig,
 }

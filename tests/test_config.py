@@ -145,7 +145,7 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
         16,
         "source[1].driver",
         "no driver 'profinet'",
-        "write one of: modbus, mqtt, opcua, replay",
+        "write one of: images, modbus, mqtt, opcua, replay",
     ),
     "wrong type": (
         "min_gateways = 3",

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
@@ -226,6 +226,14 @@ def option(source: Source, key: str, default: T, least: float = 0, most: float =
 def located(source: Source, path: str) -> Path:
     """Return a path of a `[[source]]`, which is meant relative to the file that it stands in."""
     return Path(source.folder) / path
+
+
+def file_path(source: Source, example: str) -> Path:
+    """Return the path of a source's `file:///…` URL or relative path; UserError for another scheme."""
+    scheme, mark, rest = source.url.partition("://")
+    if not source.url or (mark and (scheme != "file" or not rest.startswith("/"))):
+        raise refusal(source, "url", f"{source.url!r} is no file", f"write a path, or file:///data/{example}")
+    return Path(unquote(rest)) if mark else located(source, source.url)
 
 
 def refusal(source: Source, key: str, problem: str, remedy: str) -> UserError:

@@ -10,13 +10,11 @@ import importlib.util
 import time
 from collections.abc import Generator
 from itertools import islice
-from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import unquote
 
 import numpy as np
 
-from edge.drivers._common import LostError, Point, Reader, located, option, refusal
+from edge.drivers._common import LostError, Point, Reader, file_path, option, refusal
 from edge.drivers._recording import READERS
 from edge.tags import Quality, Sample, Sink, Source
 from models.errors import UserError
@@ -43,7 +41,7 @@ class Driver(Reader[Point]):
 
     def __init__(self, source: Source, sink: Sink) -> None:
         super().__init__(source, sink, [Point(tag) for tag in source.tags])
-        self._path = file_path(source)
+        self._path = file_path(source, "x.csv")
         self._read = READERS.get(self._path.suffix.lower())
         if self._read is None or self._path.name == self._path.suffix:
             raise refusal(source, "url", f"{source.url!r} is no recording", f"name a file: {', '.join(READERS)}")
@@ -176,11 +174,3 @@ def _nothing() -> Generator[Any, None, None]:
 def _series(value: object, point: Point) -> bool:
     """Tell whether a value is a window that this point takes one by one."""
     return isinstance(value, np.ndarray) and value.ndim == 1 and not point.tag.width
-
-
-def file_path(source: Source) -> Path:
-    """Return the path of a source's `file:///…` URL or relative path; UserError for another scheme."""
-    scheme, mark, rest = source.url.partition("://")
-    if mark and (scheme != "file" or not rest.startswith("/")):
-        raise refusal(source, "url", f"{source.url!r} names no file", "write a path, or file:///data/x.csv")
-    return Path(unquote(rest)) if mark else located(source, source.url)
