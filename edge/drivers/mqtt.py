@@ -77,6 +77,7 @@ class _Node:
     def reset(self) -> None:
         """Know nothing, as at the start of a connection."""
         self.ask_at = 0.0
+        self.asked = 0
         self.forget()
 
     def forget(self) -> None:
@@ -84,7 +85,6 @@ class _Node:
         self.seq: int | None = None
         self.bd_seq: int | None = None
         self.unborn = True
-        self.asked = 0
         for asset in self.assets.values():
             asset.aliases.clear()
             asset.types.clear()
@@ -306,10 +306,12 @@ class Driver(Reader[Point]):
         self._hand(samples, message.sent_ns)
 
     def _ask(self, link: Link) -> None:
-        """Request the births that are owed: at once, then less and less often."""
+        """Request the births that are owed: at once, then less and less often until a node has had a quiet while."""
         now = time.monotonic()
         for node in self._nodes.values():
             if self._rebirth and node.unborn and node.ask_at <= now:
+                if now - node.ask_at > _ASK_S[1]:
+                    node.asked = 0
                 node.ask_at = now + min(_ASK_S[1], _ASK_S[0] * 2 ** min(node.asked, 10))
                 node.asked += 1
                 link.publish(
