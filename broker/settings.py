@@ -2,12 +2,12 @@
 
 import ipaddress
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 import msgspec
 
-from models.tomlfile import TomlFile
+from models.errors import UserError
 
 _PORTS = {"mqtt": 1883, "mqtts": 8883}
 _FILES = ("password_file", "ca", "cert", "key")
@@ -55,7 +55,18 @@ def endpoint(url: str) -> Endpoint:
     return Endpoint(parts.hostname, port or _PORTS[parts.scheme], tls, not tls and not _is_loopback(parts.hostname))
 
 
-def check_mqtt(file: TomlFile, settings: MqttSettings) -> MqttSettings:
+class Place(Protocol):
+    """Where settings stand: a file by its name, and what an error in it looks like."""
+
+    @property
+    def name(self) -> str:
+        """The file, from whose folder paths are meant."""
+
+    def error(self, path: list[str | int], problem: str, remedy: str, /) -> UserError:
+        """Build the error for a key."""
+
+
+def check_mqtt(file: Place, settings: MqttSettings) -> MqttSettings:
     """Check the table; UserError at ["mqtt", key].
 
     Returns the settings with their file names made absolute: they are meant relative to the file they stand in.

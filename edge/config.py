@@ -200,7 +200,14 @@ def _source(file: TomlFile, i: int, table: dict[str, Any], folder: Path) -> Sour
     except PeerError as error:
         raise file.error(["source", i, "name"], error.detail, "use A-Z a-z 0-9 _ -") from None
     tags = tuple(_tags(table["name"], folder / table["tags"], file, i))
-    source = Source(name=table["name"], driver=table["driver"], url=table["url"], tags=tags, options=options)
+    source = Source(
+        name=table["name"],
+        driver=table["driver"],
+        url=table["url"],
+        tags=tags,
+        options=options,
+        folder=str(folder.absolute()),
+    )
     try:
         module.Driver(source, _nowhere)
     except UserError as error:

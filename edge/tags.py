@@ -70,7 +70,8 @@ class Sample(NamedTuple):
 class Source(msgspec.Struct, frozen=True, kw_only=True):
     """One `[[source]]` of gateway.toml with its tags. `options` holds the keys that one driver alone knows.
 
-    `pki` is the folder of certificates in the gateway's state; empty where nothing will be connected.
+    `pki` is the folder of certificates in the gateway's state; empty where nothing will be connected. `folder` is that
+    file's, from which relative paths in it are meant.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     tags: tuple[Tag, ...]
     options: dict[str, object] = {}
     pki: str = ""
+    folder: str = ""
 
 
 @dataclass

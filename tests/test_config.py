@@ -150,7 +150,7 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
         16,
         "source[1].driver",
         "no driver 'profinet'",
-        "write one of: modbus, opcua",
+        "write one of: images, modbus, mqtt, opcua, replay",
     ),
     "wrong type": (
         "min_gateways = 3",

@@ -2,18 +2,19 @@
 
 import asyncio
 import contextlib
-import inspect
 import math
 import time
 import zlib
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 import pytest_asyncio
 
+from edge.drivers import registry
 from edge.drivers.registry import driver_names, load
 from edge.tags import Driver, Quality, Source, Tag
 from models.errors import UserError
@@ -38,7 +39,7 @@ def make(source: Source) -> tuple[Driver, Collector]:
 
 
 # A server takes seconds to start, so one serves all tests of a protocol; each leaves it as it needs it itself.
-@pytest_asyncio.fixture(params=driver_names(), scope="module", loop_scope="module")
+@pytest_asyncio.fixture(params=RIGS, scope="module", loop_scope="module")
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
     made = RIGS[request.param]()
     await made.start()
@@ -72,7 +73,7 @@ def all_good(sink: Collector) -> bool:
 
 
 def test_every_driver_has_a_rig_and_a_place_in_the_registry() -> None:
-    assert set(driver_names()) == set(RIGS)
+    assert set(driver_names()) == {rig().source.driver for rig in RIGS.values()}
     for name in driver_names():
         module = load(name)
         assert module.Driver.schemes
@@ -81,9 +82,10 @@ def test_every_driver_has_a_rig_and_a_place_in_the_registry() -> None:
         load("registry")
 
 
-@pytest.mark.parametrize("name", driver_names())
-def test_no_driver_can_change_a_machine(name: str) -> None:
-    source = inspect.getsource(load(name))
+@pytest.mark.parametrize("path", sorted(Path(registry.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_no_driver_can_change_a_machine(path: Path) -> None:
+    # Certificates are written to files, which are no machines.
+    source = path.read_text().replace(").write_bytes(", ")")
     for word in ("write_", ".write", "WriteRequest", "WriteValue", "set_value", "call_method", "execute("):
         assert word not in source
 
@@ -169,8 +171,8 @@ async def test_cancelling_returns_soon(rig: Rig) -> None:
 
 
 async def test_nobody_there_is_said_in_one_line_with_a_remedy() -> None:
-    for name in driver_names():
-        source = RIGS[name]().source
+    for rig in RIGS.values():
+        source = rig().source
         driver, sink = make(source)
         async with running(driver):
             await until(lambda driver=driver: bool(driver.health.error))  # type: ignore[misc]
@@ -181,20 +183,25 @@ async def test_nobody_there_is_said_in_one_line_with_a_remedy() -> None:
         assert sink.samples == []  # the source's clock is not known yet, and neither is any value
 
 
-@pytest.mark.parametrize("name", driver_names())
+@pytest.mark.parametrize("name", RIGS)
 def test_what_cannot_be_meant_is_refused_at_its_place(name: str) -> None:
     source = RIGS[name]().source
-    tag = msgspec.structs.replace(source.tags[0], address="what?", file="plc.csv", line=7)
+    tag = msgspec.structs.replace(source.tags[0], address=RIGS[name].wrong, file="plc.csv", line=7)
     with pytest.raises(UserError, match=r"plc\.csv:7: address: ") as caught:
         make(msgspec.structs.replace(source, tags=(tag,)))
     assert caught.value.remedy
-    for url in ("http://127.0.0.1", f"{load(name).Driver.schemes[0]}://", "opc.tcp://h:nan"):
+    for url in (
+        "http://127.0.0.1",
+        *(f"{scheme}://" for scheme in load(source.driver).Driver.schemes),
+        "opc.tcp://h:nan",
+    ):
         with pytest.raises(UserError, match="url: "):
             make(msgspec.structs.replace(source, url=url))
-    with pytest.raises(UserError, match="timeout_s: "):
-        make(msgspec.structs.replace(source, options={"timeout_s": "soon"}))
-    with pytest.raises(UserError, match=r"timeout_s: .*out of range"):
-        make(msgspec.structs.replace(source, options={"timeout_s": -1}))
+    key = RIGS[name].positive
+    with pytest.raises(UserError, match=f"{key}: "):
+        make(msgspec.structs.replace(source, options={key: "soon"}))
+    with pytest.raises(UserError, match=f"{key}: .*out of range"):
+        make(msgspec.structs.replace(source, options={key: -1}))
 
 
 def opcua(rig: OpcuaRig, *tags: Tag) -> tuple[Driver, Collector]:

@@ -5,6 +5,7 @@ import contextlib
 import math
 import struct
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import msgspec
@@ -12,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.drivers.modbus import Address, Driver, Spot, decode, parse_address, parse_type, plan_blocks
+from edge.drivers._modbus_map import Address, Spot, decode, parse_address, parse_type, plan_blocks
+from edge.drivers.modbus import Driver
 from edge.tags import Quality, Sample, Tag
 from models.errors import UserError
-from tests.rigs import Collector, ModbusRig, until
+from tests.rigs import Collector, ModbusRig, RtuRig, until
 
 
 class Piece(NamedTuple):
@@ -255,4 +257,154 @@ async def test_deadband_and_scale() -> None:
 def test_a_clock_that_cannot_be_meant_is_refused() -> None:
     source = msgspec.structs.replace(ModbusRig().source, options={"clock": "noon"})
     with pytest.raises(UserError, match=r"source\]\] plc: clock: "):
+        Driver(source, Collector())
+
+
+# -- lines that several sources share -----------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def sharing(
+    rig: ModbusRig, devices: list[int], *sources: dict[str, object]
+) -> AsyncIterator[list[tuple[Driver, Collector]]]:
+    """Drivers on one rig, each with a tag of its own at register 20 and options of its own."""
+    rig.devices, rig.refused = devices, set()
+    await rig.start()
+    made, tasks = [], []
+    for number, options in enumerate(sources):
+        sink = Collector()
+        tags = (Tag(source=f"s{number}", name="x", address="holding:20", sampling_ms=20),)
+        driver = Driver(
+            msgspec.structs.replace(rig.source, name=f"s{number}", tags=tags, options=rig.source.options | options),
+            sink,
+        )
+        made.append((driver, sink))
+        tasks.append(asyncio.create_task(driver.run()))
+    try:
+        yield made
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await rig.stop()
+
+
+def values(sink: Collector) -> set[object]:
+    return {sample.value for sample in sink.samples if sample.quality is Quality.GOOD}
+
+
+@pytest.mark.parametrize("kind", [ModbusRig, RtuRig])
+async def test_sources_at_one_place_share_one_connection(kind: type[ModbusRig]) -> None:
+    rig = kind()
+    async with sharing(rig, [1, 7], {"device_id": 1}, {"device_id": 7}) as ((one, first), (seven, second)):
+        await until(lambda: one.health.connected and seven.health.connected)
+        await rig.put(20, [11])
+        await rig.put(20, [77], 7)
+        await until(lambda: 11.0 in values(first) and 77.0 in values(second))
+        assert 77.0 not in values(first)
+        assert 11.0 not in values(second)
+        assert rig.server is not None
+        assert len(rig.server.active_connections) == 1
+        # One that stops leaves the line to the other.
+        assert one._line is seven._line
+        line = one._line
+        assert line is not None
+        line.leave(one)
+        await rig.put(20, [78], 7)
+        await until(lambda: 78.0 in values(second))
+        assert seven.health.connects == 1
+
+
+@pytest.mark.parametrize("kind", [ModbusRig, RtuRig])
+async def test_a_dead_device_costs_its_line_one_request_at_a_time(kind: type[ModbusRig]) -> None:
+    rig = kind()
+    rig.silent = {9}
+    dead_options: dict[str, object] = {"device_id": 9, "timeout_s": 0.3}
+    async with sharing(rig, [1, 9], {"device_id": 1}, dead_options) as (
+        (live, sink),
+        (dead, none),
+    ):
+        await until(lambda: live.health.connected)
+        line = live._line
+        assert line is not None
+        asked: list[int] = []
+        ask = line._ask
+
+        async def noted(table: str, at: int, count: int, device_id: int, timeout_s: float, retries: int) -> Any:
+            asked.append(device_id)
+            return await ask(table, at, count, device_id, timeout_s, retries)
+
+        line._ask = noted  # type: ignore[method-assign]
+        await until(lambda: asked.count(9) >= 3)
+        if isinstance(rig, RtuRig):
+            assert rig.cable is not None
+            asked = rig.cable.asked  # the frames themselves: nothing is sent twice either
+        assert (9, 9) not in set(pairwise(asked))
+        assert all(sample.quality is Quality.GOOD for sample in sink.samples)
+        assert live.health.connects == 1
+        assert "device_id = 9" in dead.health.error
+        assert none.samples == []
+        rig.silent.clear()
+        await until(lambda: values(none) == {0.0})
+
+
+async def test_a_late_answer_is_not_taken_for_another_registers() -> None:
+    rig = RtuRig()
+    # Seconds until each answer: a first one too late, a cycle in time, one so late that it is asked for twice and comes
+    # twice, and the next register's just slow enough to be overtaken by it.
+    late = [0.8, 0.0, 0.0, 0.8, 0.0, 0.45]
+    act = rig.action
+
+    async def action(*given: Any) -> Any:
+        if given[-1] is None and late:
+            await asyncio.sleep(late.pop(0))
+        return await act(*given)
+
+    rig.action = action  # type: ignore[assignment, method-assign]
+    rig.refused = set()
+    await rig.start()
+    await rig.put(20, [20])
+    await rig.put(120, [120])
+    sink = Collector()
+    driver = Driver(msgspec.structs.replace(rig.source, tags=(at(20), at(120))), sink)
+    task = asyncio.create_task(driver.run())
+    await until(lambda: not late)
+    count = len(sink.batches)
+    await until(lambda: len(sink.batches) > count + 3)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await rig.stop()
+    assert {(s.tag, s.value) for s in sink.samples if s.quality is Quality.GOOD} == {
+        ("plc/h20", 20.0),
+        ("plc/h120", 120.0),
+    }
+
+
+async def test_a_port_that_is_set_otherwise_elsewhere_is_said() -> None:
+    rig = RtuRig()
+    async with sharing(rig, [1], {"device_id": 1}, {"device_id": 1, "baud": 9600}) as ((one, _), (two, none)):
+        await until(lambda: one.health.connected and "check baud" in two.health.error)
+        assert none.samples == []
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"baud": 0}, "baud"),
+        ({"parity": "X"}, "parity"),
+        ({"stop_bits": 3}, "stop_bits"),
+        ({"data_bits": 9}, "data_bits"),
+        ({"device_id": 0}, "device_id"),
+        ({"device_id": 248}, "device_id"),
+    ],
+)
+def test_serial_settings_that_are_none(options: dict[str, object], key: str) -> None:
+    source = RtuRig().source
+    with pytest.raises(UserError, match=rf"source\]\] plc: {key}: "):
+        Driver(msgspec.structs.replace(source, options=options), Collector())
+
+
+def test_serial_settings_are_of_a_serial_port() -> None:
+    source = msgspec.structs.replace(ModbusRig().source, options={"baud": 9600})
+    with pytest.raises(UserError, match="baud: is of a serial port"):
         Driver(source, Collector())

@@ -3,12 +3,15 @@
 A driver inherits `Reader` and brings `open`, `read`, `close` and `explain`; the contract is `edge.tags.Driver`'s.
 """
 
+import contextlib
 import logging
 import math
 import time
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
@@ -65,6 +68,33 @@ class Point:
             return None
         self.last = value
         return Sample(self.ref, time_ns, value, quality)
+
+    def any(self, raw: object, time_ns: int, quality: Quality) -> Sample | None:
+        """Make a sample of whatever was read; None within the deadband, BAD for what is no value of this tag."""
+        if quality is _BAD:
+            self.latest_ns = max(self.latest_ns, time_ns)
+            return self.bad(time_ns)
+        if self.tag.width:
+            return self._wave(raw, time_ns, quality)
+        if isinstance(raw, str):
+            self.latest_ns = max(self.latest_ns, time_ns)
+            # Nothing is ordered among texts, so none is scaled, and a repeated one is still one.
+            return Sample(self.ref, max(time_ns, self.bad_ns), float(zlib.crc32(raw.encode())), quality)
+        if isinstance(raw, int | float | np.number):
+            with contextlib.suppress(OverflowError):  # JSON's integers have no bound
+                return self.take(float(raw), time_ns, quality)
+        return self.bad(time_ns)
+
+    def _wave(self, raw: object, time_ns: int, quality: Quality) -> Sample:
+        """Make a waveform sample: float32 (width,); BAD for another length or for what isn't all finite numbers."""
+        self.latest_ns = max(self.latest_ns, time_ns)
+        numbers = isinstance(raw, list) and all(isinstance(number, int | float) for number in raw)
+        with np.errstate(over="ignore"), contextlib.suppress(OverflowError):
+            wave = np.array(raw, np.float64) if numbers or isinstance(raw, np.ndarray) else np.empty(0)
+            snapshot = (wave * self.scale + self.offset).astype(np.float32)
+            if snapshot.shape == (self.tag.width,) and np.isfinite(snapshot).all():
+                return Sample(self.ref, max(time_ns, self.bad_ns), snapshot, quality)
+        return self.bad(time_ns)
 
 
 P = TypeVar("P", bound=Point)
@@ -137,11 +167,11 @@ class Reader(Generic[P]):
         self._told = False
         _log.info("%s: reads %d tags from %s", self.source.name, len(self.points), self.source.url)
 
-    def deliver(self, samples: list[Sample]) -> None:
-        """Hand a batch on, oldest first, and count it."""
+    def deliver(self, samples: list[Sample], sent_ns: int | None = None) -> None:
+        """Hand a batch on, oldest first, and count it; `sent_ns` is the source's clock, if not the last sample's."""
         if not samples:
             return
-        self._ahead_ns = samples[-1].time_ns - time.time_ns()
+        self._ahead_ns = (samples[-1].time_ns if sent_ns is None else sent_ns) - time.time_ns()
         if self._owed:
             samples = samples + self._bad(self._owed)
             self._owed = []
@@ -210,6 +240,19 @@ def option(source: Source, key: str, default: T, least: float = 0, most: float =
         top = f" to {most:g}" if math.isfinite(most) else " or more"
         raise refusal(source, key, f"{value!r} is out of range", f"write {least:g}{top}")
     return value
+
+
+def located(source: Source, path: str) -> Path:
+    """Return a path of a `[[source]]`, which is meant relative to the file that it stands in."""
+    return Path(source.folder) / path
+
+
+def file_path(source: Source, example: str) -> Path:
+    """Return the path of a source's `file:///…` URL or relative path; UserError for another scheme."""
+    scheme, mark, rest = source.url.partition("://")
+    if not source.url or (mark and (scheme != "file" or not rest.startswith("/"))):
+        raise refusal(source, "url", f"{source.url!r} is no file", f"write a path, or file:///data/{example}")
+    return Path(unquote(rest)) if mark else located(source, source.url)
 
 
 def refusal(source: Source, key: str, problem: str, remedy: str) -> UserError:
