@@ -109,6 +109,7 @@ class Downlink:
             min_gateways=task.round.min_gateways,
             bits=task.round.bits,
             secure_aggregation=task.privacy.secure_aggregation,
+            keep_ppm=max(1, round(1e6 * task.round.keep_in(federation.number))),
         )
         topic = topics.RoundPlan(self._federation, task.name).topic
         self.put(topic, self._signer.seal(plan, topic))

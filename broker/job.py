@@ -1,5 +1,6 @@
 """One task at work in the aggregator: its definition, its newest model, and the federation that decides."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from models.tomlfile import TomlFile
 
 # Of an update, beside its values: the codec's header, the message's other fields and the envelope.
 _AROUND = 1024
+# Bytes of one kept value in a sparse coding, at the most: a gap of up to 26 bits, a sign, and its magnitude's planes.
+_KEPT = 4
 
 
 @dataclass
@@ -77,8 +80,10 @@ def load_job(journal: Journal, file: TaskFile) -> Job:
 
 def _check_size(file: TaskFile, count: int) -> None:
     """Refuse a task whose updates might not fit into a message: gateways would train for nothing."""
-    worst = -(-count * file.task.round.bits // 8) + _AROUND
+    rules = file.task.round
+    kept = math.ceil(count * rules.keep_in(1))
+    worst = (kept * _KEPT if rules.codec == "sparse" else -(-count * rules.bits // 8)) + _AROUND
     if worst > MAX_PAYLOAD:
         problem = f"an update of {count} values may be {worst} bytes, a message {MAX_PAYLOAD}"
-        remedy = "write fewer bits, use a smaller net, or make more of it personal"
-        raise TomlFile(str(file.path), file.text).error(["round", "bits"], problem, remedy)
+        remedy = "keep less or take a narrower codec, use a smaller net, or make more of it personal"
+        raise TomlFile(str(file.path), file.text).error(["round", "codec"], problem, remedy)

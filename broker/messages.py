@@ -39,6 +39,7 @@ Text = Annotated[str, msgspec.Meta(max_length=512)]
 Word = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,40}$")]
 Millis = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Share = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]  # in millionths
 Real = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 
 
@@ -99,7 +100,7 @@ class Plan(Message, frozen=True, tag="plan"):
     """Retained: the task's latest round. `state` is `open`, `closed`, or `done` when no further round will come.
 
     `base` is the model version to train from and `base_digest` its weights'; `deadline_ms` is on the aggregator's
-    clock and is a hint to the gateway. `bits` is the codec's.
+    clock and is a hint to the gateway. `bits` is the codec's coding, `keep_ppm` what a sparse one keeps of a million.
     """
 
     task_digest: Digest
@@ -112,6 +113,7 @@ class Plan(Message, frozen=True, tag="plan"):
     min_gateways: Count
     bits: Count
     secure_aggregation: bool
+    keep_ppm: Share = 1_000_000
 
 
 class Receipt(Message, frozen=True, tag="receipt"):

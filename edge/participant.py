@@ -104,12 +104,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class StartTraining:
-    """Train from version `base`, encode with `bits`, and put the update in the outbox."""
+    """Train from version `base`, encode with `bits` and `keep_ppm`, and put the update in the outbox."""
 
     round: int
     base: int
     bits: int
     opened_ms: int
+    keep_ppm: int = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,8 @@ class Participant:
             self.state = State.WAITING
         else:
             self.state = State.TRAINING
-            return [StartTraining(self.plan.round, self.plan.base, self.plan.bits, self.plan.opened_ms)]
+            plan = self.plan
+            return [StartTraining(plan.round, plan.base, plan.bits, plan.opened_ms, plan.keep_ppm)]
         return []
 
     def on_model(self, event: ModelStored) -> list[Action]:

@@ -233,7 +233,7 @@ class Runner:
         residual = await self.shop.state.commit(lambda: self.memory.vector("residual"))
         if residual is not None and residual.size == delta.size:
             delta = delta + residual
-        encoded = await asyncio.to_thread(codec.encode, delta, action.bits)
+        encoded = await asyncio.to_thread(codec.encode, delta, action.bits, action.keep_ppm / 1e6)
         local = self._scorer(model, result.vector, result.scale)
         metric = await asyncio.to_thread(local.metric, result.holdout)
         topic = Uplink(self.shop.config.path, self.name, "update").topic

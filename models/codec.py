@@ -5,18 +5,22 @@ Byte format, version 1 (little endian):
     offset  size  field
     0       2     magic "TD"
     2       1     version, 1
-    3       1     bits per value before entropy coding: 2, 4, 8, or 32 (float32, exact)
+    3       1     coding: 0 sparse; else bits per value before compression: 4, 8, or 32 (float32, exact)
     4       4     count: values in the vector, unsigned
-    8       4     step, float32: finite and above 0; 1 when bits is 32
-    12      …     one zstd frame, nothing after it
+    8       4     step, float32: finite and above 0; 1 when the values are exact
+    12      …     sparse: the stream of models/sparse.py; else one zstd frame; nothing after it
 
-The frame holds, for 2/4/8 bits, `q` with value = q * step: signed integers in two's complement, packed from the low
-bits up (four, two or one a byte), the last byte padded with zero bits; |q| <= 2^(bits-1) - 1, so the most negative
+Sparse and with 4 or 8 bits, value = q * step. The frame holds `q` as signed integers in two's complement, packed from
+the low bits up (two or one a byte), the last byte padded with zero bits; |q| <= 2^(bits-1) - 1, so the most negative
 code is refused. For 32 bits it holds the float32 values as four byte planes (all lowest bytes first), which zstd
 packs better; each value must be finite.
 
 Error feedback: `encode` also returns what the bytes decode to, so a sender keeps `residual = vector - decoded` and
 adds it to its next vector (Seide et al. 2014, 1-bit SGD; Karimireddy et al. 2019, arXiv:1901.09847).
+
+The sparse coding keeps the largest values alone: with t the magnitude of the k-th largest, k = keep * count, the step
+is 2t, so what is below t rounds to nothing and waits in the residual. Step and error feedback after Strom 2015,
+"Scalable distributed DNN training using commodity GPU cloud computing"; the rest is in the residual, not lost.
 
 Not promised: bytes for the same vector may differ between zstd versions; the decoded values do not.
 """
@@ -28,20 +32,20 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from models import sparse
 from models.delta import MAX_PARAMETERS, Vector
 from models.errors import PeerError
 
 MAGIC = b"TD"
 VERSION = 1
 HEADER = struct.Struct("<2sBBIf")
-BITS = (2, 4, 8, 32)
+SPARSE = 0
+BITS = (SPARSE, 4, 8, 32)
 EXACT = 32
 _LEVEL = 19
 # A frame may ask its reader for a window of this many bytes at most.
 _WINDOW_LOG_MAX = 27
 _PIECE = 128
-# Share of values that the two-bit step leaves non-zero: the largest 5 % (see the design's codec measurements).
-_TERNARY_KEEP = 0.05
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,11 @@ class Encoded:
     decoded: Vector
 
 
-def encode(vector: Vector, bits: int = 8) -> Encoded:
-    """Quantise and compress a flat float32 vector; ValueError if it holds a NaN or an infinity."""
+def encode(vector: Vector, bits: int = 8, keep: float = 1.0) -> Encoded:
+    """Quantise and compress a flat float32 vector; ValueError if it holds a NaN or an infinity.
+
+    `keep` is the share of values that a sparse coding keeps, above 0 to 1.
+    """
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}")
     if vector.ndim != 1 or not 0 < vector.size <= MAX_PARAMETERS:
@@ -61,12 +68,14 @@ def encode(vector: Vector, bits: int = 8) -> Encoded:
     if not np.isfinite(vector).all():
         raise ValueError("the vector holds a NaN or an infinity")
     vector = np.ascontiguousarray(vector, np.float32)
+    if bits == SPARSE:
+        return _encode_sparse(vector, keep)
     if bits == EXACT:
         step, decoded = 1.0, vector.copy()
         raw = vector.view(np.uint8).reshape(-1, 4).T.tobytes()
     else:
         top = 2 ** (bits - 1) - 1
-        step = _step(np.abs(vector), bits, top)
+        step = _float32(float(np.abs(vector).max()) / top)
         q = np.clip(np.rint(vector / step), -top, top).astype(np.int8)
         decoded = q * np.float32(step)
         raw = _pack(q, bits)
@@ -85,10 +94,10 @@ def decode(data: bytes, count: int) -> Vector:
     if magic != MAGIC or version != VERSION:
         raise PeerError("codec", f"not a delta of version {VERSION}")
     if bits not in BITS:
-        raise PeerError("codec", f"{bits} bits per value")
+        raise PeerError("codec", f"coding {bits}")
     if declared != count or not 0 < count <= MAX_PARAMETERS:
         raise PeerError("codec", f"{declared} values, the layout has {count}")
-    top = 2 ** (bits - 1) - 1
+    top = sparse.MOST if bits == SPARSE else 2 ** (bits - 1) - 1
     if (
         not np.isfinite(step)
         or step <= 0
@@ -96,6 +105,8 @@ def decode(data: bytes, count: int) -> Vector:
         or step * top > float(np.finfo(np.float32).max)
     ):
         raise PeerError("codec", f"step {step}")
+    if bits == SPARSE:
+        return sparse.decode(data[HEADER.size :], count) * np.float32(step)
     raw = inflate(data[HEADER.size :], -(-count * bits // 8))
     if bits == EXACT:
         planes = np.frombuffer(raw, np.uint8).reshape(4, count)
@@ -135,15 +146,24 @@ def deflate(raw: bytes) -> bytes:
     return zstandard.ZstdCompressor(level=_LEVEL).compress(raw)
 
 
-def _step(magnitude: Vector, bits: int, top: int) -> float:
-    largest = float(magnitude.max())
-    if bits == 2:  # noqa: PLR2004
-        keep = max(1, int(magnitude.size * _TERNARY_KEEP))
-        # A hair below twice the smallest kept value, or rint would round that one half to even: to nothing.
-        largest = 2 * float(np.partition(magnitude, -keep)[-keep]) * (1 - 2**-20)
-    # float32 in the header: round-trip it here, so that sender and receiver multiply by the same number.
-    step = float(np.float32(largest / top))
-    return step if step > 0 else float(np.finfo(np.float32).tiny)
+def _encode_sparse(vector: Vector, keep: float) -> Encoded:
+    if not 0 < keep <= 1:
+        raise ValueError("keep must be above 0, and 1 at most")
+    magnitude = np.abs(vector)
+    k = max(1, round(keep * vector.size))
+    # Where fewer than k are not zero, all of those are kept.
+    smallest = float(np.partition(magnitude, -k)[-k]) or float(magnitude[magnitude > 0].min(initial=1))
+    # A hair below twice the smallest kept value, or rint would round that one half to even: to nothing. But no value
+    # is cut: where all are to be kept, the largest sets the step.
+    step = _float32(max(2 * smallest * (1 - 2**-20), float(magnitude.max()) / sparse.MOST))
+    q = np.clip(np.rint(vector / step), -sparse.MOST, sparse.MOST).astype(np.int16)
+    header = HEADER.pack(MAGIC, VERSION, SPARSE, vector.size, step)
+    return Encoded(header + sparse.encode(q), q * np.float32(step))
+
+
+def _float32(step: float) -> float:
+    """Round-trip a step as the header carries it, so that sender and receiver multiply by the same number."""
+    return max(float(np.float32(step)), float(np.finfo(np.float32).tiny))
 
 
 def _pack(q: NDArray[np.int8], bits: int) -> bytes:

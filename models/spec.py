@@ -78,6 +78,9 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     holdout: float = 0.2
 
 
+_WIDE, _NARROW, _NARROWING = 0.05, 0.02, 6
+
+
 class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the federation runs the task: `every` from one opening to the next, at most `deadline` per round."""
 
@@ -87,8 +90,22 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     deadline: str = "2h"
     every: str = "1d"
     rounds: int | None = None
-    bits: Literal[2, 4, 8, 32] = 8
+    codec: Literal["sparse", "int4", "int8", "float32"] = "sparse"
+    keep: float | None = None
     momentum: float = 0.0
+
+    @property
+    def bits(self) -> int:
+        """The codec's coding: 0 sparse, else bits per value."""
+        return {"sparse": 0, "int4": 4, "int8": 8, "float32": 32}[self.codec]
+
+    def keep_in(self, number: int) -> float:
+        """Share of values that a sparse update of round `number` (1, 2, …) keeps: `keep`, or wide first, then narrow.
+
+        The first rounds move everything, so that the share falls from 5 % to 2 % over six of them.
+        """
+        narrowing = min(max(number - 1, 0), _NARROWING) / _NARROWING
+        return self.keep if self.keep is not None else _WIDE * (_NARROW / _WIDE) ** narrowing
 
     @property
     def deadline_s(self) -> float:
@@ -252,6 +269,7 @@ def _check_training(need: _Need, t: Training) -> None:
 
 def _check_round(file: TomlFile, need: _Need, r: Round) -> None:
     need(r.min_gateways >= 1, ["round", "min_gateways"], "out of range", "write 1 or more")
+    need(r.keep is None or 0 < r.keep <= 1, ["round", "keep"], "out of range", "write 0.001 to 1.0")
     need(0 <= r.momentum < 1, ["round", "momentum"], "out of range", "write 0.0 to 0.99")
     need(r.rounds is None or r.rounds >= 1, ["round", "rounds"], "out of range", "write 1 or more, or leave it out")
     for key in ("deadline", "every"):

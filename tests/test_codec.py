@@ -9,8 +9,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 
-from models import codec
+from models import codec, sparse
 from models.delta import Vector
 from models.errors import PeerError
 
@@ -104,7 +105,12 @@ def test_flipped_bits_are_refused_or_give_finite_values(bits: int) -> None:
 @settings(max_examples=300)
 @given(st.binary(max_size=100), st.integers(1, 100))
 def test_any_bytes(data: bytes, count: int) -> None:
-    for body in (data, frame(8, count, 1.0, data), frame(8, count, 1.0, b"\x28\xb5\x2f\xfd" + data)):
+    for body in (
+        data,
+        frame(0, count, 1.0, data),
+        frame(8, count, 1.0, data),
+        frame(8, count, 1.0, b"\x28\xb5\x2f\xfd" + data),
+    ):
         vector = decode_or_none(body, count)
         assert vector is None or vector.shape == (count,)
 
@@ -124,7 +130,6 @@ def test_steps_no_encoder_writes(step: float) -> None:
     [
         (8, 2, b"\x80\0"),  # the most negative code
         (4, 2, b"\x08"),
-        (2, 4, b"\x02"),
         (4, 1, b"\x10"),  # padding that is not zero
         (32, 1, struct.pack("<f", float("nan"))),
         (32, 1, struct.pack("<f", float("inf"))),
@@ -135,10 +140,80 @@ def test_codes_no_encoder_writes(bits: int, count: int, raw: bytes) -> None:
         codec.decode(frame(bits, count, 1.0, codec.deflate(raw)), count)
 
 
-@pytest.mark.parametrize("bits", [0, 1, 3, 16, 64, 255])
+@pytest.mark.parametrize("bits", [1, 2, 3, 16, 64, 255])
 def test_unknown_widths(bits: int) -> None:
-    with pytest.raises(PeerError, match="bits per value"):
+    with pytest.raises(PeerError, match="coding"):
         codec.decode(frame(bits, 4, 1.0, b""), 4)
+
+
+@given(
+    q=hnp.arrays(np.int16, st.integers(1, 700), elements=st.integers(-3, 3) | st.integers(-255, 255) | st.just(0)),
+    share=st.sampled_from([0.01, 0.1, 0.9]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_sparse_stream_is_exact(q: NDArray[np.int16], share: float, seed: int) -> None:
+    q[np.random.default_rng(seed).random(q.size) > share] = 0
+    data = sparse.encode(q)
+    assert np.array_equal(sparse.decode(data, q.size), q)
+    for bad in (data[:-1], data + b"\0"):
+        with pytest.raises(PeerError, match="codec"):
+            sparse.decode(bad, q.size)
+
+
+# The docstring of models/sparse.py, by hand: 2 members of 8 (0010), r 0 (0000), gaps 1 and 2 (01 001), signs (0 1);
+# one of them above 1 (01), r 0 (0000), gap 1 (01); none of that above 2 (0).
+def test_the_sparse_stream_bit_by_bit() -> None:
+    bits = "0010" + "0000" + "01" + "001" + "01" + "01" + "0000" + "01" + "0"
+    data = int(bits.ljust(24, "0"), 2).to_bytes(3, "big")
+    q = np.array([0, 1, 0, 0, -2, 0, 0, 0], np.int16)
+    assert sparse.encode(q) == data
+    assert sparse.decode(data, 8).tolist() == q.tolist()
+
+
+@pytest.mark.parametrize(
+    ("bits", "says"),
+    [
+        ("1111", "15 members of 8"),
+        ("0001" + "0000" + "000000001", "a place beyond the 8"),
+        ("0001" + "1111" + "111111111111111" + "1", "a place beyond the 8"),
+        ("0001" + "0000", "the bits end early"),
+        ("0001" + "0000" + "00000000", "the bits end early"),
+        ("0001" + "0000" + "1" + "0" + ("1" + "0000" + "1") * 255, "a magnitude above 255"),
+        ("0000" + "0001", "something follows the last plane"),
+    ],
+)
+def test_streams_no_encoder_writes(bits: str, says: str) -> None:
+    size = -(-len(bits) // 8)
+    with pytest.raises(PeerError, match=says):
+        sparse.decode(int(bits.ljust(8 * size, "0"), 2).to_bytes(size, "big"), 8)
+
+
+def test_where_all_are_to_be_kept_the_largest_sets_the_step() -> None:
+    vector = np.random.default_rng(6).normal(size=400).astype(np.float32)
+    encoded = codec.encode(vector, codec.SPARSE, 1.0)
+    assert np.abs(vector - encoded.decoded).max() <= 0.501 * np.abs(vector).max() / sparse.MOST
+
+
+@pytest.mark.parametrize("keep", [0.001, 0.02, 0.5])
+def test_a_sparse_update_keeps_the_largest_values(keep: float) -> None:
+    vector = np.random.default_rng(5).normal(size=40_000).astype(np.float32)
+    encoded = codec.encode(vector, codec.SPARSE, keep)
+    kept = encoded.decoded != 0
+    assert abs(int(kept.sum()) - round(keep * vector.size)) <= 1
+    assert np.abs(vector[kept]).min() >= np.abs(vector[~kept]).max(initial=0)
+    step = codec.HEADER.unpack_from(encoded.data)[4]
+    assert np.abs(vector - encoded.decoded)[kept].max() <= 0.501 * step
+    # Within a tenth of the entropy of places, signs and magnitudes that are drawn independently.
+    counts = np.unique(np.rint(encoded.decoded / step), return_counts=True)[1] / vector.size
+    entropy = -float((counts * np.log2(counts)).sum()) * vector.size / 8
+    assert len(encoded.data) < 1.1 * entropy + 32
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.1, 1.1, float("nan")])
+def test_a_share_that_is_none(keep: float) -> None:
+    with pytest.raises(ValueError, match="keep must be"):
+        codec.encode(VECTOR, codec.SPARSE, keep)
 
 
 def test_the_layout_decides_the_count() -> None:
@@ -169,7 +244,7 @@ def test_bombs_cost_no_memory() -> None:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [codec.SPARSE, 4, 8])
 def test_error_feedback_loses_nothing(bits: int) -> None:
     """What was decoded in all plus what is still held back is what was meant, and the rest stays bounded."""
     random = np.random.default_rng(3)
@@ -178,7 +253,7 @@ def test_error_feedback_loses_nothing(bits: int) -> None:
     held = []
     for _ in range(200):
         delta = mean + random.normal(scale=0.1, size=400).astype(np.float32)
-        encoded = codec.encode(delta + residual, bits)
+        encoded = codec.encode(delta + residual, bits, keep=0.1)
         residual = delta + residual - encoded.decoded
         meant += delta
         sent += encoded.decoded

@@ -446,10 +446,10 @@ async def test_a_lost_broker_is_told_to_the_federation(tmp_path: Path) -> None:
 
 async def test_an_update_that_no_message_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant = Plant(tmp_path, "mqtt://127.0.0.1:1")
-    monkeypatch.setattr("broker.job.MAX_PAYLOAD", SHARED + 1023)
-    with pytest.raises(UserError, match="an update of 40 values may be 1064 bytes") as caught:
+    monkeypatch.setattr("broker.job.MAX_PAYLOAD", 4 * 2 + 1023)
+    with pytest.raises(UserError, match="an update of 40 values may be 1032 bytes") as caught:
         await Service(load_federation(plant.config), plant.state).run()
-    assert (caught.value.place, caught.value.key) == (str(tmp_path / "wear.toml"), "round.bits")
+    assert (caught.value.place, caught.value.key) == (str(tmp_path / "wear.toml"), "round.codec")
 
 
 CELL = "acme/lyon/press/line4/cell0"

@@ -1,11 +1,12 @@
 """task.toml: what it means, and every mistake in it told as file, line, key and remedy."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from models.errors import UserError
-from models.spec import MAX_TASK_BYTES, load_task, net_names, parse_task, task_digest
+from models.spec import MAX_TASK_BYTES, Round, load_task, net_names, parse_task, task_digest
 from models.tomlfile import line_of, seconds, size_bytes
 
 TASK = """\
@@ -176,10 +177,20 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
     ),
     "no gateway": ("min_gateways = 3", "min_gateways = 0", 29, "round.min_gateways", "out of range", "write 1 or more"),
     "a momentum": ("min_gateways = 3", "momentum = 1.0", 29, "round.momentum", "out of range", "write 0.0 to 0.99"),
-    "bits": ("min_gateways = 3", "bits = 3", 29, "round.bits", "3", "write a value of that type"),
+    "a codec": ("min_gateways = 3", 'codec = "zip"', 29, "round.codec", "zip", "write a value of that type"),
+    "a share": ("min_gateways = 3", "keep = 0.0", 29, "round.keep", "out of range", "write 0.001 to 1.0"),
     "a duration": ('"2h"', '"2 hours"', 30, "round.deadline", "'2 hours' is not a duration", 'write "90s", "2h"'),
     "no unit of time": ('"7d"', '"7"', 31, "round.every", "'7' is not a duration", 'write "90s", "2h"'),
 }
+
+
+def test_an_update_is_wide_at_first_and_narrow_later() -> None:
+    rounds = Round()
+    shares = [rounds.keep_in(number) for number in range(9)]
+    assert shares[1] == pytest.approx(0.05)
+    assert shares[7] == shares[8] == pytest.approx(0.02)
+    assert all(a >= b for a, b in pairwise(shares))
+    assert Round(keep=0.01).keep_in(1) == 0.01
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

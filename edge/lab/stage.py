@@ -85,7 +85,6 @@ strategy = "fedavg"
 min_gateways = {count}
 deadline = "60s"
 every = "3s"
-bits = 4
 momentum = 0.5
 {rounds}"""
     layout = scenario.layout
