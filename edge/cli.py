@@ -12,6 +12,7 @@ from typing import Any
 
 from models.errors import LocalError, PeerError, TundishError, UserError
 
+CODECS = ("sparse", "int4", "int8", "float32")
 _FRESH_S = 10.0
 _SHOWN = 10
 _SKEW_S = 2.0
@@ -29,6 +30,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_simulate(commands)
     _add_bench(commands)
     _add_edge(commands)
     broker = commands.add_parser("broker", help="the aggregator beside an MQTT broker: run it, enrol gateways, status")
@@ -54,6 +56,24 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--data", type=Path, help="play this recorded data (.npz) instead of the simulated spindles")
     demo.add_argument("--json", action="store_true", help="print the figures as one JSON object on standard output")
     demo.set_defaults(run=_demo)
+
+
+def _add_simulate(commands: Any) -> None:
+    simulate = commands.add_parser(
+        "simulate",
+        help="run a federation on recorded data in one process, and compare it with plants that learn alone",
+        description="One gateway for each plant of the file; the same figures every time for the same seed.",
+        epilog="example: tundish simulate task.toml --data plants.npz --rounds 24 --json",
+    )
+    simulate.add_argument("task", type=Path, help="task.toml; what it leaves out comes from the data")
+    simulate.add_argument("--data", type=Path, required=True, help="recorded data (.npz): x, y, client of train, test")
+    simulate.add_argument("--rounds", type=int, default=24, help="rounds to run (default 24)")
+    simulate.add_argument("--seed", type=int, default=0, help="seed of first weights and batches (default 0)")
+    simulate.add_argument("--codec", choices=CODECS, help="codec of updates instead of the task's")
+    simulate.add_argument("--keep", type=float, help="share of values that a sparse update keeps")
+    simulate.add_argument("--dropout", type=float, default=0.0, help="chance that a plant misses a round (default 0)")
+    simulate.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    simulate.set_defaults(run=_simulate)
 
 
 def _add_bench(commands: Any) -> None:
@@ -255,6 +275,12 @@ def _demo(args: argparse.Namespace) -> int:
     from edge.lab.demo import main as demo  # noqa: PLC0415
 
     return demo(args)
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from edge.lab.simulate import main as simulate  # noqa: PLC0415
+
+    return simulate(args)
 
 
 def _footprint(args: argparse.Namespace) -> int:

@@ -1,0 +1,163 @@
+"""The bench that decides, on small sets made here: the real machines, deterministic, and honest about its figures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edge.choose import MIX, choose, mixed
+from edge.lab.fleet import complete_task, load_sites
+from models.spec import parse_task
+
+TASK = 'name = "lab"\n[training]\nepochs = 1\nbatch = 16\nlr = 5e-3\n[round]\nmin_gateways = 1\n'
+
+
+def rows(folder: Path, kind: str = "classes", plants: int = 3) -> Path:
+    """Plants that see the same rule through another offset; two of five features matter."""
+    random = np.random.default_rng(7)
+    client = np.repeat(np.arange(plants), 120)
+    x = random.normal(size=(len(client), 5)).astype(np.float32)
+    score = x[:, 0] - x[:, 1]
+    y: NDArray[Any] = (score > 0).astype(np.int64) if kind == "classes" else score.astype(np.float32)
+    if kind == "anomaly":
+        y = np.zeros(len(client), np.int64)
+    x[:, 2] += client
+    train = np.arange(len(client)) % 3 > 0
+    path = folder / "plants.npz"
+    parts = {"x": x, "y": y, "client": client}
+    arrays = {f"{k}_train": v[train] for k, v in parts.items()} | {f"{k}_test": v[~train] for k, v in parts.items()}
+    if kind == "anomaly":
+        arrays["y_test"] = (np.arange((~train).sum()) % 4 == 0).astype(np.int64)
+        arrays["x_test"][arrays["y_test"] == 1] *= 4
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    return path
+
+
+def run(folder: Path, data: Path, *more: str, text: str = TASK) -> subprocess.CompletedProcess[str]:
+    (folder / "task.toml").write_text(text)
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "edge.cli",
+        "simulate",
+        str(folder / "task.toml"),
+        "--data",
+        str(data),
+        *more,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def figures(folder: Path, data: Path, *more: str, text: str = TASK) -> dict[str, Any]:
+    done = run(folder, data, "--json", *more, text=text)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+KEYS = {
+    "metric", "centralised", "silo_own", "silo_all", "federated", "personalised", "final", "final_vs_best",
+    "worst_plant_vs_alone", "rounds_to", "bytes_up_per_update", "bytes_down_per_round", "float32_bytes", "ratio_up",
+    "ratio_down",
+}  # fmt: skip
+
+
+def test_a_federation_of_classes_learns_and_says_the_same_twice(tmp_path: Path) -> None:
+    data = rows(tmp_path)
+    found = figures(tmp_path, data, "--rounds", "8")
+    assert found.keys() >= KEYS
+    assert found["metric"] == "accuracy"
+    assert found["federated"] > 0.75
+    assert found["centralised"] > 0.75
+    assert len(found["curve"]) == found["rounds"] == 8
+    assert [row["plant"] for row in found["plants"]] == ["0", "1", "2"]
+    assert found["final"] == pytest.approx(np.mean([row["final"] for row in found["plants"]]), abs=1e-4)
+    assert found["final_vs_best"] == pytest.approx(
+        found["final"] / max(found["centralised"], found["silo_own"]), abs=1e-3
+    )
+    assert 0 < found["bytes_up_last"] < found["bytes_up_per_update"] < found["float32_bytes"] / 20
+    again = figures(tmp_path, data, "--rounds", "8")
+    assert {**again, "seconds": 0} == {**found, "seconds": 0}
+    other = figures(tmp_path, data, "--rounds", "8", "--seed", "1")
+    assert other["curve"] != found["curve"]
+
+
+def test_numbers_are_judged_by_their_error_and_a_codec_can_be_chosen(tmp_path: Path) -> None:
+    data = rows(tmp_path, "numbers")
+    exact = figures(tmp_path, data, "--rounds", "6", "--codec", "float32", "--dropout", "0.3")
+    assert exact["metric"] == "rmse"
+    assert exact["federated"] < 1.0
+    assert exact["final_vs_best"] == pytest.approx(
+        min(exact["centralised"], exact["silo_own"]) / exact["final"], abs=1e-3
+    )
+    assert exact["ratio_up"] < 1.5
+
+
+def test_anomalies_need_no_labels(tmp_path: Path) -> None:
+    found = figures(tmp_path, rows(tmp_path, "anomaly"), "--rounds", "3")
+    assert found["metric"] == "auroc"
+    assert found["federated"] > 0.6
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--rounds", "0"), "--rounds: 0 rounds; write 1 or more"),
+        (("--dropout", "1"), "--dropout: 1 is no chance below 1"),
+        (("--keep", "0"), "--keep: 0 is no share"),
+        (("--data", "/nowhere.npz"), "/nowhere.npz: can't be read as a recorded set"),
+    ],
+)
+def test_a_wrong_option_is_one_line(tmp_path: Path, more: tuple[str, str], says: str) -> None:
+    done = run(tmp_path, rows(tmp_path), *more)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_a_task_says_itself_stays(tmp_path: Path) -> None:
+    data = rows(tmp_path)
+    text = complete_task('name = "lab"\nkind = "classification"\n[target]\nname = "t"\nclasses = ["a", "b"]\n', data)
+    task = parse_task(text)
+    assert task.target is not None
+    assert task.target.classes == ("a", "b")
+    assert (task.net, task.channels, task.window.length) == ("mlp", 5, 1)
+
+
+def test_a_plants_holdout_is_no_part_of_what_it_trains_on(tmp_path: Path) -> None:
+    data = rows(tmp_path)
+    task = parse_task(complete_task(TASK, data))
+    for site in load_sites(task, data):
+        assert 0.1 < len(site.holdout) / (len(site.holdout) + len(site.train)) < 0.3
+        seen = {row.tobytes() for row in site.train.x}
+        assert not any(row.tobytes() in seen for row in site.holdout.x)
+
+
+def test_the_first_candidate_stays_unless_another_is_better_by_more_than_noise() -> None:
+    y = np.arange(100) % 2
+    right = np.stack([1.0 - y, y], 1).astype(np.float32)
+    nearly, wrong = right.copy(), 1 - right
+    nearly[:3] = 1 - nearly[:3]
+
+    def worth(out: NDArray[np.float32]) -> float:
+        return float((out.argmax(1) == y).mean())
+
+    assert choose("accuracy", {MIX: nearly, "own": right}, worth, 100) == "own"
+    assert choose("accuracy", {MIX: nearly, "own": right}, worth, 0) == MIX
+    assert choose("accuracy", {MIX: right, "own": nearly, "tuned": wrong}, worth, 100) == MIX
+    one = nearly.copy()
+    one[3:] = right[3:]
+    one[:1] = right[:1]
+    assert choose("accuracy", {MIX: nearly, "own": one}, worth, 100) == MIX
+
+
+def test_two_models_together_are_the_mean_of_their_probabilities() -> None:
+    one, other = np.log(np.array([[0.9, 0.1]], np.float32)), np.log(np.array([[0.3, 0.7]], np.float32))
+    np.testing.assert_allclose(np.exp(mixed("classification", one, other)), np.array([[0.6, 0.4]]), rtol=1e-5)
+    np.testing.assert_allclose(mixed("regression", np.array([[1.0]], np.float32), np.array([[3.0]], np.float32)), 2)
