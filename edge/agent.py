@@ -353,6 +353,7 @@ class Agent:
             "answer": f"{answer.verdict}: {answer.reason}".rstrip(": ") if answer else "",
             "model": runner.model.manifest.version if runner.model else None,
             "scoring_model": live.scorer.version if live and live.scorer else None,
+            "scoring_kind": live.scorer.kind if live and live.scorer else None,
             "last_model": runner.kept,
             "problem": runner.problem,
             "last": live.last if live else {},

@@ -1,9 +1,9 @@
 """Which model a plant scores with: the global one, the one tuned on its own data, one learnt alone, or two together.
 
-Pure: outputs of the candidates on the plant's own holdout go in, a name and its worth come out.
+Pure: what the candidates are worth on the plant's own holdout goes in, a name comes out.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,18 +22,15 @@ def mixed(task_kind: str, one: Outputs, other: Outputs) -> Outputs:
     return np.log((_softmax(one) + _softmax(other)) / 2 + 1e-9).astype(np.float32)
 
 
-def choose(metric: str, candidates: Mapping[str, Outputs], worth: Callable[[Outputs], float], count: int) -> str:
-    """Name the candidate to score with; `worth` judges outputs on a holdout of `count` windows.
+def choose(metric: str, worths: Mapping[str, float], count: int) -> str:
+    """Name the candidate to score with, by what each is worth on a holdout of `count` windows.
 
     The first candidate stays unless a later one is better by more than the holdout's noise: a small holdout knows
     little, and the best of several by chance is often not the best.
     """
-    names = list(candidates)
-    best = names[0]
-    if not count:
-        return best
-    for name in names[1:]:
-        if not evaluate.not_worse(metric, worth(candidates[best]), worth(candidates[name]), count):
+    best, *others = worths
+    for name in others if count else ():
+        if not evaluate.not_worse(metric, worths[best], worths[name], count):
             best = name
     return best
 

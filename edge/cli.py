@@ -224,7 +224,7 @@ def _print_status(status: dict[str, Any], *, alive: bool) -> None:
     for name, health in status["sources"].items():
         _print_source(name, health)
     for name, task in status["tasks"].items():
-        scored = f"{task.get('scored', 0)} windows scored, model {task['scoring_model']}"
+        scored = f"{task.get('scored', 0)} windows scored, {task['scoring_kind']} model {task['scoring_model']}"
         print(f"  task     {name}: {scored}, round {task['round']} {task['state']} {task['answer']}".rstrip())
         if task["problem"]:
             print(f"           PROBLEM {task['problem']}")

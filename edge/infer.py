@@ -5,6 +5,7 @@ new Scorer built beside the old one; the agent swaps them between two windows.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from edge.choose import GLOBAL, choose, mixed
 from edge.dataset import Dataset
 from models import evaluate
 from models.delta import Layout, Vector
@@ -36,13 +38,23 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Scorer:
-    """One model of one task, ready to score."""
+    """One model of one task, ready to score; with a `partner`, the mean of two.
+
+    `version` is the global model's that it comes from, `kind` what the plant made of it (see `edge.choose`).
+    """
 
     task: Task
     version: int
     session: ort.InferenceSession
     scale: Scale
     threshold: float = 1.0
+    kind: str = GLOBAL
+    partner: "Scorer | None" = None
+
+    @property
+    def learnt(self) -> bool:
+        """Whether anybody's data has been seen by it."""
+        return self.version > 0 or self.kind != GLOBAL
 
     @classmethod
     def build(
@@ -68,7 +80,7 @@ class Scorer:
     def run(self, inputs: Windows) -> NDArray[np.float32]:
         """Scaled windows (N, C, T) without NaN -> the net's outputs (N, outputs)."""
         out: NDArray[np.float32] = self.session.run(None, {"x": inputs})[0]
-        return out
+        return mixed(self.task.kind, out, self.partner.run(inputs)) if self.partner else out
 
     def score(self, x: Windows) -> Verdict:
         """Judge one raw window (C, T)."""
@@ -128,10 +140,12 @@ class Scorer:
 
 
 def contest(new: Scorer, old: Scorer | None, holdout: Dataset | None) -> tuple[bool, dict[str, object]]:
-    """Judge a model offered against the one that scores, on this gateway's own holdout.
+    """Judge a global model offered against what scores now, on this gateway's own holdout.
 
-    Returns whether to adopt it, and the metrics (`metric`, `new`, `old`; None for one that is not a number). Without a
-    holdout, or an old one that has learnt anything, there is nothing to compare with, and the new one is taken.
+    Returns whether to adopt it, and the metrics (`metric`, `new`, `old`; None for one that is not a number). It takes
+    over from an older global model if it is no worse, from what the plant chose for itself if it is better by more
+    than noise. Without a holdout, or an old one that has learnt anything, there is nothing to compare with, and the
+    new one is taken.
     """
     name = evaluate.metric_name(new.task)
     body: dict[str, object] = {"metric": name}
@@ -140,8 +154,20 @@ def contest(new: Scorer, old: Scorer | None, holdout: Dataset | None) -> tuple[b
     worth = new.metric(holdout)
     body["new"] = worth if math.isfinite(worth) else None
     adopt = math.isfinite(worth)
-    if old is not None and old.scale.mean and old.version > 0:
+    if old is not None and old.scale.mean and old.learnt:
         was = old.metric(holdout)
         body["old"] = was if math.isfinite(was) else None
-        adopt = adopt and evaluate.not_worse(name, worth, was, len(holdout))
+        if old.kind == GLOBAL:
+            adopt = adopt and evaluate.not_worse(name, worth, was, len(holdout))
+        else:
+            adopt = choose(name, {old.kind: was, GLOBAL: worth}, len(holdout)) == GLOBAL
     return adopt, body
+
+
+def elect(candidates: Sequence[Scorer], holdout: Dataset) -> tuple[Scorer, dict[str, object]]:
+    """Let a plant choose, after a training, which of several models scores from now on; the first is preferred."""
+    name = evaluate.metric_name(candidates[0].task)
+    worths = {one.kind: one.metric(holdout) for one in candidates}
+    chosen = choose(name, worths, len(holdout))
+    body = {kind: worth if math.isfinite(worth) else None for kind, worth in worths.items()}
+    return next(one for one in candidates if one.kind == chosen), {"metric": name, "chosen": chosen, "worth": body}

@@ -151,6 +151,10 @@ class Live:
             "active": window.active,
             "quality": round(window.quality, 4),
             "top": top,
-            "model": {"version": self.scorer.version if self.scorer else None, "age_s": age},
+            "model": {
+                "version": self.scorer.version if self.scorer else None,
+                "kind": self.scorer.kind if self.scorer else None,
+                "age_s": age,
+            },
         }
         self.publish(json.dumps(self.last).encode())

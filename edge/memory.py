@@ -1,6 +1,7 @@
 """What a task keeps across restarts, by name, in `state.db`: the models, the scale, the holdout, what is personal."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,8 @@ from edge.store import State
 from models.delta import Layout, Vector
 from models.scale import Scale
 from models.spec import parse_task
+
+_HEAD = 16  # version and kind of what scores, before its weights
 
 
 @dataclass
@@ -43,17 +46,22 @@ class Memory:
         self._put("graph", model.graph)
         self._put("weights", model.vector.tobytes())
 
-    def scoring(self) -> tuple[int, Vector] | None:
-        """Version and weights of the model that scores, when that is not the newest global one."""
+    def scoring(self, size: int) -> tuple[int, str, list[Vector]] | None:
+        """Version, kind and weights (size,) of what scores: one net, or two for a mean; None if it is not of them."""
         data = self._get("scoring")
-        return None if data is None else (int.from_bytes(data[:8], "big"), np.frombuffer(data[8:], np.float32))
+        if data is None or len(data) not in (_HEAD + 4 * size, _HEAD + 8 * size):
+            return None
+        version, kind = int.from_bytes(data[:8], "big"), data[8:_HEAD].rstrip(b"\0").decode()
+        weights = np.frombuffer(data[_HEAD:], np.float32)
+        return version, kind, [weights[start : start + size] for start in range(0, weights.size, size)]
 
-    def keep_scoring(self, version: int, vector: Vector) -> None:
-        """Store the model that scores."""
-        self._put("scoring", version.to_bytes(8, "big") + vector.tobytes())
+    def keep_scoring(self, version: int, kind: str, weights: Sequence[Vector]) -> None:
+        """Store what scores."""
+        head = version.to_bytes(8, "big") + kind.encode().ljust(_HEAD - 8, b"\0")
+        self._put("scoring", head + b"".join(one.tobytes() for one in weights))
 
     def vector(self, name: str) -> Vector | None:
-        """`residual` (shared positions, error feedback) or `personal` (full layout) of the last training."""
+        """`residual` (shared positions, error feedback), `personal` or `own` (full layout) of the last training."""
         data = self._get(name)
         return None if data is None else np.frombuffer(data, np.float32)
 

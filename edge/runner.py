@@ -16,27 +16,27 @@ import numpy as np
 from broker import messages as m
 from broker.topics import Local, Uplink
 from edge import participant as p
+from edge.candidates import after_training, build, stored
+from edge.choose import GLOBAL
 from edge.config import TaskTable
 from edge.handback import Fetch, Model, probe
-from edge.infer import Scorer, contest
+from edge.infer import Scorer, contest, elect
 from edge.live import Live
 from edge.memory import Memory
 from edge.shop import Shop
 from edge.store import Outgoing
 from edge.tags import Sample
 from edge.train import NotEnoughError, Result, Trainer, job_for
-from edge.wiring import wire
+from edge.wiring import shape_of, wire
 from models import codec
 from models.delta import Vector
 from models.errors import LocalError, PeerError, UserError
 from models.scale import Scale
-from models.spec import Task
 from models.tomlfile import seconds
 
 log = logging.getLogger(__name__)
 
 _RETRY_S = 5.0
-_UNSCALED = Scale((), ())
 
 
 class Runner:
@@ -57,11 +57,11 @@ class Runner:
         self._trainer = Trainer()
         self._training: asyncio.Task[None] | None = None
         self._stored_before = 0
-        # Every tag's last sample: a tag that seldom changes has said its value long before a task is there.
+        # Every tag's last sample: one that seldom changes has said its value long before a task is there.
         self._latest: dict[str, Sample] = {}
         # What the memory holds, at hand for the event loop.
         self.scale, self.holdout = self.memory.scale(), self.memory.holdout()
-        self.personal = self.memory.vector("personal")
+        self.personal, self.own = self.memory.vector("personal"), self.memory.vector("own")
         self.participant = p.Participant(shop.config.policy, 1, handled=self.memory.handled())
 
     def start(self) -> None:
@@ -211,7 +211,7 @@ class Runner:
             text, folder = model.manifest.task_text, self.shop.folder
             job = job_for(self.shop.config, folder, text, live.wiring, model.layout, action.round)
             folder = self.shop.folder / f"training-{self.name}"
-            result = await self._trainer.train(job, self._personalised(model), folder)
+            result = await self._trainer.train(job, self._personalised(model), folder, self.own)
             await self._send(action, model, result)
         except NotEnoughError as error:
             log.info("%s: round %d waits for data: %s", self.name, action.round, error)
@@ -234,8 +234,8 @@ class Runner:
         if residual is not None and residual.size == delta.size:
             delta = delta + residual
         encoded = await asyncio.to_thread(codec.encode, delta, action.bits, action.keep_ppm / 1e6)
-        local = self._scorer(model, result.vector, result.scale)
-        metric = await asyncio.to_thread(local.metric, result.holdout)
+        tuned = build(self.shop.config.scoring, model, result.vector, result.scale)
+        metric = await asyncio.to_thread(tuned.metric, result.holdout)
         topic = Uplink(self.shop.config.path, self.name, "update").topic
         update = m.Update(
             m.VERSION, action.round, action.base, result.samples, metric if np.isfinite(metric) else None, encoded.data
@@ -255,18 +255,37 @@ class Runner:
             self.memory.keep_vector("residual", delta - encoded.decoded)
             if not shared.all():
                 self.memory.keep_vector("personal", result.vector)
+            if result.own is not None:
+                self.memory.keep_vector("own", result.own)
             self.memory.keep_scale(result.scale)
             self.memory.keep_holdout(result.holdout)
             self.shop.state.record("update", body)
 
         await self.shop.state.commit(work)
         self.problem = ""
-        self.scale, self.holdout = result.scale, result.holdout
+        self.scale, self.holdout, self.own = result.scale, result.holdout, result.own
         if not shared.all():
             self.personal = result.vector
         log.info("%s: round %d: %d windows, %d bytes", self.name, action.round, result.samples, len(encoded.data))
         self._do(self.participant.handle(p.Trained(action.round)))
         self.shop.publish(topic, envelope)
+        await self._elect(model, result)
+
+    async def _elect(self, model: Model, result: Result) -> None:
+        """After a training: choose by the holdout what scores here; the global model is one of the candidates."""
+        if self.live is None or not len(result.holdout):
+            return
+        found = after_training(self.shop.config.scoring, model, self._personalised(model), result)
+        chosen, body = await asyncio.to_thread(elect, found.scorers, result.holdout)
+        self._swap(chosen, model)
+        self.kept = body | {"task": self.name, "version": chosen.version}
+
+        def work() -> None:
+            self.memory.keep_scoring(chosen.version, chosen.kind, found.weights[chosen.kind])
+            self.shop.state.record("model-chosen", self.kept)
+
+        await self.shop.state.commit(work)
+        log.info("%s: scores with %s of version %d", self.name, chosen.kind, chosen.version)
 
     # -- models -----------------------------------------------------------------------------------------------------
 
@@ -303,22 +322,11 @@ class Runner:
             return model.vector
         return np.where(model.layout.mask(model.task.personal), model.vector, own)
 
-    def _scorer(self, model: Model, vector: Vector, scale: Scale | None) -> Scorer:
-        scoring = self.shop.config.scoring
-        return Scorer.build(
-            model.task, model.manifest.version, model.graph, model.layout, vector, scale or _UNSCALED,
-            threads=scoring.threads, provider=scoring.provider,
-        )  # fmt: skip
-
     def _adopt_stored(self, model: Model) -> None:
         """At start: the model that scored when the gateway went down."""
         self.model, self._wanted_ms = model, model.manifest.created_ms
         self.participant.handle(p.ModelStored(model.manifest.version, model.manifest.weights.digest))
-        scorer = self._scorer(model, self._personalised(model), self.scale)
-        kept = self.memory.scoring()
-        if kept is not None and kept[1].size == model.layout.size:
-            scorer = self._scorer(model, kept[1], self.scale)
-            scorer.version = kept[0]
+        scorer = stored(self.shop.config.scoring, self.memory, model, self._personalised(model), self.scale)
         if self.holdout is not None and scorer.scale.mean:
             scorer.metric(self.holdout)
         self._swap(scorer, model)
@@ -327,7 +335,7 @@ class Runner:
         """Between two windows (this is the event loop, and so is scoring): the next window meets the new model."""
         if self.live:
             self.live.scorer = scorer
-            self.live.learnt = scorer.version > 0
+            self.live.learnt = scorer.learnt
             # Of a model that was kept in place of a newer one, the age is not known after a restart.
             self.live.made_ms = model.manifest.created_ms if scorer.version == model.manifest.version else 0
 
@@ -367,7 +375,7 @@ class Runner:
         if live is None:
             return
         vector = self._personalised(model)
-        new = await asyncio.to_thread(self._scorer, model, vector, self.scale)
+        new = await asyncio.to_thread(build, self.shop.config.scoring, model, vector, self.scale)
         old = live.scorer
         adopt, body = await asyncio.to_thread(contest, new, None if changed else old, holdout)
         body |= {"task": self.name, "version": model.manifest.version}
@@ -377,7 +385,7 @@ class Runner:
 
         def work() -> None:
             if adopt:
-                self.memory.keep_scoring(new.version, vector)
+                self.memory.keep_scoring(new.version, GLOBAL, [vector])
             self.shop.state.record("model-adopted" if adopt else "model-kept", body)
 
         await self.shop.state.commit(work)
@@ -389,8 +397,3 @@ class Runner:
         """Count and log a peer's bytes that were refused; nothing stops because of them."""
         self.shop.refused[error.reason] += 1
         log.warning("%s: %s refused: %s", self.name, what, error)
-
-
-def shape_of(task: Task) -> tuple[object, ...]:
-    """What of a task decides how windows are made and judged; the rest may change while it scores."""
-    return task.kind, task.net, task.window, task.signal, task.target

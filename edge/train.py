@@ -48,7 +48,10 @@ class TrainingError(LocalError):
 
 
 class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the child is told. `layout` is `Layout.to_wire()`; the base weights lie beside it as base.npy."""
+    """What the child is told. `layout` is `Layout.to_wire()`; the base weights lie beside it as base.npy.
+
+    own.npy, where it lies there too, is the net that has only seen this gateway's data, as the last training left it.
+    """
 
     task_text: str
     wiring: Wiring
@@ -63,7 +66,10 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
 @dataclass(frozen=True)
 class Result:
-    """What the child learnt: weights (layout.size,), the windows and optimiser steps it took, scale and holdout."""
+    """What the child learnt: weights (layout.size,), the windows and optimiser steps it took, scale and holdout.
+
+    `own` (layout.size,) are the weights of the net that learns alone, None where the task wants none.
+    """
 
     vector: Vector
     samples: int
@@ -73,6 +79,7 @@ class Result:
     device: str
     scale: Scale
     holdout: Dataset
+    own: Vector | None = None
 
 
 def job_for(config: Config, folder: Path, text: str, wiring: Wiring, layout: Layout, round_: int) -> Job:
@@ -115,14 +122,14 @@ class Trainer:
         self._errors: asyncio.Task[str] | None = None
         self._leaving: asyncio.TimerHandle | None = None
 
-    async def train(self, job: Job, base: Vector, folder: Path) -> Result:
+    async def train(self, job: Job, base: Vector, folder: Path, own: Vector | None = None) -> Result:
         """Run one training in the child and return its result.
 
         Raises NotEnoughError or TrainingError. Cancelling kills the child. `folder` is the job's own and is removed.
         """
         if self._leaving:
             self._leaving.cancel()
-        await asyncio.to_thread(_prepare, job, base, folder)
+        await asyncio.to_thread(_prepare, job, base, folder, own)
         try:
             await self._run(job, folder)
             result = await asyncio.to_thread(_read, folder / _RESULT, base.size)
@@ -195,11 +202,13 @@ class Trainer:
         return child
 
 
-def _prepare(job: Job, base: Vector, folder: Path) -> None:
+def _prepare(job: Job, base: Vector, folder: Path, own: Vector | None) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, mode=0o700)
     (folder / "job.json").write_bytes(msgspec.json.encode(job))
     np.save(folder / "base.npy", base, allow_pickle=False)
+    if own is not None and own.size == base.size:
+        np.save(folder / "own.npy", own, allow_pickle=False)
 
 
 async def _tail(child: asyncio.subprocess.Process) -> str:
@@ -237,6 +246,7 @@ def write_result(folder: Path, result: Result) -> None:
         np.savez(
             file, vector=result.vector, numbers=numbers, device=np.array(result.device),
             scale=np.frombuffer(result.scale.to_json(), np.uint8), holdout_x=result.holdout.x, holdout_y=y,
+            own=np.empty(0, np.float32) if result.own is None else result.own,
         )  # fmt: skip
     (folder / "partial").rename(folder / _RESULT)
 
@@ -246,7 +256,9 @@ def _read(path: Path, size: int) -> Result:
         samples, steps, loss, took = z["numbers"].tolist()
         holdout = Dataset(z["holdout_x"], z["holdout_y"] if len(z["holdout_y"]) or not len(z["holdout_x"]) else None)
         scale = Scale.from_json(z["scale"].tobytes())
-        result = Result(z["vector"], int(samples), int(steps), loss, took, str(z["device"]), scale, holdout)
-    if result.vector.shape != (size,) or not np.isfinite(result.vector).all():
+        own = z["own"] if z["own"].size else None
+        result = Result(z["vector"], int(samples), int(steps), loss, took, str(z["device"]), scale, holdout, own)
+    learnt = [result.vector] if own is None else [result.vector, own]
+    if any(vector.shape != (size,) or not np.isfinite(vector).all() for vector in learnt):
         raise TrainingError("the training process gave weights of another shape, or not finite")
     return result

@@ -42,16 +42,23 @@ def run(folder: Path) -> tuple[int, str]:
     y = None if train.y is None else scale.targets(task, train.y)
     base = np.load(folder / "base.npy", allow_pickle=False)
 
-    from models.fit import fit, set_threads  # noqa: PLC0415 - torch's 270 MB, once there is something to train on
+    from models.fit import first_weights, fit, set_threads  # noqa: PLC0415 - torch's 270 MB, once there is something to train on
 
     set_threads(job.threads)
+    layout, x, own = Layout.from_wire(job.layout), scale.inputs(task, train.x), None
     try:
-        fitted = fit(task, Layout.from_wire(job.layout), base, scale.inputs(task, train.x), y, seed=job.seed)
+        fitted = fit(task, layout, base, x, y, seed=job.seed)
+        if task.training.alone:
+            before = folder / "own.npy"
+            start = np.load(before, allow_pickle=False) if before.exists() else first_weights(task, layout, job.seed)
+            own = fit(task, layout, start, x, y, seed=job.seed + 1).vector
     except FloatingPointError as error:
         return DIVERGED, str(error)
     write_result(
         folder,
-        Result(fitted.vector, len(train), fitted.steps, fitted.loss, fitted.seconds, fitted.device, scale, holdout),
+        Result(
+            fitted.vector, len(train), fitted.steps, fitted.loss, fitted.seconds, fitted.device, scale, holdout, own
+        ),
     )
     return DONE, f"{fitted.steps} steps"
 

@@ -52,6 +52,12 @@ def load_vector(net: nn.Module, layout: Layout, vector: Vector) -> None:
     net.load_state_dict(state)
 
 
+def first_weights(task: Task, layout: Layout, seed: int) -> Vector:
+    """Weights (layout.size,) of a net that has learnt nothing."""
+    torch.manual_seed(seed)
+    return layout.join(arrays_of(build_net(task)))
+
+
 def fit(
     task: Task,
     layout: Layout,

@@ -68,7 +68,10 @@ class Alarm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The local training of one round. `min_windows` good windows are needed before a gateway takes part."""
+    """The local training of one round. `min_windows` good windows are needed before a gateway takes part.
+
+    `alone`: also train a net that only ever saw this gateway's data, and score with both where that is better.
+    """
 
     epochs: int = 1
     batch: int = 64
@@ -76,6 +79,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     min_windows: int = 64
     max_windows: int = 20_000
     holdout: float = 0.2
+    alone: bool = True
 
 
 _WIDE, _NARROW, _NARROWING = 0.05, 0.02, 6

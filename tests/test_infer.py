@@ -2,14 +2,16 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from edge.choose import MIX, OWN, TUNED
 from edge.dataset import Dataset
-from edge.infer import Scorer
+from edge.infer import Scorer, contest, elect
 from edge.live import Live
 from edge.store import Score
 from edge.tags import Quality, Sample
@@ -171,6 +173,41 @@ class Floor:
             self.live.feed(samples)
 
 
+def test_two_models_score_with_the_mean_of_their_probabilities_and_of_their_numbers() -> None:
+    one, other = build(CLASSES, edit=bias(2, 0, 0)), build(CLASSES, edit=bias(0, 4, 0))
+    x = np.zeros(CLASSES.input_shape, np.float32)
+    both = replace(one, kind=MIX, partner=other)
+    mean = {"ok": (0.7870 + 0.0177) / 2, "worn": (0.1065 + 0.9647) / 2}
+    verdict = both.score(x)
+    assert verdict.score == pytest.approx(mean["worn"], abs=1e-3)
+    assert (verdict.verdict, verdict.alarm) == ("worn", True)
+    assert one.score(x).verdict == "ok"
+    low, high = build(NUMBER, edit=bias(10)), build(NUMBER, edit=bias(30))
+    assert replace(low, kind=MIX, partner=high).score(x).score == pytest.approx(20)
+    noise = build(ANOMALY)
+    twice = replace(noise, kind=MIX, partner=noise)
+    data = Dataset(RANDOM.normal(size=(40, 3, 4)).astype(np.float32), None)
+    assert twice.metric(data) == pytest.approx(noise.metric(data))
+    assert twice.threshold == pytest.approx(noise.threshold)
+
+
+def test_a_plant_chooses_by_its_holdout_and_keeps_its_choice_within_the_noise() -> None:
+    data = Dataset(np.zeros((200, 3, 4), np.float32), np.zeros(200, np.float32))
+    right, wrong = build(NUMBER, edit=bias(0.5)), build(NUMBER, edit=bias(5))
+    tuned, own = replace(right, kind=TUNED), replace(wrong, kind=OWN)
+    mix = replace(tuned, kind=MIX, partner=own)
+    chosen, body = elect([mix, tuned, own], data)
+    assert chosen is tuned
+    assert body["chosen"] == TUNED
+    assert body["worth"] == {MIX: pytest.approx(2.75), TUNED: pytest.approx(0.5), OWN: pytest.approx(5)}
+    assert elect([mix, tuned, own], Dataset(data.x[:0], np.zeros(0, np.float32)))[0] is mix
+    # A global model takes over from the plant's choice when it is better by more than noise, and not before.
+    slightly, clearly = build(NUMBER, edit=bias(0.49)), build(NUMBER, edit=bias(0.2))
+    assert not contest(slightly, tuned, data)[0]
+    assert contest(clearly, tuned, data)[0]
+    assert contest(slightly, right, data)[0]
+
+
 def test_live_scores_say_what_when_and_by_which_model() -> None:
     from edge.window import parse_gate  # noqa: PLC0415
 
@@ -178,7 +215,7 @@ def test_live_scores_say_what_when_and_by_which_model() -> None:
     floor.feed(1000, 10)
     assert floor.kept == []
     assert floor.said[0]["verdict"] == "learning"
-    assert floor.said[0]["model"] == {"version": None, "age_s": None}
+    assert floor.said[0]["model"] == {"version": None, "kind": None, "age_s": None}
     floor.live.scorer, floor.live.learnt, floor.live.made_ms = (
         build(CLASSES, edit=bias(0, 5, 0)),
         True,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge.choose import MIX, choose, mixed
+from edge.choose import MIX, OWN, TUNED, choose, mixed
 from edge.lab.fleet import complete_task, load_sites
 from models.spec import parse_task
 
@@ -140,21 +140,11 @@ def test_a_plants_holdout_is_no_part_of_what_it_trains_on(tmp_path: Path) -> Non
 
 
 def test_the_first_candidate_stays_unless_another_is_better_by_more_than_noise() -> None:
-    y = np.arange(100) % 2
-    right = np.stack([1.0 - y, y], 1).astype(np.float32)
-    nearly, wrong = right.copy(), 1 - right
-    nearly[:3] = 1 - nearly[:3]
-
-    def worth(out: NDArray[np.float32]) -> float:
-        return float((out.argmax(1) == y).mean())
-
-    assert choose("accuracy", {MIX: nearly, "own": right}, worth, 100) == "own"
-    assert choose("accuracy", {MIX: nearly, "own": right}, worth, 0) == MIX
-    assert choose("accuracy", {MIX: right, "own": nearly, "tuned": wrong}, worth, 100) == MIX
-    one = nearly.copy()
-    one[3:] = right[3:]
-    one[:1] = right[:1]
-    assert choose("accuracy", {MIX: nearly, "own": one}, worth, 100) == MIX
+    assert choose("accuracy", {MIX: 0.97, OWN: 1.0}, 400) == OWN
+    assert choose("accuracy", {MIX: 0.97, OWN: 1.0}, 0) == MIX
+    assert choose("accuracy", {MIX: 0.97, OWN: 0.975}, 100) == MIX
+    assert choose("rmse", {MIX: 2.0, TUNED: 1.5, OWN: 1.9}, 400) == TUNED
+    assert choose("rmse", {MIX: 2.0, TUNED: float("nan")}, 400) == MIX
 
 
 def test_two_models_together_are_the_mean_of_their_probabilities() -> None:

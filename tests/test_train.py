@@ -141,6 +141,25 @@ async def test_a_child_learns_from_the_store(tmp_path: Path) -> None:
     assert np.array_equal(again.vector, result.vector)
 
 
+async def test_a_net_that_learns_alone_never_sees_the_base_and_goes_on_where_it_stood(tmp_path: Path) -> None:
+    fill(tmp_path)
+    trainer = Trainer()
+    first = await trainer.train(job(tmp_path, epochs=2), base(), tmp_path / "job")
+    other = await trainer.train(job(tmp_path, epochs=2), base() + 1, tmp_path / "job")
+    assert first.own is not None
+    assert other.own is not None
+    assert np.array_equal(first.own, other.own)
+    assert not np.array_equal(first.own, first.vector)
+    more = await trainer.train(job(tmp_path, epochs=2), base(), tmp_path / "job", first.own)
+    assert more.own is not None
+    assert np.abs(more.own - first.own).max() < np.abs(more.own - base()).max()
+    assert not np.array_equal(more.own, first.own)
+    without = job(tmp_path, epochs=1)
+    text = without.task_text.replace("batch = 16", "batch = 16\nalone = false")
+    assert (await trainer.train(msgspec.structs.replace(without, task_text=text), base(), tmp_path / "job")).own is None
+    await trainer.stop()
+
+
 async def test_too_little_is_not_an_error_of_anybody(tmp_path: Path) -> None:
     fill(tmp_path, 60)
     with pytest.raises(NotEnoughError, match=r"\d+ good windows are stored, training wants 100"):

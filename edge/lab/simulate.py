@@ -209,7 +209,8 @@ def _final(judge: Judge, i: int, candidates: dict[str, Vector]) -> tuple[str, fl
 
     held = judge.sites[i].holdout
     metric = "error" if judge.task.kind == "anomaly" else judge.metric
-    chosen = choose(metric, outputs("holdout"), lambda out: judge.worth(out, i, "holdout"), len(held))
+    worths = {name: judge.worth(out, i, "holdout") for name, out in outputs("holdout").items()} if len(held) else {}
+    chosen = choose(metric, worths or {MIX: 0.0}, len(held))
     return chosen, judge.worth(outputs("test")[chosen], i, "test")
 
 

@@ -86,6 +86,7 @@ min_gateways = {count}
 deadline = "60s"
 every = "3s"
 momentum = 0.5
+keep = 0.05
 {rounds}"""
     layout = scenario.layout
     if layout is None:
