@@ -102,7 +102,7 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
         "expected `int`, got `str`",
         "write a value of that type",
     ),
-    "wrong kind": ('"classification"', '"forecast"', 2, "kind", "forecast", "write a value of that type"),
+    "wrong kind": ('"classification"', '"forecast"', 2, "kind", "forecast", 'write one of: "anomaly"'),
     "a name that is no topic": ("spindle-wear", "spindle/wear", 1, "name", "can't be a topic level", "use A-Z a-z 0-9"),
     "no such net": ('"tcn"', '"lstm"', 3, "net", "no net 'lstm'", "write one of: autoencoder"),
     "a net for another kind": ('"tcn"', '"autoencoder"', 3, "net", "learns no target", "write tcn or mlp"),
@@ -176,7 +176,7 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
     ),
     "no gateway": ("min_gateways = 3", "min_gateways = 0", 29, "round.min_gateways", "out of range", "write 1 or more"),
     "a momentum": ("min_gateways = 3", "momentum = 1.0", 29, "round.momentum", "out of range", "write 0.0 to 0.99"),
-    "bits": ("min_gateways = 3", "bits = 3", 29, "round.bits", "3", "write a value of that type"),
+    "bits": ("min_gateways = 3", "bits = 3", 29, "round.bits", "3", "write one of: 2, 4, 8, 32"),
     "a duration": ('"2h"', '"2 hours"', 30, "round.deadline", "'2 hours' is not a duration", 'write "90s", "2h"'),
     "no unit of time": ('"7d"', '"7"', 31, "round.every", "'7' is not a duration", 'write "90s", "2h"'),
 }
