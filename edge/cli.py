@@ -88,13 +88,14 @@ def _add_edge(commands: Any) -> None:
     )
     _add_browse(verbs)
     for verb in (run, check, status):
-        verb.add_argument("-c", "--config", type=Path, required=True, help="gateway.toml")
+        verb.add_argument("-c", "--config", type=Path, required=verb is not check, help="gateway.toml")
         verb.add_argument("--profile", help="board in firmware-configs/ whose caps apply where the file says nothing")
     for verb in (run, status):
         verb.add_argument("--state", type=Path, help="state folder (default: the platform's state directory)")
     for verb in (check, status):
         verb.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     check.add_argument("--task", type=Path, action="append", default=[], help="task.toml to check the wiring of")
+    check.add_argument("--schema", action="store_true", help="print the JSON Schema of gateway.toml, for editors")
     run.set_defaults(run=_run)
     check.set_defaults(run=_check)
     status.set_defaults(run=_status)
@@ -152,6 +153,13 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    if args.schema:
+        from edge.schema import gateway_schema  # noqa: PLC0415
+
+        print(json.dumps(gateway_schema(), indent=2))
+        return 0
+    if args.config is None:
+        raise UserError("--config", 0, "", "missing", "write -c gateway.toml")
     from edge.wiring import unit_notes, wire  # noqa: PLC0415
     from models.spec import load_task  # noqa: PLC0415
 
