@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,15 @@ def _load(args: argparse.Namespace) -> Any:
     return load_config(args.config, profile_path(args.profile) if args.profile else None)
 
 
+def _state(args: argparse.Namespace) -> Path:
+    """Where the state is; where that is said, a gateway.toml that is being edited need not be right."""
+    from edge.config import state_folder  # noqa: PLC0415
+
+    if args.state or "STATE_DIRECTORY" in os.environ:
+        return Path(args.state or os.environ["STATE_DIRECTORY"].partition(":")[0])
+    return state_folder(_load(args), None)
+
+
 def _run(args: argparse.Namespace) -> int:
     from edge.agent import Agent  # noqa: PLC0415
     from edge.config import state_folder  # noqa: PLC0415
@@ -146,7 +156,7 @@ def _run(args: argparse.Namespace) -> int:
     config = _load(args)
 
     async def run() -> None:
-        await Agent(config, state_folder(config, args.state)).run()
+        await Agent(config, state_folder(config, args.state), partial(_load, args)).run()
 
     asyncio.run(run())
     return 0
@@ -183,10 +193,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from edge.config import state_folder  # noqa: PLC0415
-
-    config = _load(args)
-    path = state_folder(config, args.state) / "status.json"
+    path = _state(args) / "status.json"
     try:
         status = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -209,6 +216,8 @@ def _print_status(status: dict[str, Any], *, alive: bool) -> None:
     print(f"  memory   {status['resident_mb']} MB resident; outbox {status['outbox']}")
     if status["problem"]:
         print(f"  PROBLEM  {status['problem']}")
+    if status.get("restart"):
+        print(f"  RESTART  to take up {', '.join(status['restart'])}")
     for name, health in status["sources"].items():
         _print_source(name, health)
     for name, task in status["tasks"].items():

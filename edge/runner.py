@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 import msgspec
@@ -30,7 +30,6 @@ from models import codec
 from models.delta import Vector
 from models.errors import LocalError, PeerError, UserError
 from models.scale import Scale
-from models.spec import Task
 from models.tomlfile import seconds
 
 log = logging.getLogger(__name__)
@@ -72,6 +71,20 @@ class Runner:
             # Of what an earlier run stored the child alone knows how much is good; it says so if it is too little.
             self._stored_before = stored.task.training.min_windows
             self._adopt_stored(stored)
+
+    def reconfigure(self, changed: Collection[str], *, rewire: bool) -> None:
+        """Take up a new configuration; with `rewire` the windows begin again, and `changed` tags say a value anew."""
+        self._do(self.participant.handle(p.PolicyChanged(self.shop.config.policy)))
+        if not rewire:
+            return
+        self.table = self.shop.config.tasks[self.name]
+        self._latest = {ref: sample for ref, sample in self._latest.items() if ref not in changed}
+        before, self.live = self.live, None
+        live = self._wire(self.model) if self.model else None
+        if live and before and before.fits(live.task, before.wiring):
+            live.go_on(before)
+        elif live and self.model:
+            self._spawn(self._offer(self.model, changed=True))
 
     async def stop(self) -> None:
         """End training and fetching; nothing of it is lost that a restart would not do again."""
@@ -211,7 +224,7 @@ class Runner:
             text, folder = model.manifest.task_text, self.shop.folder
             job = job_for(self.shop.config, folder, text, live.wiring, model.layout, action.round)
             folder = self.shop.folder / f"training-{self.name}"
-            result = await self._trainer.train(job, self._personalised(model), folder)
+            result = await self._trainer.train(job, model.personalised(self.personal), folder)
             await self._send(action, model, result)
         except NotEnoughError as error:
             log.info("%s: round %d waits for data: %s", self.name, action.round, error)
@@ -270,8 +283,8 @@ class Runner:
 
     # -- models -----------------------------------------------------------------------------------------------------
 
-    def _wire(self, model: Model) -> None:
-        """Match the published task to this gateway's tags; a mismatch is said, and stops this task alone."""
+    def _wire(self, model: Model) -> Live | None:
+        """Match the published task to this gateway's tags; a mismatch (None) is said, and stops this task alone."""
         task = model.task
         try:
             wiring = wire(task, self.table, self.shop.config.tags, self.shop.config.file)
@@ -279,29 +292,23 @@ class Runner:
             self.problem = str(error)
             self._do(self.participant.handle(p.Unable(str(error)[:400])))
             log.error("%s: %s", self.name, error)
-            return
+            return None
         self.problem = ""
         self.participant.min_windows = task.training.min_windows
         unable = "" if wiring.target or task.kind == "anomaly" else "no target tag is wired"
         self._do(self.participant.handle(p.Unable(unable)))
-        if self.live and self.live.wiring == wiring and shape_of(self.live.task) == shape_of(task):
+        if self.live and self.live.fits(task, wiring):
             self.live.task = task
         else:
             lag = int(seconds(self.table.max_lag) * 1e9)
             self.live = Live(task, wiring, lag, self._publish_inference, self.shop.samples.score, self._first_scale)
             self.live.feed(sorted(self._latest.values(), key=lambda s: s.time_ns))
+        return self.live
 
     def _first_scale(self, scale: Scale) -> None:
         """Keep a normalisation that was learnt before any training."""
         self.scale = scale
         self._spawn(self.shop.state.commit(lambda: self.memory.keep_scale(scale)))
-
-    def _personalised(self, model: Model) -> Vector:
-        """The global weights, with this gateway's own values where the task keeps them personal."""
-        own = self.personal
-        if own is None or own.size != model.vector.size:
-            return model.vector
-        return np.where(model.layout.mask(model.task.personal), model.vector, own)
 
     def _scorer(self, model: Model, vector: Vector, scale: Scale | None) -> Scorer:
         scoring = self.shop.config.scoring
@@ -314,7 +321,7 @@ class Runner:
         """At start: the model that scored when the gateway went down."""
         self.model, self._wanted_ms = model, model.manifest.created_ms
         self.participant.handle(p.ModelStored(model.manifest.version, model.manifest.weights.digest))
-        scorer = self._scorer(model, self._personalised(model), self.scale)
+        scorer = self._scorer(model, model.personalised(self.personal), self.scale)
         kept = self.memory.scoring()
         if kept is not None and kept[1].size == model.layout.size:
             scorer = self._scorer(model, kept[1], self.scale)
@@ -366,7 +373,7 @@ class Runner:
         live, holdout = self.live, self.holdout
         if live is None:
             return
-        vector = self._personalised(model)
+        vector = model.personalised(self.personal)
         new = await asyncio.to_thread(self._scorer, model, vector, self.scale)
         old = live.scorer
         adopt, body = await asyncio.to_thread(contest, new, None if changed else old, holdout)
@@ -389,8 +396,3 @@ class Runner:
         """Count and log a peer's bytes that were refused; nothing stops because of them."""
         self.shop.refused[error.reason] += 1
         log.warning("%s: %s refused: %s", self.name, what, error)
-
-
-def shape_of(task: Task) -> tuple[object, ...]:
-    """What of a task decides how windows are made and judged; the rest may change while it scores."""
-    return task.kind, task.net, task.window, task.signal, task.target
