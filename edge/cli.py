@@ -87,18 +87,25 @@ def _add_edge(commands: Any) -> None:
         help="show what a running gateway is doing; exit code 1 if none runs",
         epilog="example: tundish edge status -c gateway.toml --json",
     )
+    doctor = verbs.add_parser(
+        "doctor",
+        help="go every step from this machine to the first good values and to the broker, and explain what fails",
+        epilog="example: tundish edge doctor -c gateway.toml --source plc1",
+    )
     _add_browse(verbs)
-    for verb in (run, check, status):
+    for verb in (run, check, status, doctor):
         verb.add_argument("-c", "--config", type=Path, required=verb is not check, help="gateway.toml")
         verb.add_argument("--profile", help="board in firmware-configs/ whose caps apply where the file says nothing")
-    for verb in (run, status):
+    for verb in (run, status, doctor):
         verb.add_argument("--state", type=Path, help="state folder (default: the platform's state directory)")
-    for verb in (check, status):
+    for verb in (check, status, doctor):
         verb.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     check.add_argument("--task", type=Path, action="append", default=[], help="task.toml to check the wiring of")
     check.add_argument("--schema", action="store_true", help="print the JSON Schema of gateway.toml, for editors")
     run.set_defaults(run=_run)
     check.set_defaults(run=_check)
+    doctor.add_argument("--source", metavar="NAME", help="look at this source alone")
+    doctor.set_defaults(run=_doctor)
     status.set_defaults(run=_status)
 
 
@@ -160,6 +167,15 @@ def _run(args: argparse.Namespace) -> int:
 
     asyncio.run(run())
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from edge.config import state_folder  # noqa: PLC0415
+    from edge.doctor import main as doctor  # noqa: PLC0415
+
+    config = _load(args)
+    logging.getLogger().setLevel(logging.CRITICAL)  # what fails is said once, by its step
+    return doctor(args, config, state_folder(config, args.state))
 
 
 def _check(args: argparse.Namespace) -> int:
