@@ -92,13 +92,19 @@ def _add_edge(commands: Any) -> None:
         help="go every step from this machine to the first good values and to the broker, and explain what fails",
         epilog="example: tundish edge doctor -c gateway.toml --source plc1",
     )
+    wire = verbs.add_parser(
+        "wire",
+        help="propose which tags are the signals of a task; written only when you accept it",
+        epilog="example: tundish edge wire spindle-wear.toml -c gateway.toml --source plc1",
+    )
+    _add_wire(wire)
     _add_browse(verbs)
-    for verb in (run, check, status, doctor):
+    for verb in (run, check, status, doctor, wire):
         verb.add_argument("-c", "--config", type=Path, required=verb is not check, help="gateway.toml")
         verb.add_argument("--profile", help="board in firmware-configs/ whose caps apply where the file says nothing")
-    for verb in (run, status, doctor):
+    for verb in (run, status, doctor, wire):
         verb.add_argument("--state", type=Path, help="state folder (default: the platform's state directory)")
-    for verb in (check, status, doctor):
+    for verb in (check, status, doctor, wire):
         verb.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     check.add_argument("--task", type=Path, action="append", default=[], help="task.toml to check the wiring of")
     check.add_argument("--schema", action="store_true", help="print the JSON Schema of gateway.toml, for editors")
@@ -107,6 +113,18 @@ def _add_edge(commands: Any) -> None:
     doctor.add_argument("--source", metavar="NAME", help="look at this source alone")
     doctor.set_defaults(run=_doctor)
     status.set_defaults(run=_status)
+
+
+def _add_wire(wire: argparse.ArgumentParser) -> None:
+    wire.add_argument("task", type=Path, metavar="TASK", help="task.toml")
+    wire.add_argument(
+        "--source", action="append", default=[], metavar="NAME", help="take tags of this source (default: all)"
+    )
+    wire.add_argument("--top", type=int, default=3, metavar="N", help="tags to show for each signal (default 3)")
+    wire.add_argument("--offline", action="store_true", help="do not read values of the sources")
+    wire.add_argument("--accept", action="store_true", help="write the first tag of each signal into gateway.toml")
+    wire.add_argument("--replace", action="store_true", help="with --accept: replace what is wired now")
+    wire.set_defaults(run=_wire)
 
 
 def _add_browse(verbs: Any) -> None:
@@ -167,6 +185,15 @@ def _run(args: argparse.Namespace) -> int:
 
     asyncio.run(run())
     return 0
+
+
+def _wire(args: argparse.Namespace) -> int:
+    from edge.config import state_folder  # noqa: PLC0415
+    from edge.propose_command import main as wire  # noqa: PLC0415
+
+    config = _load(args)
+    logging.getLogger().setLevel(logging.CRITICAL)  # a source that does not answer is no error here
+    return wire(args, config, state_folder(config, args.state))
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -55,14 +55,13 @@ def _failed(found: list[tuple[str, Step]]) -> int:
 async def _run(config: Config, state: Path, only: str | None, *, quiet: bool) -> list[tuple[str, Step]]:
     """Look at everything at once; the steps come in the order of the file, whoever is done first."""
     before = _here(state)
-    running = _runs(state)
     looks: dict[str, AsyncIterator[Step]] = {}
     if only is None:
-        looks[GATEWAY] = _local(config, state, running=running)
+        looks[GATEWAY] = _local(config, state, running=_runs(state))
     for source in config.sources:
         if only in (None, source.name):
             source = msgspec.structs.replace(source, pki=str(state / "pki"))  # noqa: PLW2901
-            looks[source.name] = _source(source, running=running)
+            looks[source.name] = _source(source, state)
     if only is None:
         looks[BROKER] = federation(config, state)
     jobs = {of: asyncio.create_task(_collect(steps)) for of, steps in looks.items()}
@@ -90,8 +89,13 @@ async def _collect(steps: AsyncIterator[Step]) -> list[Step]:
     return found
 
 
-async def _source(source: Source, *, running: bool) -> AsyncIterator[Step]:
-    if running and source.url.startswith(_ALONE):
+def left_alone(source: Source, state: Path) -> bool:
+    """Whether a source must not be read by anybody else now: a serial line of a gateway that runs."""
+    return source.url.startswith(_ALONE) and _runs(state)
+
+
+async def _source(source: Source, state: Path) -> AsyncIterator[Step]:
+    if left_alone(source, state):
         yield note("port", "the running gateway has the line; see tundish edge status, or stop it and look again")
         return
     async for step in registry.load(source.driver).diagnose(source):
