@@ -81,11 +81,14 @@ async def _collect(steps: AsyncIterator[Step]) -> list[Step]:
     found: list[Step] = []
     try:
         async with asyncio.timeout(_SOURCE_S):
-            found += [step async for step in steps]
+            async for step in steps:
+                found.append(step)  # noqa: PERF401 - at a timeout, what there is must not be lost
     except TimeoutError:
         found.append(fail("time", f"not done within {_SOURCE_S:g} s; check the network"))
     except UserError as error:
         found.append(fail("file", str(error)))
+    except Exception as error:  # noqa: BLE001 - a mistake of ours must not hide what the others found
+        found.append(fail("doctor", f"{type(error).__name__}: {error}; report this, and see tundish edge status"))
     return found
 
 

@@ -22,6 +22,7 @@ from edge.units import SAME, UnitError, conversion
 from models.spec import Signal, Target, Task
 
 LEAST = 0.4  # below it a guess is none
+_LEVEL = 0.05  # scores that differ by less tell nothing apart
 _NAME, _UNIT = 0.75, 0.25  # what names and units count of a score
 _DESCRIBED = 0.9  # of a word that stands in the description alone
 _ALIKE = 0.8  # ratio from which two words are one, mistyped
@@ -93,6 +94,12 @@ class Proposal:
     guesses: dict[str, Guess | None] = field(default_factory=dict)
     ranked: dict[str, list[Guess]] = field(default_factory=dict)
     excluded: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+
+    def rival(self, name: str) -> Guess | None:
+        """Return the tag that is as likely as the one proposed for a signal, which a person has to tell apart."""
+        mine = self.guesses[name]
+        others = (guess for guess in self.ranked[name] if mine and guess.tag != mine.tag)
+        return next((guess for guess in others if mine and guess.score > mine.score - _LEVEL), None)
 
 
 def propose(task: Task, tags: Sequence[Tag], values: Mapping[str, Sample], top: int = 3) -> Proposal:

@@ -24,6 +24,7 @@ from models.errors import LocalError, UserError
 from models.spec import Task, load_task
 
 _READ_S = 5.0
+_LEAST_TOP = 2  # a proposal is never shown without what stands against it
 _KEPT = ("active_when", "segment", "max_lag")  # of a table that is replaced
 
 
@@ -34,8 +35,8 @@ def main(args: argparse.Namespace, config: Config, state: Path) -> int:
     if task.name in config.tasks and args.accept and not args.replace:
         where = f"task.{task.name}"
         raise UserError(config.file, 0, where, "is wired already", "add --replace, or edit it by hand")
-    if args.top < 1:
-        raise UserError("--top", 0, "", f"{args.top} is out of range", "write 1 or more")
+    if args.top < _LEAST_TOP:
+        raise UserError("--top", 0, "", f"{args.top} is out of range", f"write {_LEAST_TOP} or more")
     values = {} if args.offline else asyncio.run(_read(sources, state))
     found = propose(task, [tag for source in sources for tag in source.tags], values, args.top)
     chosen = {name: guess.tag.ref for name, guess in found.guesses.items() if guess is not None}
@@ -52,6 +53,9 @@ def main(args: argparse.Namespace, config: Config, state: Path) -> int:
     if missing := [signal.name for signal in task.signal if signal.name not in chosen]:
         raise LocalError(f"nothing is written: no tag for {', '.join(missing)}; wire by hand under [task.{task.name}]")
     verb = "replace" if task.name in config.tasks else "write"
+    if args.accept and (level := [f"{name}: {_text(g.tag.ref)}" for name in chosen if (g := found.rival(name))]):
+        remedy = "accept it on a terminal, or wire it by hand"
+        raise LocalError(f"nothing is written: as likely as the first is for {', '.join(level)}; {remedy}")
     if asks and not _yes(f"{verb} [task.{task.name}] in {config.file}?"):
         print("nothing is written")
         return 0
@@ -114,7 +118,8 @@ def _block(task: Task, found: Proposal, chosen: dict[str, str], before: TaskTabl
         guesses = {guess.tag.ref: guess for guess in found.ranked[name]}
         if name in chosen:
             mine = guesses.get(chosen[name]) or found.guesses[name]
-            lines.append(f"{key} = {_text(chosen[name])}  # {_said(mine)}")
+            level = "; ANOTHER IS AS LIKELY" if found.rival(name) else ""
+            lines.append(f"{key} = {_text(chosen[name])}  # {_said(mine)}{level}")
         elif name in names:
             lines.append(f"# {key} = no likely tag; write one by hand")
         elif before is not None and before.target:

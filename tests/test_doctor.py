@@ -316,6 +316,21 @@ def test_a_gateway_that_runs_keeps_its_serial_line_to_itself(gateway: Path, caps
         state.close()
 
 
+async def test_a_source_that_never_ends_is_cut_and_what_was_found_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def steps() -> AsyncIterator[Step]:
+        yield Step("first", True, "")  # noqa: FBT003
+        await asyncio.sleep(600)
+
+    async def mistaken() -> AsyncIterator[Step]:
+        yield Step("first", True, "")  # noqa: FBT003
+        raise KeyError("x")
+
+    monkeypatch.setattr(doctor, "_SOURCE_S", 0.1)
+    assert [(step.name, step.ok) for step in await doctor._collect(steps())] == [("first", True), ("time", False)]
+    found = await doctor._collect(mistaken())
+    assert found[-1].text.startswith("KeyError: 'x'; report this")
+
+
 def test_this_machine(gateway: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, folder = load_config(gateway), gateway.parent / "deep" / "state"
     assert failures(doctor.local(config, folder, running=False)) == []

@@ -269,6 +269,20 @@ def test_a_signal_without_a_tag_is_not_accepted(gateway: Path, capsys: pytest.Ca
     assert "no source 'plc9'; write one of: plc" in capsys.readouterr().err
 
 
+def test_two_tags_that_are_as_likely_are_for_a_person_to_tell_apart(
+    gateway: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    csv = gateway.parent / "plc.csv"
+    csv.write_text(csv.read_text() + "Line5.Drive.Pwr,kW,motor power,x,\n")
+    assert wire(gateway, "--offline", "--accept") == 1
+    out, err = capsys.readouterr()
+    assert out.count("; ANOTHER IS AS LIKELY") == 1
+    assert 'as likely as the first is for motor_power: "plc/Line5.Drive.Pwr"; accept it on a terminal' in err
+    assert gateway.read_text() == GATEWAY
+    assert wire(gateway, "--top", "1") == 2
+    assert "--top: 1 is out of range; write 2 or more" in capsys.readouterr().err
+
+
 def test_on_a_terminal_each_signal_is_asked_for(gateway: Path) -> None:
     def talk(answers: list[str]) -> tuple[int, str]:
         child, terminal = pty.fork()
