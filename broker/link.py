@@ -177,9 +177,9 @@ class Link:
             manual_ack=self._manual_ack,
         )
         if s.username is not None:
-            client.username_pw_set(s.username, _password(s.password_file))
+            client.username_pw_set(s.username, password_of(s.password_file))
         if where.tls:
-            client.tls_set_context(_tls(s))
+            client.tls_set_context(tls_context(s))
         if self._will:
             client.will_set(self._will[0], self._will[1], qos=1, retain=True)
         client.max_inflight_messages_set(RECEIVE_MAXIMUM)
@@ -355,7 +355,8 @@ class Link:
             self._fault(f"a message was refused ({refusal})", "allow it in the broker's ACL")
 
 
-def _password(path: str | None) -> str | None:
+def password_of(path: str | None) -> str | None:
+    """Read a password file; UserError if that can't be done."""
     if path is None:
         return None
     try:
@@ -364,7 +365,8 @@ def _password(path: str | None) -> str | None:
         raise UserError(path, 0, "password_file", f"can't be read: {error}", "write the password in it") from error
 
 
-def _tls(s: MqttSettings) -> ssl.SSLContext:
+def tls_context(s: MqttSettings) -> ssl.SSLContext:
+    """Make what verifies the broker and shows this machine's certificate; UserError for files that don't fit."""
     try:
         context = ssl.create_default_context(cafile=s.ca)
         if s.cert:

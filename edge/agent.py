@@ -10,12 +10,10 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-
-import msgspec
 
 from broker import messages as m
 from broker.link import Inbound, Link
@@ -32,35 +30,38 @@ from broker.topics import (
     parse,
 )
 from edge.config import Config
-from edge.drivers import registry
 from edge.health import Watch
+from edge.reload import Plan, plan
 from edge.runner import Runner
 from edge.shop import Shop
+from edge.sources import Sources
+from edge.status import task_status, write_status
 from edge.store import Samples, State
-from edge.tags import Driver, Quality, Sample
+from edge.tags import Quality, Sample
 from edge.train import resident_bytes
-from models.errors import PeerError
+from models.errors import PeerError, UserError
 
 log = logging.getLogger(__name__)
 
 SOFTWARE = "tundish 0.1.0"
-STATUS_FILE = "status.json"
 _TICK_S = 0.5
 _HEALTH_S = 10.0
 _RESEND_S = (5.0, 60.0)
-_DRIVER_RESTART_S = 5.0
 
 
 class Agent:
-    """One gateway. `run` returns when it is told to stop (SIGTERM, SIGINT, or `stop`)."""
+    """One gateway. `run` returns when it is told to stop (SIGTERM, SIGINT, or `stop`).
 
-    def __init__(self, config: Config, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    `read` reads the files again, on SIGHUP; UserError leaves everything as it is.
+    """
+
+    def __init__(self, config: Config, folder: Path, read: Callable[[], Config]) -> None:
+        self.config, self.folder, self._read = config, folder, read
         self.state = State(folder)
         self.state.claim()
         self.watch = Watch(config.tags)
         self.samples = Samples(folder, config.store_bytes, self.watch.take)
-        self.stopped = asyncio.Event()
+        self.stopped, self._hangup = asyncio.Event(), asyncio.Event()
         signer = self._signer()
         self.session = self._next_session()
         self.status = Status(config.path).topic
@@ -76,8 +77,8 @@ class Agent:
         )  # fmt: skip
         self._trust()
         self.runners = {name: Runner(name, table, self.shop) for name, table in config.tasks.items()}
-        self.drivers: dict[str, Driver] = {}
-        self.problem = ""
+        self.sources = Sources(folder / "pki", self._sink)
+        self.problem, self._unread, self._restart = "", "", tuple[str, ...]()
         self._health_at, self._tags = 0.0, dict[str, dict[str, dict[str, object]]]()
         self._resend_at, self._resend_s, self._aggregator = 0.0, _RESEND_S[0], 0
 
@@ -132,25 +133,28 @@ class Agent:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stopped.set)
+        loop.add_signal_handler(signal.SIGHUP, self._hangup.set)
         for runner in self.runners.values():
             runner.start()
         self.link.subscribe(FederationStatus(self.config.federation.name or "+").topic)
         if self.shop.federation:
-            self._follow()
+            self._follow(self.config.tasks)
         self.link.start()
-        jobs = [asyncio.create_task(self._drive(source.name)) for source in self.config.sources]
-        jobs.append(asyncio.create_task(self._tick()))
+        for source in self.config.sources:
+            self.sources.start(source)
+        jobs = [asyncio.create_task(self._tick()), asyncio.create_task(self._reload())]
         log.info("gateway %s: %d sources, %d tasks", self.config.path, len(self.config.sources), len(self.runners))
         await self.stopped.wait()
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
+        await self.sources.stop_all()
         await asyncio.gather(*(runner.stop() for runner in self.runners.values()))
         self.link.publish(
             self.status, self.shop.signer.seal(m.Death(m.VERSION, self.session), self.status), retain=True
         )
         await self.link.stop()
-        self._write_status(self.snapshot() | {"running": False})
+        write_status(self.folder, self.snapshot() | {"running": False})
         self.samples.close()
         self.state.close()
 
@@ -158,23 +162,55 @@ class Agent:
         """End `run`."""
         self.stopped.set()
 
-    async def _drive(self, name: str) -> None:
-        """Keep one driver running; one that ends by a mistake of ours is logged whole and started again."""
-        source = next(s for s in self.config.sources if s.name == name)
-        source = msgspec.structs.replace(source, pki=str(self.folder / "pki"))
+    async def _reload(self) -> None:
+        """On each SIGHUP, read the files again and do what follows of it; what they say wrongly changes nothing."""
         while True:
-            driver: Driver = registry.load(source.driver).Driver(source, self._sink)
-            self.drivers[name] = driver
-            work = asyncio.create_task(driver.run())
+            await self._hangup.wait()
+            self._hangup.clear()
             try:
-                await asyncio.wait([work])
-            finally:
-                work.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([work])
-            error = None if work.cancelled() else work.exception()
-            log.critical("driver of %s ended, which it should not; it is started again", name, exc_info=error)
-            await asyncio.sleep(_DRIVER_RESTART_S)
+                config = await asyncio.to_thread(self._read)
+                drivers = self.sources.drivers
+                offline = frozenset(name for name, driver in drivers.items() if not driver.health.connected)
+                await self._carry_out(plan(self.config, config, offline))
+                self._unread = ""
+            except UserError as error:
+                self._unread = f"the files are not taken, what ran goes on: {error}"
+                log.error("reload: %s", self._unread)
+            except Exception as error:
+                # Whatever it was, the next SIGHUP must find somebody.
+                self._unread = f"reload: {type(error).__name__}: {error}; restart the gateway"
+                log.exception("%s", self._unread)
+
+    async def _carry_out(self, new: Plan) -> None:
+        """Change what runs to a new configuration; whatever stays the same is not touched."""
+        await self.sources.stop(new.stop)
+        self.config = self.shop.config = new.config
+        self.watch.retag(new.config.tags, new.changed)
+        for name in new.leave:
+            runner = self.runners.pop(name)
+            self.link.unsubscribe(*downlink_filters(self.shop.federation, name, self.config.path))
+            await runner.stop()
+        for name in new.join:
+            # The state file is its thread's own.
+            self.runners[name] = await self.state.commit(partial(self._joined, name))
+        for name, runner in self.runners.items():
+            runner.reconfigure(new.changed, rewire=name in new.rewire)
+        for source in new.config.sources:
+            if source.name in new.start:
+                self.sources.start(source)
+        if self.shop.federation:
+            self._follow(new.join)
+        if new.leave or new.join:
+            self._born()
+        self._restart = new.restart
+        log.info("reload: %s", new.summary)
+        for key in new.restart:
+            log.warning("reload: %s has changed, which takes a restart: systemctl restart tundish-edge", key)
+
+    def _joined(self, name: str) -> Runner:
+        runner = Runner(name, self.config.tasks[name], self.shop)
+        runner.start()
+        return runner
 
     def _sink(self, samples: list[Sample], /) -> None:
         """Every batch of every driver: to the store's queue, and at once to the windows."""
@@ -197,7 +233,7 @@ class Agent:
         if time.monotonic() < self._health_at:
             return
         self._health_at = time.monotonic() + _HEALTH_S
-        for name, driver in self.drivers.items():
+        for name, driver in list(self.sources.drivers.items()):
             now_ns = time.time_ns() + int((driver.health.clock_skew_s or 0.0) * 1e9)
             self._tags[name] = await asyncio.to_thread(self.watch.snapshot, name, now_ns)
             body = asdict(driver.health) | {"timestamp_ms": int(time.time() * 1000), "tags": self._tags[name]}
@@ -211,7 +247,7 @@ class Agent:
             for runner in self.runners.values():
                 runner.guard("scoring", runner.tick)
             self._resend()
-            await asyncio.to_thread(self._write_status, self.snapshot() | {"running": True})
+            await asyncio.to_thread(write_status, self.folder, self.snapshot() | {"running": True})
 
     def _resend(self) -> None:
         """Send again what has no receipt: at once after a connection, then less and less often."""
@@ -231,14 +267,15 @@ class Agent:
     def _up(self) -> None:
         """Say everything again: a broker may have come back empty."""
         log.info("mqtt: connected to %s (MQTT %s)", self.config.mqtt.url, self.link.version)
-        birth = m.Birth(
-            m.VERSION, self.session, int(time.time() * 1000), self.shop.signer.public_key, SOFTWARE,
-            tuple(self.config.tasks),
-        )  # fmt: skip
-        self.link.publish(self.status, self.shop.signer.seal(birth, self.status), retain=True)
+        self._born()
         for runner in self.runners.values():
             runner.reconnected()
         self._hurry()
+
+    def _born(self) -> None:
+        now_ms, key = int(time.time() * 1000), self.shop.signer.public_key
+        birth = m.Birth(m.VERSION, self.session, now_ms, key, SOFTWARE, tuple(self.config.tasks))
+        self.link.publish(self.status, self.shop.signer.seal(birth, self.status), retain=True)
 
     def _down(self, reason: str) -> None:
         log.warning("mqtt: %s; scoring goes on, updates wait in the outbox", reason)
@@ -247,9 +284,9 @@ class Agent:
         self._resend_s = _RESEND_S[0]
         self._resend_at = time.monotonic() + 0.2
 
-    def _follow(self) -> None:
+    def _follow(self, tasks: Iterable[str]) -> None:
         """Read what the pinned federation says of our tasks."""
-        for task in self.config.tasks:
+        for task in tasks:
             self.link.subscribe(*downlink_filters(self.shop.federation, task, self.config.path))
 
     def _message(self, inbound: Inbound) -> None:
@@ -295,7 +332,7 @@ class Agent:
                 raise PeerError("signature", f"federation {topic.federation} has another key than the configured one")
             m.open_envelope(inbound.payload, inbound.topic, offered, m.FederationBirth)
             self._pinning = asyncio.ensure_future(self.state.commit(self._pin(topic.federation, offered, "first seen")))
-            self._follow()
+            self._follow(self.config.tasks)
         elif topic.federation != self.shop.federation:
             return
         try:
@@ -332,39 +369,17 @@ class Agent:
             "time_ms": int(time.time() * 1000),
             "resident_mb": round(resident_bytes(os.getpid()) / 2**20, 1),
             "mqtt": {"connected": self.link.connected, "version": self.link.version, "error": self.link.error},
-            "problem": self.problem,
+            "problem": self._unread or self.problem,
+            "restart": self._restart,
             "federation": {"name": self.shop.federation, "key": self.shop.federation_key.hex()},
             "sources": {
-                n: asdict(driver.health) | {"tags": self._tags.get(n, {})} for n, driver in self.drivers.items()
+                n: asdict(driver.health) | {"tags": self._tags.get(n, {})}
+                for n, driver in list(self.sources.drivers.items())
             },
-            "tasks": {name: self._task_snapshot(runner) for name, runner in self.runners.items()},
+            "tasks": {name: task_status(runner) for name, runner in self.runners.items()},
             "outbox": len(self.state.waiting),
             "samples_dropped": self.samples.dropped,
             "store_error": self.samples.error,
             "refused": dict(self.shop.refused),
             "link": dict(self.link.counters),
         }
-
-    def _task_snapshot(self, runner: Runner) -> dict[str, object]:
-        plan, answer, live = runner.participant.plan, runner.participant.answer, runner.live
-        return {
-            "state": runner.participant.state.name.lower(),
-            "round": plan.round if plan else None,
-            "answer": f"{answer.verdict}: {answer.reason}".rstrip(": ") if answer else "",
-            "model": runner.model.manifest.version if runner.model else None,
-            "scoring_model": live.scorer.version if live and live.scorer else None,
-            "scoring_kind": live.scorer.kind if live and live.scorer else None,
-            "last_model": runner.kept,
-            "problem": runner.problem,
-            "last": live.last if live else {},
-            **(asdict(live.stats) if live else {}),
-        }
-
-    def _write_status(self, snapshot: dict[str, object]) -> None:
-        """Replace status.json in one rename, so that a reader never sees half of it."""
-        text = json.dumps(snapshot, default=str)
-        try:
-            (self.folder / "status.tmp").write_text(text)
-            (self.folder / "status.tmp").rename(self.folder / STATUS_FILE)
-        except OSError as error:
-            log.error("status.json can't be written: %s", error)

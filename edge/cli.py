@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,18 +107,44 @@ def _add_edge(commands: Any) -> None:
         help="show what a running gateway is doing; exit code 1 if none runs",
         epilog="example: tundish edge status -c gateway.toml --json",
     )
+    doctor = verbs.add_parser(
+        "doctor",
+        help="go every step from this machine to the first good values and to the broker, and explain what fails",
+        epilog="example: tundish edge doctor -c gateway.toml --source plc1",
+    )
+    wire = verbs.add_parser(
+        "wire",
+        help="propose which tags are the signals of a task; written only when you accept it",
+        epilog="example: tundish edge wire spindle-wear.toml -c gateway.toml --source plc1",
+    )
+    _add_wire(wire)
     _add_browse(verbs)
-    for verb in (run, check, status):
-        verb.add_argument("-c", "--config", type=Path, required=True, help="gateway.toml")
+    for verb in (run, check, status, doctor, wire):
+        verb.add_argument("-c", "--config", type=Path, required=verb is not check, help="gateway.toml")
         verb.add_argument("--profile", help="board in firmware-configs/ whose caps apply where the file says nothing")
-    for verb in (run, status):
+    for verb in (run, status, doctor, wire):
         verb.add_argument("--state", type=Path, help="state folder (default: the platform's state directory)")
-    for verb in (check, status):
+    for verb in (check, status, doctor, wire):
         verb.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     check.add_argument("--task", type=Path, action="append", default=[], help="task.toml to check the wiring of")
+    check.add_argument("--schema", action="store_true", help="print the JSON Schema of gateway.toml, for editors")
     run.set_defaults(run=_run)
     check.set_defaults(run=_check)
+    doctor.add_argument("--source", metavar="NAME", help="look at this source alone")
+    doctor.set_defaults(run=_doctor)
     status.set_defaults(run=_status)
+
+
+def _add_wire(wire: argparse.ArgumentParser) -> None:
+    wire.add_argument("task", type=Path, metavar="TASK", help="task.toml")
+    wire.add_argument(
+        "--source", action="append", default=[], metavar="NAME", help="take tags of this source (default: all)"
+    )
+    wire.add_argument("--top", type=int, default=3, metavar="N", help="tags to show for each signal (default 3)")
+    wire.add_argument("--offline", action="store_true", help="do not read values of the sources")
+    wire.add_argument("--accept", action="store_true", help="write the first tag of each signal into gateway.toml")
+    wire.add_argument("--replace", action="store_true", help="with --accept: replace what is wired now")
+    wire.set_defaults(run=_wire)
 
 
 def _add_browse(verbs: Any) -> None:
@@ -158,6 +185,15 @@ def _load(args: argparse.Namespace) -> Any:
     return load_config(args.config, profile_path(args.profile) if args.profile else None)
 
 
+def _state(args: argparse.Namespace) -> Path:
+    """Where the state is; where that is said, a gateway.toml that is being edited need not be right."""
+    from edge.config import state_folder  # noqa: PLC0415
+
+    if args.state or "STATE_DIRECTORY" in os.environ:
+        return Path(args.state or os.environ["STATE_DIRECTORY"].partition(":")[0])
+    return state_folder(_load(args), None)
+
+
 def _run(args: argparse.Namespace) -> int:
     from edge.agent import Agent  # noqa: PLC0415
     from edge.config import state_folder  # noqa: PLC0415
@@ -165,13 +201,38 @@ def _run(args: argparse.Namespace) -> int:
     config = _load(args)
 
     async def run() -> None:
-        await Agent(config, state_folder(config, args.state)).run()
+        await Agent(config, state_folder(config, args.state), partial(_load, args)).run()
 
     asyncio.run(run())
     return 0
 
 
+def _wire(args: argparse.Namespace) -> int:
+    from edge.config import state_folder  # noqa: PLC0415
+    from edge.propose_command import main as wire  # noqa: PLC0415
+
+    config = _load(args)
+    logging.getLogger().setLevel(logging.CRITICAL)  # a source that does not answer is no error here
+    return wire(args, config, state_folder(config, args.state))
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from edge.config import state_folder  # noqa: PLC0415
+    from edge.doctor import main as doctor  # noqa: PLC0415
+
+    config = _load(args)
+    logging.getLogger().setLevel(logging.CRITICAL)  # what fails is said once, by its step
+    return doctor(args, config, state_folder(config, args.state))
+
+
 def _check(args: argparse.Namespace) -> int:
+    if args.schema:
+        from edge.schema import gateway_schema  # noqa: PLC0415
+
+        print(json.dumps(gateway_schema(), indent=2))
+        return 0
+    if args.config is None:
+        raise UserError("--config", 0, "", "missing", "write -c gateway.toml")
     from edge.wiring import unit_notes, wire  # noqa: PLC0415
     from models.spec import load_task  # noqa: PLC0415
 
@@ -195,10 +256,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from edge.config import state_folder  # noqa: PLC0415
-
-    config = _load(args)
-    path = state_folder(config, args.state) / "status.json"
+    path = _state(args) / "status.json"
     try:
         status = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -221,6 +279,8 @@ def _print_status(status: dict[str, Any], *, alive: bool) -> None:
     print(f"  memory   {status['resident_mb']} MB resident; outbox {status['outbox']}")
     if status["problem"]:
         print(f"  PROBLEM  {status['problem']}")
+    if status.get("restart"):
+        print(f"  RESTART  to take up {', '.join(status['restart'])}")
     for name, health in status["sources"].items():
         _print_source(name, health)
     for name, task in status["tasks"].items():

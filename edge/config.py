@@ -18,7 +18,7 @@ from edge.window import Condition, parse_gate
 from models.errors import PeerError, UserError
 from models.tomlfile import TomlFile, read_toml, seconds, size_bytes
 
-_SOURCE_KEYS = ("name", "driver", "url", "tags")
+SOURCE_KEYS = ("name", "driver", "url", "tags")
 
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -80,7 +80,9 @@ class ScoringTable(_Struct, frozen=True, kw_only=True):
     provider: str = "CPUExecutionProvider"
 
 
-class _File(_Struct, frozen=True, kw_only=True):
+class GatewayFile(_Struct, frozen=True, kw_only=True):
+    """The whole file as it is written; a source's keys are checked against its driver."""
+
     gateway: GatewayTable
     mqtt: MqttSettings
     source: tuple[dict[str, Any], ...] = ()
@@ -119,7 +121,7 @@ def load_config(path: Path, profile: Path | None = None) -> Config:
     file = read_toml(path)
     if profile is not None:
         _apply_profile(file, load_profile(profile))
-    raw = file.convert(_File)
+    raw = file.convert(GatewayFile)
     try:
         gateway = GatewayPath.parse(raw.gateway.path)
     except PeerError as error:
@@ -149,7 +151,7 @@ def load_config(path: Path, profile: Path | None = None) -> Config:
     )
 
 
-def _check_caps(file: TomlFile, raw: _File) -> None:
+def _check_caps(file: TomlFile, raw: GatewayFile) -> None:
     """Bounds of [training] and [scoring]."""
     bounds = {
         ("training", "threads"): (raw.training.threads, 1, 256),
@@ -179,7 +181,7 @@ def _size(file: TomlFile, key: list[str | int], text: str) -> int:
 
 def _source(file: TomlFile, i: int, table: dict[str, Any], folder: Path) -> Source:
     """Check one [[source]]: its own keys here, its driver's options against the driver."""
-    for key in _SOURCE_KEYS:
+    for key in SOURCE_KEYS:
         if not isinstance(table.get(key), str):
             raise file.error(["source", i, key], "missing, or not a text", f'write {key} = "…"')
     drivers = registry.driver_names()
@@ -188,11 +190,11 @@ def _source(file: TomlFile, i: int, table: dict[str, Any], folder: Path) -> Sour
             ["source", i, "driver"], f"no driver {table['driver']!r}", f"write one of: {', '.join(drivers)}"
         )
     module = registry.load(table["driver"])
-    options = {key: value for key, value in table.items() if key not in _SOURCE_KEYS}
+    options = {key: value for key, value in table.items() if key not in SOURCE_KEYS}
     for key, value in options.items():
         kind = module.OPTIONS.get(key)
         if kind is None:
-            raise _unknown(file, ["source", i, key], [*_SOURCE_KEYS, *module.OPTIONS])
+            raise _unknown(file, ["source", i, key], [*SOURCE_KEYS, *module.OPTIONS])
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise file.error(["source", i, key], f"{value!r} is not of type {kind.__name__}", "write one that is")
     try:

@@ -40,6 +40,12 @@ class Model:
     graph: bytes
     vector: Vector
 
+    def personalised(self, own: Vector | None) -> Vector:
+        """Return the weights (layout.size,), with a gateway's own values where the task keeps them personal."""
+        if own is None or own.size != self.vector.size:
+            return self.vector
+        return np.where(self.layout.mask(self.task.personal), self.vector, own)
+
 
 class Fetch:
     """One model on its way. `topics` are what to subscribe to; `take` each message of theirs."""

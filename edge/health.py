@@ -6,6 +6,7 @@ kept by the store's writer, which has the samples as columns anyway, so that a s
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -114,12 +115,18 @@ class Watch:
         if tag is not None and len(columns[0]):
             self.health.setdefault(ref, TagHealth()).take(columns, tag.low, tag.high)
 
+    def retag(self, tags: dict[str, Tag], changed: Iterable[str]) -> None:
+        """Watch other tags from now on; those that went, or mean something else, are learnt anew."""
+        self.tags = tags
+        for ref in changed:
+            self.health.pop(ref, None)
+
     def snapshot(self, source: str, now_ns: int) -> dict[str, dict[str, object]]:
         """Tag name -> its health, of a source's tags that have said something; the unwell first, MOST_SHOWN at most."""
         found = [
-            (self.tags[ref].name, one.snapshot(now_ns))
+            (tag.name, one.snapshot(now_ns))
             for ref, one in list(self.health.items())
-            if self.tags[ref].source == source
+            if (tag := self.tags.get(ref)) and tag.source == source
         ]
         found.sort(key=lambda pair: not (pair[1]["word"] or pair[1]["out_of_range"]))
         return dict(found[:MOST_SHOWN])

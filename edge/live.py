@@ -66,6 +66,17 @@ class Live:
         self.windower = Windower(self.wiring, self.lag_ns)
         self._fed_at = time.monotonic()
 
+    def fits(self, task: Task, wiring: Wiring) -> bool:
+        """Whether windows are made and judged as they are; what else a task says may change while it scores."""
+        same = (wiring, task.kind, task.net, task.window, task.signal, task.target)
+        was = self.task
+        return same == (self.wiring, was.kind, was.net, was.window, was.signal, was.target)
+
+    def go_on(self, before: "Live") -> None:
+        """Score with the model of before, whose windows were wired otherwise; the counts go on too."""
+        self.scorer, self.learnt, self.made_ms = before.scorer, before.learnt, before.made_ms
+        self.stats, self.last = before.stats, before.last
+
     def feed(self, samples: list[Sample]) -> None:
         """Take a batch from a driver; score every window that it completes."""
         self._fed_at = time.monotonic()

@@ -10,6 +10,7 @@ from broker.messages import ModelManifest, peek
 from edge.dataset import Dataset
 from edge.handback import Model
 from edge.store import State
+from edge.train import Result
 from models.delta import Layout, Vector
 from models.scale import Scale
 from models.spec import parse_task
@@ -68,6 +69,16 @@ class Memory:
     def keep_vector(self, name: str, vector: Vector) -> None:
         """Store one of those."""
         self._put(name, vector.tobytes())
+
+    def keep_result(self, result: Result, residual: Vector, *, personal: bool) -> None:
+        """Store what a training leaves here; the caller makes it one transaction with its update."""
+        self.keep_vector("residual", residual)
+        if personal:
+            self.keep_vector("personal", result.vector)
+        if result.own is not None:
+            self.keep_vector("own", result.own)
+        self.keep_scale(result.scale)
+        self.keep_holdout(result.holdout)
 
     def scale(self) -> Scale | None:
         """This gateway's normalisation; None before its first training."""

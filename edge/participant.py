@@ -89,7 +89,16 @@ class Reconnected:
     """The broker is there again; what we said may not have arrived."""
 
 
-Event = PlanSeen | ModelStored | WindowsReady | Trained | TrainingFailed | Settled | Unable | Reconnected
+@dataclass(frozen=True)
+class PolicyChanged:
+    """What this gateway allows from now on."""
+
+    policy: Policy
+
+
+Event = (
+    PlanSeen | ModelStored | WindowsReady | Trained | TrainingFailed | Settled | Unable | Reconnected | PolicyChanged
+)
 
 
 @dataclass(frozen=True)
@@ -266,6 +275,15 @@ class Participant:
         """Repeat the answer: the aggregator may not have heard it."""
         return [self.answer] if self.answer and self.plan and self.plan.state == "open" else []
 
+    def on_policy(self, event: PolicyChanged) -> list[Action]:
+        """Leave a round that is no longer allowed, unless its update is already sent; the next plan meets the rest."""
+        self.policy = event.policy
+        against = objection(event.policy, self.plan) if self.plan else None
+        if against is None or self.state not in {State.FETCHING, State.WAITING, State.TRAINING}:
+            return []
+        stop: list[Action] = [StopTraining()] if self.state is State.TRAINING else []
+        return stop + self._decline(*against)
+
 
 _Step = Callable[[Participant, Any], list[Action]]
 _ANY: dict[type[Event], _Step] = {
@@ -275,6 +293,7 @@ _ANY: dict[type[Event], _Step] = {
     Settled: Participant.on_settled,
     Unable: Participant.on_unable,
     Reconnected: Participant.on_again,
+    PolicyChanged: Participant.on_policy,
 }
 TRANSITIONS: dict[tuple[State, type[Event]], _Step] = {
     **{(state, event): step for state in State for event, step in _ANY.items()},

@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 import msgspec
@@ -27,9 +27,8 @@ from edge.shop import Shop
 from edge.store import Outgoing
 from edge.tags import Sample
 from edge.train import NotEnoughError, Result, Trainer, job_for
-from edge.wiring import shape_of, wire
+from edge.wiring import wire
 from models import codec
-from models.delta import Vector
 from models.errors import LocalError, PeerError, UserError
 from models.scale import Scale
 from models.tomlfile import seconds
@@ -72,6 +71,20 @@ class Runner:
             # Of what an earlier run stored the child alone knows how much is good; it says so if it is too little.
             self._stored_before = stored.task.training.min_windows
             self._adopt_stored(stored)
+
+    def reconfigure(self, changed: Collection[str], *, rewire: bool) -> None:
+        """Take up a new configuration; with `rewire` the windows begin again, and `changed` tags say a value anew."""
+        self._do(self.participant.handle(p.PolicyChanged(self.shop.config.policy)))
+        if not rewire:
+            return
+        self.table = self.shop.config.tasks[self.name]
+        self._latest = {ref: sample for ref, sample in self._latest.items() if ref not in changed}
+        before, self.live = self.live, None
+        live = self._wire(self.model) if self.model else None
+        if live and before and before.fits(live.task, before.wiring):
+            live.go_on(before)
+        elif live and self.model:
+            self._spawn(self._offer(self.model, changed=True))
 
     async def stop(self) -> None:
         """End training and fetching; nothing of it is lost that a restart would not do again."""
@@ -211,7 +224,7 @@ class Runner:
             text, folder = model.manifest.task_text, self.shop.folder
             job = job_for(self.shop.config, folder, text, live.wiring, model.layout, action.round)
             folder = self.shop.folder / f"training-{self.name}"
-            result = await self._trainer.train(job, self._personalised(model), folder, self.own)
+            result = await self._trainer.train(job, model.personalised(self.personal), folder, self.own)
             await self._send(action, model, result)
         except NotEnoughError as error:
             log.info("%s: round %d waits for data: %s", self.name, action.round, error)
@@ -236,10 +249,8 @@ class Runner:
         encoded = await asyncio.to_thread(codec.encode, delta, action.bits, action.keep_ppm / 1e6)
         tuned = build(self.shop.config.scoring, model, result.vector, result.scale)
         metric = await asyncio.to_thread(tuned.metric, result.holdout)
-        topic = Uplink(self.shop.config.path, self.name, "update").topic
-        update = m.Update(
-            m.VERSION, action.round, action.base, result.samples, metric if np.isfinite(metric) else None, encoded.data
-        )
+        topic, worth = Uplink(self.shop.config.path, self.name, "update").topic, metric if np.isfinite(metric) else None
+        update = m.Update(m.VERSION, action.round, action.base, result.samples, worth, encoded.data)
         envelope = self.shop.signer.seal(update, topic)
         digest = hashlib.sha256(envelope).digest()
         body: dict[str, object] = {
@@ -252,13 +263,7 @@ class Runner:
         def work() -> None:
             self.shop.state.send(Outgoing(digest, self.name, action.round, envelope))
             self.memory.keep_handled(action.round, action.opened_ms)
-            self.memory.keep_vector("residual", delta - encoded.decoded)
-            if not shared.all():
-                self.memory.keep_vector("personal", result.vector)
-            if result.own is not None:
-                self.memory.keep_vector("own", result.own)
-            self.memory.keep_scale(result.scale)
-            self.memory.keep_holdout(result.holdout)
+            self.memory.keep_result(result, delta - encoded.decoded, personal=not shared.all())
             self.shop.state.record("update", body)
 
         await self.shop.state.commit(work)
@@ -275,7 +280,7 @@ class Runner:
         """After a training: choose by the holdout what scores here; the global model is one of the candidates."""
         if self.live is None or not len(result.holdout):
             return
-        found = after_training(self.shop.config.scoring, model, self._personalised(model), result)
+        found = after_training(self.shop.config.scoring, model, model.personalised(self.personal), result)
         chosen, body = await asyncio.to_thread(elect, found.scorers, result.holdout)
         self._swap(chosen, model)
         self.kept = body | {"task": self.name, "version": chosen.version}
@@ -289,8 +294,8 @@ class Runner:
 
     # -- models -----------------------------------------------------------------------------------------------------
 
-    def _wire(self, model: Model) -> None:
-        """Match the published task to this gateway's tags; a mismatch is said, and stops this task alone."""
+    def _wire(self, model: Model) -> Live | None:
+        """Match the published task to this gateway's tags; a mismatch (None) is said, and stops this task alone."""
         task = model.task
         try:
             wiring = wire(task, self.table, self.shop.config.tags, self.shop.config.file)
@@ -298,35 +303,29 @@ class Runner:
             self.problem = str(error)
             self._do(self.participant.handle(p.Unable(str(error)[:400])))
             log.error("%s: %s", self.name, error)
-            return
+            return None
         self.problem = ""
         self.participant.min_windows = task.training.min_windows
         unable = "" if wiring.target or task.kind == "anomaly" else "no target tag is wired"
         self._do(self.participant.handle(p.Unable(unable)))
-        if self.live and self.live.wiring == wiring and shape_of(self.live.task) == shape_of(task):
+        if self.live and self.live.fits(task, wiring):
             self.live.task = task
         else:
             lag = int(seconds(self.table.max_lag) * 1e9)
             self.live = Live(task, wiring, lag, self._publish_inference, self.shop.samples.score, self._first_scale)
             self.live.feed(sorted(self._latest.values(), key=lambda s: s.time_ns))
+        return self.live
 
     def _first_scale(self, scale: Scale) -> None:
         """Keep a normalisation that was learnt before any training."""
         self.scale = scale
         self._spawn(self.shop.state.commit(lambda: self.memory.keep_scale(scale)))
 
-    def _personalised(self, model: Model) -> Vector:
-        """The global weights, with this gateway's own values where the task keeps them personal."""
-        own = self.personal
-        if own is None or own.size != model.vector.size:
-            return model.vector
-        return np.where(model.layout.mask(model.task.personal), model.vector, own)
-
     def _adopt_stored(self, model: Model) -> None:
         """At start: the model that scored when the gateway went down."""
         self.model, self._wanted_ms = model, model.manifest.created_ms
         self.participant.handle(p.ModelStored(model.manifest.version, model.manifest.weights.digest))
-        scorer = stored(self.shop.config.scoring, self.memory, model, self._personalised(model), self.scale)
+        scorer = stored(self.shop.config.scoring, self.memory, model, model.personalised(self.personal), self.scale)
         if self.holdout is not None and scorer.scale.mean:
             scorer.metric(self.holdout)
         self._swap(scorer, model)
@@ -374,7 +373,7 @@ class Runner:
         live, holdout = self.live, self.holdout
         if live is None:
             return
-        vector = self._personalised(model)
+        vector = model.personalised(self.personal)
         new = await asyncio.to_thread(build, self.shop.config.scoring, model, vector, self.scale)
         old = live.scorer
         adopt, body = await asyncio.to_thread(contest, new, None if changed else old, holdout)

@@ -4,11 +4,14 @@
 """
 
 import difflib
+import json
+import operator
 import re
 import tomllib
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -20,6 +23,7 @@ _TABLE = re.compile(r"^\s*(\[\[?)\s*(.+?)\s*\]\]?\s*(?:#.*)?$")
 _KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=""")
 _PART = re.compile(r"""[A-Za-z0-9_-]+|"[^"]*"|'[^']*'""")
 _FIELD = re.compile(r"`([^`]+)`")
+_SOME_KEY = "..."  # how msgspec writes a key of a table that it has not kept
 
 _DURATION = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _SIZE = {
@@ -95,7 +99,7 @@ class TomlFile:
 
     def _explain(self, message: str, type_: Any) -> UserError:
         what, _, where = message.partition(" - at `$")
-        path = self._path(where.rstrip("`"))
+        path = self._named(self._path(where.rstrip("`")), message, type_)
         field = _FIELD.search(what)
         if "unknown field" in what and field:
             known = self._known(type_, path)
@@ -104,37 +108,77 @@ class TomlFile:
             return self.error([*path, field[1]], "unknown key", remedy)
         if "missing required field" in what and field:
             return self.error([*path, field[1]], "missing", f"add a line {field[1]} = … there")
+        choices = _type_at(type_, path)
+        if isinstance(choices, msgspec.inspect.LiteralType):
+            words = ", ".join(json.dumps(value) for value in choices.values)
+            return self.error(path, what[:1].lower() + what[1:], f"write one of: {words}")
         return self.error(path, what[:1].lower() + what[1:], "write a value of that type")
 
     def _path(self, where: str) -> list[str | int]:
         """Turn msgspec's `.source[0].url` and `[...]` (some key of a table) into a key path."""
         path: list[str | int] = []
         for name, index in re.findall(r"\.([A-Za-z0-9_-]+)|\[(\d+|\.\.\.)\]", where):
-            if name:
-                path.append(name)
-            elif index == "...":
-                break
+            path.append(name or (_SOME_KEY if index == _SOME_KEY else int(index)))
+        return path
+
+    def _named(self, path: list[str | int], message: str, type_: Any) -> list[str | int]:
+        """Name the keys that msgspec leaves out: of a table's keys, the first that by itself is refused alike."""
+        data = self.data
+        while _SOME_KEY in path:
+            at = path.index(_SOME_KEY)
+            table = reduce(operator.getitem, path[:at], cast("Any", data))
+            for key, value in table.items():
+                alone = _put(data, path[:at], {key: value})
+                if _refusal(alone, type_) == message:
+                    data, path = alone, [*path[:at], key, *path[at + 1 :]]
+                    break
             else:
-                path.append(int(index))
+                return path[:at]
         return path
 
     def _known(self, type_: Any, path: Sequence[str | int]) -> list[str]:
-        info = msgspec.inspect.type_info(type_)
-        for part in path:
-            while isinstance(info, msgspec.inspect.UnionType):
-                info = next((t for t in info.types if not isinstance(t, msgspec.inspect.NoneType)), info.types[0])
-            if isinstance(info, msgspec.inspect.StructType):
-                found = [f.type for f in info.fields if f.encode_name == part]
-                if not found:
-                    return []
-                info = found[0]
-            elif isinstance(info, msgspec.inspect.DictType):
-                info = info.value_type
-            elif isinstance(info, msgspec.inspect.VarTupleType | msgspec.inspect.ListType):
-                info = info.item_type
-        while isinstance(info, msgspec.inspect.DictType | msgspec.inspect.UnionType):
-            info = info.value_type if isinstance(info, msgspec.inspect.DictType) else info.types[0]
+        info = _type_at(type_, path)
         return [f.encode_name for f in info.fields] if isinstance(info, msgspec.inspect.StructType) else []
+
+
+def _type_at(type_: Any, path: Sequence[str | int]) -> msgspec.inspect.Type | None:
+    """Return what may stand at a key path; None if nothing may. Of `T | None` it is T."""
+    info: msgspec.inspect.Type | None = _some(msgspec.inspect.type_info(type_))
+    for part in path:
+        if isinstance(info, msgspec.inspect.StructType):
+            info = next((f.type for f in info.fields if f.encode_name == part), None)
+        elif isinstance(info, msgspec.inspect.DictType):
+            info = info.value_type
+        elif isinstance(info, msgspec.inspect.VarTupleType | msgspec.inspect.ListType):
+            info = info.item_type
+        else:
+            return None
+        info = _some(info)
+    return info
+
+
+def _some(info: msgspec.inspect.Type | None) -> msgspec.inspect.Type | None:
+    if isinstance(info, msgspec.inspect.UnionType):
+        return next((t for t in info.types if not isinstance(t, msgspec.inspect.NoneType)), info.types[0])
+    return info
+
+
+def _put(data: Any, path: Sequence[str | int], value: Any) -> Any:
+    """Return the data with another value at a key path; what is not on the way is shared."""
+    if not path:
+        return value
+    out = data.copy()
+    out[path[0]] = _put(data[path[0]], path[1:], value)
+    return out
+
+
+def _refusal(data: Any, type_: Any) -> str:
+    """Say what msgspec has against data; nothing if it takes them."""
+    try:
+        msgspec.convert(data, type_, strict=True)
+    except msgspec.ValidationError as error:
+        return str(error)
+    return ""
 
 
 def read_toml(path: Path) -> TomlFile:

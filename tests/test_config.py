@@ -286,6 +286,22 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
         28,
         "policy.secure_aggregation",
         "maybe",
+        'write one of: "allowed", "required"',
+    ),
+    "unknown key of a task": (
+        'segment = "plc1/PartId"',
+        'segmant = "plc1/PartId"',
+        25,
+        "task.spindle-wear.segmant",
+        "unknown key",
+        "did you mean 'segment'?",
+    ),
+    "wrong type in the second task": (
+        "[policy]",
+        '[task.other]\nsignals = { a = "drive/rms", b = 2 }\n[policy]',
+        28,
+        "task.other.signals.b",
+        "expected `str`, got `int`",
         "write a value of that type",
     ),
     "a key that is none": (

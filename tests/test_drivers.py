@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import inspect
 import math
 import time
 import zlib
@@ -78,6 +79,7 @@ def test_every_driver_has_a_rig_and_a_place_in_the_registry() -> None:
         module = load(name)
         assert module.Driver.schemes
         assert all(isinstance(kind, type) for kind in module.OPTIONS.values())
+        assert inspect.isasyncgenfunction(module.diagnose)
     with pytest.raises(KeyError):
         load("registry")
 
@@ -181,6 +183,35 @@ async def test_nobody_there_is_said_in_one_line_with_a_remedy() -> None:
             assert "\n" not in driver.health.error
             await asyncio.sleep(0.6)
         assert sink.samples == []  # the source's clock is not known yet, and neither is any value
+
+
+@shared
+async def test_a_diagnosis_goes_to_the_values_and_names_the_refused_tag(rig: Rig) -> None:
+    good = msgspec.structs.replace(rig.source, tags=tuple(tag for tag in rig.source.tags if tag != rig.missing))
+    steps = [step async for step in load(rig.source.driver).diagnose(good)]
+    assert [step for step in steps if step.ok is False] == []
+    assert steps[-1].name == "value"
+    assert "tags; plc/" in steps[-1].text
+    lost = msgspec.structs.replace(rig.missing, name="lost", address=rig.missing.address.replace("issing", "essing"))
+    if lost.address == rig.missing.address:  # a register, which has appeared
+        lost = msgspec.structs.replace(lost, address="holding:300")
+    steps = [
+        step async for step in load(rig.source.driver).diagnose(msgspec.structs.replace(good, tags=(*good.tags, lost)))
+    ]
+    (failed,) = (step for step in steps if step.ok is False)
+    assert failed.name == "tag"
+    assert failed.text.startswith("plc/lost: ")
+    assert "check" in failed.text
+
+
+async def test_a_diagnosis_of_nobody_ends_with_one_failure_and_its_remedy() -> None:
+    for rig in RIGS.values():
+        source = rig().source
+        steps = [step async for step in load(source.driver).diagnose(source)]
+        assert [step.ok for step in steps].count(False) == 1
+        assert steps[-1].ok is False
+        assert "check" in steps[-1].text
+        assert "\n" not in steps[-1].text
 
 
 @pytest.mark.parametrize("name", RIGS)

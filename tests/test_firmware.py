@@ -167,6 +167,7 @@ def test_unit_runs_our_own_command_with_its_state_where_systemd_puts_it() -> Non
     assert args.run.__name__ == "_run"
     assert args.state == Path("%S/tundish")
     assert "PYTHONSAFEPATH=1" in unit()["Environment"][0].split()
+    assert unit()["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
 
 
 def test_unit_is_hardened_and_capped() -> None:

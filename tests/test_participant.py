@@ -16,6 +16,7 @@ from edge.participant import (
     ModelStored,
     Participant,
     PlanSeen,
+    PolicyChanged,
     Reconnected,
     Settled,
     StartTraining,
@@ -213,13 +214,26 @@ def test_an_aggregator_restored_from_a_backup_is_heard_and_one_with_its_clock_se
     assert tell(g, seen(5, opened_ms=700)) == [joined(5), StartTraining(5, 0, 4, 700)]
 
 
+@pytest.mark.parametrize("way", [(seen(1),), (seen(1), ModelStored(0, bytes(32))), (seen(1), *READY)])
+def test_a_policy_that_no_longer_allows_a_round_leaves_it(way: tuple[p.Event, ...]) -> None:
+    g = gateway()
+    tell(g, *way)
+    training = g.state is State.TRAINING
+    *stop, answer = tell(g, PolicyChanged(Policy(federate=False)))
+    assert stop == [StopTraining()] * training
+    assert isinstance(answer, Answer)
+    assert (answer.round, answer.verdict, answer.code) == (1, "declined", "federate")
+    assert tell(g, PolicyChanged(Policy()), seen(1), *READY) == []
+    assert tell(g, seen(2)) == [joined(2), StartTraining(2, 0, 4, 2)]
+
+
 # -- every pair, any order ---------------------------------------------------------------------------------------------
 
 
 EVENTS: dict[type, p.Event] = {
     PlanSeen: seen(1), ModelStored: ModelStored(0, bytes(32)), WindowsReady: WindowsReady(10), Trained: Trained(1),
     TrainingFailed: TrainingFailed(1, "killed"), Settled: Settled(1, "counted"), Unable: Unable(""),
-    Reconnected: Reconnected(),
+    Reconnected: Reconnected(), PolicyChanged: PolicyChanged(Policy()),
 }  # fmt: skip
 WAYS: dict[State, tuple[p.Event, ...]] = {
     State.IDLE: (), State.FETCHING: (seen(1),), State.WAITING: (seen(1), ModelStored(0, bytes(32))),

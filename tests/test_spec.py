@@ -75,6 +75,7 @@ def test_what_follows_from_kind_and_window() -> None:
 
 
 # What is written, in place of what; then line, key, a word of the problem and of the remedy.
+CODECS = 'write one of: "float32", "int4", "int8", "sparse"'
 MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
     "no TOML": ("kind =", "kind", 2, "", "not TOML", "mend the syntax"),
     "unknown key": ("stride", "strid", 8, "window.strid", "unknown key", "did you mean 'stride'?"),
@@ -103,7 +104,7 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
         "expected `int`, got `str`",
         "write a value of that type",
     ),
-    "wrong kind": ('"classification"', '"forecast"', 2, "kind", "forecast", "write a value of that type"),
+    "wrong kind": ('"classification"', '"forecast"', 2, "kind", "forecast", 'write one of: "anomaly"'),
     "a name that is no topic": ("spindle-wear", "spindle/wear", 1, "name", "can't be a topic level", "use A-Z a-z 0-9"),
     "no such net": ('"tcn"', '"lstm"', 3, "net", "no net 'lstm'", "write one of: autoencoder"),
     "a net for another kind": ('"tcn"', '"autoencoder"', 3, "net", "learns no target", "write tcn or mlp"),
@@ -177,7 +178,14 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
     ),
     "no gateway": ("min_gateways = 3", "min_gateways = 0", 29, "round.min_gateways", "out of range", "write 1 or more"),
     "a momentum": ("min_gateways = 3", "momentum = 1.0", 29, "round.momentum", "out of range", "write 0.0 to 0.99"),
-    "a codec": ("min_gateways = 3", 'codec = "zip"', 29, "round.codec", "zip", "write a value of that type"),
+    "a codec": (
+        "min_gateways = 3",
+        'codec = "zip"',
+        29,
+        "round.codec",
+        "zip",
+        CODECS,
+    ),
     "a share": ("min_gateways = 3", "keep = 0.0", 29, "round.keep", "out of range", "write 0.001 to 1.0"),
     "a duration": ('"2h"', '"2 hours"', 30, "round.deadline", "'2 hours' is not a duration", 'write "90s", "2h"'),
     "no unit of time": ('"7d"', '"7"', 31, "round.every", "'7' is not a duration", 'write "90s", "2h"'),

@@ -98,15 +98,12 @@ class Security:
     def select(self, endpoints: Sequence[ua.EndpointDescription]) -> ua.EndpointDescription:
         """Return the endpoint of this policy and mode; SecurityError names those that the server has."""
         uri = self.policy.URI if self.policy else _NONE
-        offered = {}
         for found in endpoints:
-            name = _NAMES.get(found.SecurityPolicyUri)
             if found.SecurityPolicyUri == uri and found.SecurityMode == self.mode:
                 return found
-            if name is not None:
-                offered["None" if name == "None" else f"{name}:{found.SecurityMode.name}"] = True
-        remedy = f'write security = "{next(iter(offered))}"' if offered else "enable one at the server"
-        have = ", ".join(offered) or "none that is safe"
+        names = offered(endpoints)
+        remedy = f'write security = "{names[0]}"' if names else "enable one at the server"
+        have = ", ".join(names) or "none that is safe"
         raise SecurityError(f"the server has no endpoint {self.asked}, it offers {have}; {remedy}")
 
     def secure(self, client: Client, endpoint: ua.EndpointDescription, host: str) -> None:
@@ -122,6 +119,12 @@ class Security:
         policy = self.policy(chain[0], own.certificate, own.key, self.mode)
         client.security_policy = policy
         client.uaclient.set_security(policy)
+
+
+def offered(endpoints: Sequence[ua.EndpointDescription]) -> list[str]:
+    """Name the policies and modes that a server has and we know, as they are written in gateway.toml, each once."""
+    known = ((_NAMES.get(found.SecurityPolicyUri), found.SecurityMode.name) for found in endpoints)
+    return list(dict.fromkeys(name if name == "None" else f"{name}:{mode}" for name, mode in known if name))
 
 
 def application_uri() -> str:

@@ -9,12 +9,15 @@ gone is a cut.
 import asyncio
 import importlib.util
 import time
+from collections.abc import AsyncIterator
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from broker.diagnose import Step, fail, ok
 from edge.drivers._common import LostError, Point, Reader, file_path, located, option, refusal
+from edge.drivers._diagnose import listen
 from edge.drivers._pictures import Picture, grey, read_labels, scan
 from edge.tags import Quality, Sink, Source, Tag
 from models.errors import UserError
@@ -161,3 +164,14 @@ def _classes(source: Source) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
         raise refusal(source, "classes", f"{names!r} are no names", 'write classes = ["good", "scratch"]')
     return names
+
+
+async def diagnose(source: Source) -> AsyncIterator[Step]:
+    """Say step by step how far this gateway comes with a folder of pictures."""
+    folder = file_path(source, "pictures")
+    if not folder.is_dir():
+        yield fail("folder", f"no folder {folder}; check the path, which is relative to gateway.toml")
+        return
+    yield ok("folder", str(folder))
+    async for step in listen(source, patient=True):
+        yield step

@@ -9,14 +9,17 @@ port, or the same host and port, share one connection (`_modbus_line`); what add
 import asyncio
 import logging
 import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from itertools import groupby
 from typing import ClassVar, NamedTuple
 
 from pymodbus.constants import ExcCodes
 
+from broker.diagnose import Step, fail, ok, reach
 from edge.drivers._common import LostError, Reader, option, refusal
+from edge.drivers._diagnose import listen
 from edge.drivers._modbus_line import SERIAL_OPTIONS, Line, join, parse_place
 from edge.drivers._modbus_map import BITS, Block, Spot, decode, plan_blocks
 from edge.tags import Quality, Sample, Sink, Source, Tag
@@ -221,3 +224,20 @@ def _clock(source: Source, base: int, poll_ms: int) -> Spot | None:
         return Spot(tag, base, poll_ms)
     except UserError as error:
         raise refusal(source, "clock", error.problem, "write the register where it begins: holding:10") from error
+
+
+async def diagnose(source: Source) -> AsyncIterator[Step]:
+    """Say step by step how far this gateway comes with a device."""
+    place = parse_place(source)
+    if place.port:
+        async for step in reach(place.host, place.port):
+            yield step
+            if step.ok is False:
+                return
+    elif not os.access(place.host, os.R_OK | os.W_OK):
+        yield fail("port", f"{place.host} {place.unreachable}")
+        return
+    else:
+        yield ok("port", f"{place.host} is there, {place.baud} baud, parity {place.parity}")
+    async for step in listen(source):
+        yield step

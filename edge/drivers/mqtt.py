@@ -12,15 +12,18 @@ import re
 import secrets
 import time
 from collections import defaultdict
+from collections.abc import AsyncIterator
 from typing import ClassVar, NamedTuple
 
 import msgspec
 import numpy as np
 
+from broker.diagnose import Step, look
 from broker.link import Inbound, Link
 from broker.settings import MqttSettings, check_mqtt
 from edge.drivers import _sparkplug as sparkplug
 from edge.drivers._common import LostError, Point, Reader, located, option, refusal
+from edge.drivers._diagnose import listen
 from edge.tags import Quality, Sample, Sink, Source, Tag
 from models.errors import PeerError, UserError
 
@@ -48,6 +51,7 @@ _MOST_MS = 2**63 // 1_000_000
 _ASK_S = (10.0, 600.0)  # between two rebirth requests to one edge node that doesn't answer them: first, most
 _GOOD = 192
 _TEND_S = 0.25
+_MOST_SHOWN = 20  # topics that the doctor subscribes to one by one
 _REMEDY = "check what publishes there"
 
 
@@ -382,3 +386,14 @@ def _settings(source: Source) -> MqttSettings:
         key = str(error).rpartition("$.")[2].rstrip("`")
         raise refusal(source, key, str(error), "see docs/reference.md") from None
     return check_mqtt(_Place(source), settings)
+
+
+async def diagnose(source: Source) -> AsyncIterator[Step]:
+    """Say step by step how far this gateway comes with a broker and its topics."""
+    topics = [tag.address for tag in source.tags if not _SPARKPLUG.fullmatch(tag.address)]
+    async for step in look(_settings(source), topics[:_MOST_SHOWN], ""):
+        yield step
+        if step.ok is False:
+            return
+    async for step in listen(source, patient=True):
+        yield step

@@ -21,10 +21,13 @@ from asyncua.ua.status_codes import StatusCodes
 
 from edge.drivers import _opcua_security as security
 from edge.drivers._common import LostError, Reader, option, refusal
+from edge.drivers._opcua_diagnose import diagnose
 from edge.drivers._opcua_errors import explain
 from edge.drivers._opcua_link import Link, batches, server_url
 from edge.drivers._opcua_values import Held, Item, make_filter, to_sample
 from edge.tags import Quality, Sink, Source
+
+__all__ = ["OPTIONS", "Driver", "diagnose"]
 
 OPTIONS: dict[str, type] = {
     "publishing_ms": int,

@@ -8,13 +8,15 @@ import asyncio
 import contextlib
 import importlib.util
 import time
-from collections.abc import Generator
+from collections.abc import AsyncIterator, Generator
 from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
 
+from broker.diagnose import Step, fail, ok
 from edge.drivers._common import LostError, Point, Reader, file_path, option, refusal
+from edge.drivers._diagnose import listen
 from edge.drivers._recording import READERS
 from edge.tags import Quality, Sample, Sink, Source
 from models.errors import UserError
@@ -174,3 +176,14 @@ def _nothing() -> Generator[Any, None, None]:
 def _series(value: object, point: Point) -> bool:
     """Tell whether a value is a window that this point takes one by one."""
     return isinstance(value, np.ndarray) and value.ndim == 1 and not point.tag.width
+
+
+async def diagnose(source: Source) -> AsyncIterator[Step]:
+    """Say step by step how far this gateway comes with a recording."""
+    path = file_path(source, "x.csv")
+    if not path.is_file():
+        yield fail("file", f"no file {path}; check the path, which is relative to gateway.toml")
+        return
+    yield ok("file", f"{path}, {path.stat().st_size} bytes")
+    async for step in listen(source):
+        yield step

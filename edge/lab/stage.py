@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edge.agent import STATUS_FILE
 from edge.lab.physics import FEATURES, test_windows
 from edge.lab.plc import CLOCK, DataLayout, data_layout, tags_csv
 from edge.lab.processes import Process, free_port, mqtt_broker, python
+from edge.status import STATUS_FILE
 from models.errors import UserError
 
 FEDERATION = "demo"

@@ -1,0 +1,61 @@
+"""The drivers of a gateway, each running in a job of its own until its source is stopped."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from edge.drivers import registry
+from edge.tags import Driver, Sink, Source
+
+log = logging.getLogger(__name__)
+
+_RESTART_S = 5.0
+
+
+class Sources:
+    """Who reads what. `drivers` holds the running driver of each source, by name."""
+
+    def __init__(self, pki: Path, sink: Sink) -> None:
+        self.drivers: dict[str, Driver] = {}
+        self._pki, self._sink = str(pki), sink
+        self._jobs: dict[str, asyncio.Task[None]] = {}
+
+    def start(self, source: Source) -> None:
+        """Read a source from now on."""
+        source = msgspec.structs.replace(source, pki=self._pki)
+        self._jobs[source.name] = asyncio.create_task(self._drive(source))
+
+    async def stop(self, names: Iterable[str]) -> None:
+        """Read some sources no more; returns when their connections are closed."""
+        jobs = [self._jobs.pop(name) for name in names]
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+
+    async def stop_all(self) -> None:
+        """Read nothing more."""
+        await self.stop(list(self._jobs))
+
+    async def _drive(self, source: Source) -> None:
+        """Keep one driver running; one that ends by a mistake of ours is logged whole and started again."""
+        try:
+            while True:
+                driver: Driver = registry.load(source.driver).Driver(source, self._sink)
+                self.drivers[source.name] = driver
+                work = asyncio.create_task(driver.run())
+                try:
+                    await asyncio.wait([work])
+                finally:
+                    work.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.wait([work])
+                error = None if work.cancelled() else work.exception()
+                name = source.name
+                log.critical("driver of %s ended, which it should not; it is started again", name, exc_info=error)
+                await asyncio.sleep(_RESTART_S)
+        finally:
+            self.drivers.pop(source.name, None)
