@@ -34,9 +34,10 @@ from broker.topics import (
 from edge.config import Config
 from edge.drivers import registry
 from edge.health import Watch
+from edge.ring import Samples
 from edge.runner import Runner
 from edge.shop import Shop
-from edge.store import Samples, State
+from edge.store import State
 from edge.tags import Driver, Quality, Sample
 from edge.train import resident_bytes
 from models.errors import PeerError
@@ -59,7 +60,7 @@ class Agent:
         self.state = State(folder)
         self.state.claim()
         self.watch = Watch(config.tags)
-        self.samples = Samples(folder, config.store_bytes, self.watch.take)
+        self.samples = Samples(folder, config.store_bytes, config.store_days, self.watch.take)
         self.stopped = asyncio.Event()
         signer = self._signer()
         self.session = self._next_session()
@@ -341,6 +342,7 @@ class Agent:
             "outbox": len(self.state.waiting),
             "samples_dropped": self.samples.dropped,
             "store_error": self.samples.error,
+            "store_notice": self.samples.notice,
             "refused": dict(self.shop.refused),
             "link": dict(self.link.counters),
         }

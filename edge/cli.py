@@ -212,6 +212,8 @@ def _print_status(status: dict[str, Any], *, alive: bool) -> None:
             print(f"           no model has come yet: does a federation publish a task named {name}?")
     for reason, count in status["refused"].items():
         print(f"  refused  {count} times: {reason}")
+    if status["store_notice"]:
+        print(f"  STORE    {status['store_notice']}")
     if status["store_error"]:
         print(f"  STORE    {status['store_error']} ({status['samples_dropped']} samples dropped)")
 

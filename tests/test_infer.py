@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from edge.dataset import Dataset
+from edge.history import Score
 from edge.infer import Scorer
 from edge.live import Live
-from edge.store import Score
 from edge.tags import Quality, Sample
 from edge.window import Wiring
 from models.delta import Layout, Vector
