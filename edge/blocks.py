@@ -53,13 +53,12 @@ class Block(NamedTuple):
 
 def columns_of(samples: Sequence[Sample], width: int) -> Columns:
     """Times (N,) int64 ns, values (N,) float64 or (N, width) float32, qualities (N,) int8 of one tag's samples."""
-    times = np.array([s.time_ns for s in samples], np.int64)
-    quality = np.array([s.quality for s in samples], np.int8)
+    _, stamps, values, qualities = zip(*samples, strict=True)
+    times, quality = np.array(stamps, np.int64), np.array(qualities, np.int8)
     if width:
-        return times, np.stack([s.value for s in samples]).astype(np.float32), quality
+        return times, np.stack(values).astype(np.float32), quality
     # A waveform that is Bad has an empty array.
-    values = [s.value if isinstance(s.value, float) else np.nan for s in samples]
-    return times, np.array(values, np.float64), quality
+    return times, np.array([v if isinstance(v, float) else np.nan for v in values], np.float64), quality
 
 
 def pack(columns: Columns, tags: Tags | None = None) -> bytes:

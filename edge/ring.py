@@ -12,7 +12,7 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,15 +149,15 @@ class Samples:
 
     def _take(self) -> dict[tuple[str, int], list[Sample]]:
         """Empty the queue, by tag and width."""
-        by_tag: dict[tuple[str, int], list[Sample]] = {}
+        by_tag: dict[tuple[str, int], list[Sample]] = defaultdict(list)
         for _ in range(len(self._batches)):
             batch = self._batches.popleft()
             for sample in batch:
-                if not 0 <= sample.time_ns <= LAST_NS:
+                tag, time_ns, value, _quality = sample
+                if not 0 <= time_ns <= LAST_NS:
                     self.dropped += 1
                     continue
-                width = 0 if isinstance(sample.value, float) else len(sample.value)
-                by_tag.setdefault((sample.tag, width), []).append(sample)
+                by_tag[tag, 0 if isinstance(value, float) else len(value)].append(sample)
             self._taken += len(batch)
         return by_tag
 
@@ -167,7 +167,9 @@ class Samples:
         for (tag, width), samples in by_tag.items():
             most = max(1, MOST_VALUES // max(1, width))
             for start in range(0, len(samples), most):
-                columns = columns_of(sorted(samples[start : start + most], key=lambda s: s.time_ns), width)
+                columns = columns_of(samples[start : start + most], width)
+                if (columns[0][1:] < columns[0][:-1]).any():
+                    columns = in_order(columns)
                 if self._watch:
                     self._watch(tag, columns)
                 found.append((tag, columns))
@@ -208,7 +210,7 @@ class Samples:
                 self._open()
                 return
             if code == sqlite3.SQLITE_FULL:
-                self._trim(self._used() * 9 // 10)
+                self._trim(self.used() * 9 // 10)
             self._know_tags()
         except (OSError, sqlite3.Error, LocalError) as again:
             log.error("the ring of samples can't be mended yet: %s", again)
@@ -285,7 +287,7 @@ class Samples:
         rows, values = self._db.execute("SELECT count(*), sum(count) FROM journal").fetchone()
         room = self._room()
         bound = min(self.max_bytes, room)
-        if rows and (rows >= _JOURNAL[0] or values >= _JOURNAL[1] or self._used() > bound):
+        if rows and (rows >= _JOURNAL[0] or values >= _JOURNAL[1] or self.used() > bound):
             self._compact()
             if self.max_days:
                 before_ms = int(time.time() * 1000) - self.max_days * 86_400_000
@@ -293,7 +295,7 @@ class Samples:
         self._db.execute("DELETE FROM score WHERE id <= (SELECT max(id) FROM score) - ?", (_MAX_SCORES,))
         return bool(self._trim(bound)) and room < self.max_bytes
 
-    def _used(self) -> int:
+    def used(self) -> int:
         """Bytes of the file that hold something."""
         pages, free, size = (
             self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
@@ -308,7 +310,7 @@ class Samples:
     def _trim(self, most: int) -> int:
         """Drop the oldest blocks until what is left fits; return how many went."""
         gone = 0
-        while self._used() > most:
+        while self.used() > most:
             (count,) = self._db.execute("SELECT count(*) FROM block").fetchone()
             found = self._db.execute(
                 f"DELETE FROM block WHERE id IN (SELECT id FROM block WHERE {_NOT_NEWEST} ORDER BY id LIMIT ?)",

@@ -222,12 +222,12 @@ def test_recorded_scalars_take_four_bytes_at_most(tmp_path: Path, name: str) -> 
     series = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1)[:, :2000].astype(np.float64)
     before = 0
     with ring(tmp_path) as store, reader(tmp_path) as found:
-        before = store._used()
+        before = store.used()
         for row in range(series.shape[1]):
             time_ns = START + row * RECORDED[name]
             store.append([Sample(f"plc1/{c}", time_ns, float(series[c, row]), GOOD) for c in range(len(series))])
             store.flush()
-        taken = store._used() - before
+        taken = store.used() - before
         assert (store.dropped, store.error) == (0, "")
         for c in range(len(series)):
             columns = found.columns(f"plc1/{c}")
@@ -243,13 +243,13 @@ def test_recorded_waveforms_take_four_bytes_a_value_at_most(tmp_path: Path) -> N
     with np.load(DATA / "cwru_bearing" / "cwru_bearing.npz", allow_pickle=False) as file:
         x = file["x_train"][:600, 0]
     with ring(tmp_path) as store, reader(tmp_path) as found:
-        before = store._used()
+        before = store.used()
         for number, wave in enumerate(x):
             store.append([Sample("plc1/vib", START + number * S, wave, GOOD)])
             store.flush()
         columns = found.columns("plc1/vib")
         assert columns is not None
         assert columns[1].tobytes() == x.tobytes()
-        taken = store._used() - before
+        taken = store.used() - before
     assert taken / x.size <= 4.0
     print(f"cwru_bearing: {taken / x.size:.2f} bytes a value")  # noqa: T201 - shown by pytest -s

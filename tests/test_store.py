@@ -166,7 +166,7 @@ def test_the_ring_keeps_its_bound_and_drops_the_oldest(tmp_path: Path) -> None:
     for number in range(60):
         store.append([noise(number)])
         store.flush()
-        assert store._used() <= bound
+        assert store.used() <= bound
     with reader(tmp_path) as found:
         columns = found.columns("a/w")
         assert columns is not None
