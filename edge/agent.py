@@ -32,11 +32,12 @@ from broker.topics import (
 from edge.config import Config
 from edge.health import Watch
 from edge.reload import Plan, plan
+from edge.ring import Samples
 from edge.runner import Runner
 from edge.shop import Shop
 from edge.sources import Sources
 from edge.status import task_status, write_status
-from edge.store import Samples, State
+from edge.store import State
 from edge.tags import Quality, Sample
 from edge.train import resident_bytes
 from models.errors import PeerError, UserError
@@ -60,7 +61,7 @@ class Agent:
         self.state = State(folder)
         self.state.claim()
         self.watch = Watch(config.tags)
-        self.samples = Samples(folder, config.store_bytes, self.watch.take)
+        self.samples = Samples(folder, config.store_bytes, config.store_days, self.watch.take)
         self.stopped, self._hangup = asyncio.Event(), asyncio.Event()
         signer = self._signer()
         self.session = self._next_session()
@@ -380,6 +381,7 @@ class Agent:
             "outbox": len(self.state.waiting),
             "samples_dropped": self.samples.dropped,
             "store_error": self.samples.error,
+            "store_notice": self.samples.notice,
             "refused": dict(self.shop.refused),
             "link": dict(self.link.counters),
         }

@@ -87,6 +87,17 @@ def _add_bench(commands: Any) -> None:
     )
     footprint.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     footprint.set_defaults(run=_footprint)
+    ingest = kinds.add_parser(
+        "ingest",
+        help="values per CPU-second of the drivers and the store beside raw clients of the same libraries",
+        epilog="example: tundish bench ingest --json",
+    )
+    ingest.add_argument("--seconds", type=float, default=4.0, help="length of one measurement (default 4)")
+    ingest.add_argument("--rounds", type=int, default=5, help="pairs of raw and ours (default 5)")
+    ingest.add_argument("--soak", type=float, default=0.0, metavar="SECONDS", help="instead, watch memory for so long")
+    ingest.add_argument("--data", type=Path, help="store this recorded data (.npz) instead of the simulated spindles")
+    ingest.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    ingest.set_defaults(run=_ingest)
 
 
 def _add_edge(commands: Any) -> None:
@@ -292,6 +303,8 @@ def _print_status(status: dict[str, Any], *, alive: bool) -> None:
             print(f"           no model has come yet: does a federation publish a task named {name}?")
     for reason, count in status["refused"].items():
         print(f"  refused  {count} times: {reason}")
+    if status["store_notice"]:
+        print(f"  STORE    {status['store_notice']}")
     if status["store_error"]:
         print(f"  STORE    {status['store_error']} ({status['samples_dropped']} samples dropped)")
 
@@ -347,6 +360,12 @@ def _footprint(args: argparse.Namespace) -> int:
     from edge.lab.footprint import main as footprint  # noqa: PLC0415
 
     return footprint(as_json=args.json)
+
+
+def _ingest(args: argparse.Namespace) -> int:
+    from edge.lab.ingest import main as ingest  # noqa: PLC0415
+
+    return ingest(seconds=args.seconds, rounds=args.rounds, soak=args.soak, data=args.data, as_json=args.json)
 
 
 def main(argv: list[str] | None = None) -> int:

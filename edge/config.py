@@ -59,9 +59,10 @@ class Policy(_Struct, frozen=True, kw_only=True):
 
 
 class StoreTable(_Struct, frozen=True, kw_only=True):
-    """Bounds of the sample ring."""
+    """Bounds of the sample ring; `max_days` 0 is none."""
 
     max_bytes: str = "1GiB"
+    max_days: int = 0
 
 
 class TrainingTable(_Struct, frozen=True, kw_only=True):
@@ -106,6 +107,7 @@ class Config(_Struct, frozen=True, kw_only=True):
     federation: FederationTable
     policy: Policy
     store_bytes: int
+    store_days: int
     training: TrainingTable
     training_memory: int
     scoring: ScoringTable
@@ -145,6 +147,7 @@ def load_config(path: Path, profile: Path | None = None) -> Config:
         federation=raw.federation,
         policy=raw.policy,
         store_bytes=_size(file, ["store", "max_bytes"], raw.store.max_bytes),
+        store_days=raw.store.max_days,
         training=raw.training,
         training_memory=_size(file, ["training", "memory"], raw.training.memory),
         scoring=raw.scoring,
@@ -152,12 +155,13 @@ def load_config(path: Path, profile: Path | None = None) -> Config:
 
 
 def _check_caps(file: TomlFile, raw: GatewayFile) -> None:
-    """Bounds of [training] and [scoring]."""
+    """Bounds of numbers."""
     bounds = {
         ("training", "threads"): (raw.training.threads, 1, 256),
         ("training", "nice"): (raw.training.nice, 0, 19),
         ("training", "cpu_seconds"): (raw.training.cpu_seconds, 1, 10**7),
         ("scoring", "threads"): (raw.scoring.threads, 1, 256),
+        ("store", "max_days"): (raw.store.max_days, 0, 36_500),
         ("policy", "min_gateways"): (raw.policy.min_gateways, 1, 10**6),
     }
     for key, (value, low, high) in bounds.items():

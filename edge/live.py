@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.dataset import is_holdout, usable
+from edge.history import Score
 from edge.infer import Scorer, Verdict
-from edge.store import Score
 from edge.tags import Sample
 from edge.window import Win, Windower, Wiring
 from models.scale import Scale

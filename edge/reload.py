@@ -18,6 +18,7 @@ _FIXED = {
     "mqtt": "mqtt",
     "federation": "federation",
     "store_bytes": "store.max_bytes",
+    "store_days": "store.max_days",
     "training": "training",
     "training_memory": "training.memory",
     "scoring": "scoring",

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from broker.messages import Signer
 from edge.config import Config
-from edge.store import Samples, State
+from edge.ring import Samples
+from edge.store import State
 
 
 @dataclass

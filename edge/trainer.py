@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from edge.dataset import MAX_HOLDOUT, Dataset, split
-from edge.store import SampleReader
+from edge.history import SampleReader
 from edge.train import DIVERGED, DONE, NOT_ENOUGH, Job, Result, lower_priority, write_result
 from edge.window import stored_windows
 from models.delta import Layout

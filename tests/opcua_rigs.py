@@ -249,7 +249,11 @@ class Line:
         self._writers.clear()
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        from_server, to_server = await asyncio.open_connection("127.0.0.1", self._to)
+        try:
+            from_server, to_server = await asyncio.open_connection("127.0.0.1", self._to)
+        except OSError:  # the line is there, the server isn't
+            writer.close()
+            return
         self._writers |= {writer, to_server}
 
         async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:

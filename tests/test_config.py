@@ -512,12 +512,18 @@ def test_status_shows_what_was_lost_and_a_clock_that_is_off(gateway: Path, capsy
     status = {
         "path": "p", "time_ms": 0, "running": True, "resident_mb": 1, "outbox": 0, "problem": "", "tasks": {},
         "mqtt": {"connected": True, "version": "5", "error": ""}, "sources": {"plc1": health}, "refused": {},
-        "store_error": "", "samples_dropped": 0,
+        "store_error": "", "store_notice": "samples.db was damaged", "samples_dropped": 0,
     }  # fmt: skip
     (gateway.parent / "status.json").write_text(json.dumps(status))
     main(["edge", "status", "-c", str(gateway), "--state", str(gateway.parent)])
     said = capsys.readouterr().out
-    for words in ("queue ran over 3 times", "LOST: 2 times", "CLOCK: the source's is 2.5 s behind", "queues 5 only"):
+    for words in (
+        "queue ran over 3 times",
+        "LOST: 2 times",
+        "CLOCK: the source's is 2.5 s behind",
+        "queues 5 only",
+        "STORE    samples.db was",
+    ):
         assert words in said
 
 

@@ -11,9 +11,9 @@ import torch
 
 from edge.choose import MIX, OWN, TUNED
 from edge.dataset import Dataset
+from edge.history import Score
 from edge.infer import Scorer, contest, elect
 from edge.live import Live
-from edge.store import Score
 from edge.tags import Quality, Sample
 from edge.window import Wiring
 from models.delta import Layout, Vector

@@ -6,14 +6,16 @@ import math
 import struct
 from collections.abc import AsyncIterator
 from itertools import pairwise
+from random import Random
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.drivers._modbus_map import Address, Spot, decode, parse_address, parse_type, plan_blocks
+from edge.drivers._modbus_map import Address, Block, Spot, decoder, parse_address, parse_type, plan_blocks
 from edge.drivers.modbus import Driver
 from edge.tags import Quality, Sample, Tag
 from models.errors import UserError
@@ -97,20 +99,42 @@ def tag(address: str = "holding:0", type_: str = "", **more: Any) -> Tag:
 def test_known_vectors(type_: str, registers: list[int], value: float) -> None:
     spot = Spot(tag("holding:7", type_), 1, 1000)
     assert spot.count == len(registers)
-    assert decode([9, 9, *registers, 9], 5, [spot]) == [value]
+    assert list(decoder(Block(5, len(registers) + 3, [0]), [spot])([9, 9, *registers, 9])) == [value]
 
 
 @given(st.floats(width=32, allow_nan=False), st.sampled_from(["ABCD", "CDAB", "BADC", "DCBA"]))
 def test_orders_permute_bytes(value: float, order: str) -> None:
     sent = bytes(struct.pack(">f", value)["ABCD".index(letter)] for letter in order)
     spot = Spot(tag("holding:0", f"float32:{order}"), 1, 1000)
-    assert decode(list(struct.unpack(">2H", sent)), 0, [spot]) == [value]
+    assert list(decoder(Block(0, 2, [0]), [spot])(list(struct.unpack(">2H", sent)))) == [value]
 
 
 def test_bits() -> None:
     spots = [Spot(tag(f"holding:3.{bit}"), 1, 1000) for bit in (0, 1, 15)]
-    assert decode([0, 0x8002], 2, spots) == [0, 1, 1]
-    assert decode([False, True, False], 4, [Spot(tag("coil:5"), 1, 1000), Spot(tag("coil:6"), 1, 1000)]) == [1, 0]
+    assert decoder(Block(2, 2, [0, 1, 2]), spots)([0, 0x8002]) == [0, 1, 1]
+    coils = [Spot(tag("coil:5"), 1, 1000), Spot(tag("coil:6"), 1, 1000)]
+    assert decoder(Block(4, 3, [0, 1]), coils)([False, True, False]) == [1, 0]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.sampled_from(["int16", "uint32", "float32", "float64"])), min_size=1, max_size=9
+    ),
+    st.sampled_from(["ABCD", "CDAB", "BADC", "DCBA"]),
+    st.randoms(use_true_random=False),
+)
+def test_many_values_of_a_block_are_each_what_one_alone_is(
+    parts: list[tuple[int, str]], order: str, random: Random
+) -> None:
+    spots, at = [], 7
+    for gap, kind in parts:
+        at += gap
+        spots.append(Spot(tag(f"holding:{at}", f"{kind}:{order}"), 0, 100))
+        at += spots[-1].count
+    registers = [random.randrange(65536) for _ in range(at - 7)]
+    together = decoder(Block(7, len(registers), []), spots)(registers)
+    alone = [decoder(Block(spot.at, spot.count, []), [spot])(registers[spot.at - 7 :][: spot.count]) for spot in spots]
+    np.testing.assert_array_equal(together, [value for (value,) in alone])
 
 
 @pytest.mark.parametrize(

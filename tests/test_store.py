@@ -19,7 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker import ledger
-from edge.store import Outgoing, SampleReader, Samples, Score, State
+from edge.history import SampleReader, Score
+from edge.ring import Samples
+from edge.store import Outgoing, State
 from edge.tags import Quality, Sample
 from models.errors import LocalError
 
@@ -164,13 +166,13 @@ def test_the_ring_keeps_its_bound_and_drops_the_oldest(tmp_path: Path) -> None:
     for number in range(60):
         store.append([noise(number)])
         store.flush()
-        assert store._used() <= bound
+        assert store.used() <= bound
     with reader(tmp_path) as found:
         columns = found.columns("a/w")
         assert columns is not None
         kept = columns[0].tolist()
         assert kept == list(range(kept[0], 60))
-        assert 8 <= len(kept) <= 20
+        assert 8 <= len(kept) <= 24
         # What seldom changes outlives what is newer than it: its last value holds today.
         held = found.columns("a/run")
         assert held is not None
@@ -305,20 +307,19 @@ def test_the_ledger_is_a_chain(tmp_path: Path) -> None:
         ledger.verify([*lines[:2], lines[2].replace('"round":2', '"round":3'), *lines[3:]])
 
 
-@pytest.mark.parametrize("name", ["state.db", "samples.db"])
-def test_a_file_of_another_version_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "known"), [("state.db", 1), ("samples.db", 2)])
+def test_a_file_of_another_version_is_refused(tmp_path: Path, name: str, known: int) -> None:
     db = sqlite3.connect(tmp_path / name)
     db.execute("PRAGMA user_version = 9")
     db.close()
-    with pytest.raises(LocalError, match=r"schema 9, this program knows 1"):
+    with pytest.raises(LocalError, match=f"schema 9, this program knows {known}"):
         State(tmp_path) if name == "state.db" else Samples(tmp_path, PLENTY)
 
 
-@pytest.mark.parametrize("name", ["state.db", "samples.db"])
-def test_a_file_that_is_no_database_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"not a database" * 1000)
+def test_a_state_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "state.db").write_bytes(b"not a database" * 1000)
     with pytest.raises(LocalError, match="can't be opened"):
-        State(tmp_path) if name == "state.db" else Samples(tmp_path, PLENTY)
+        State(tmp_path)
 
 
 # -- kill -9 -----------------------------------------------------------------------------------------------------------
@@ -326,7 +327,8 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path, name: str) -> Non
 WRITER = """
 import sys
 from pathlib import Path
-from edge.store import Outgoing, Samples, State
+from edge.ring import Samples
+from edge.store import Outgoing, State
 from edge.tags import Quality, Sample
 folder = Path(sys.argv[1])
 state, samples, number = State(folder), Samples(folder, 1 << 30), 0
@@ -444,7 +446,7 @@ FILE_LIMIT = """
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
-from edge.store import Samples
+from edge.ring import Samples
 from edge.tags import Quality, Sample
 samples = Samples(Path(sys.argv[1]), 1 << 30)
 resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))

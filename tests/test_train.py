@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge.store import Samples
+from edge.ring import Samples
 from edge.tags import Quality, Sample
 from edge.train import Job, NotEnoughError, Trainer, TrainingError
 from edge.window import Wiring

@@ -2,7 +2,9 @@
 
 import re
 import struct
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 from edge.drivers._common import Point
@@ -84,6 +86,9 @@ class Spot(Point):
         self.read_ns = 0
 
 
+Decoder = Callable[[Sequence[int] | Sequence[bool]], Sequence[float]]
+
+
 def plan_blocks(spans: Sequence[Span], max_gap: int, max_block: int, borders: Collection[int] = ()) -> list[Block]:
     """Cover spans of one table with as few requests as there can be.
 
@@ -107,8 +112,26 @@ def plan_blocks(spans: Sequence[Span], max_gap: int, max_block: int, borders: Co
     return blocks
 
 
-def decode(elements: Sequence[int] | Sequence[bool], start: int, spots: Iterable[Spot]) -> list[float]:
-    """Take the spots' numbers, before scale and offset, out of the elements read from `start` on."""
+def decoder(block: Block, spots: Sequence[Spot]) -> Decoder:
+    """Return what takes the numbers of a block's spots, before scale and offset, out of the elements it read.
+
+    Spots side by side of one byte order, which most devices have alone, are one struct.
+    """
+    spots = list(spots)
+    orders = {(spot.kind.swapped, spot.kind.form[:1]) for spot in spots}
+    apart = all(one.at + one.count <= other.at for one, other in pairwise(spots))
+    if len(orders) > 1 or not apart or not all(spot.kind.form for spot in spots):
+        return partial(_decode_each, block.at, spots)
+    ((swapped, sign),) = orders
+    form, at = sign, block.at
+    for spot in spots:
+        form += f"{2 * (spot.at - at)}x" + spot.kind.form[1:]
+        at = spot.at + spot.count
+    packed, whole = struct.Struct(f"{'<' if swapped else '>'}{block.size}H"), struct.Struct(form)
+    return lambda elements: whole.unpack_from(packed.pack(*elements))
+
+
+def _decode_each(start: int, spots: Sequence[Spot], elements: Sequence[int] | Sequence[bool]) -> Sequence[float]:
     first = next(iter(elements), 0)
     plain = swapped = b""
     if not isinstance(first, bool):

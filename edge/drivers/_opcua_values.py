@@ -2,7 +2,8 @@
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from asyncua import ua
@@ -18,10 +19,11 @@ _BAD = Quality.BAD
 class Item(Point):
     """One tag and its node; its client handle is its place among the driver's points.
 
-    `target` is the node in this life of the server, `monitored` the server's id of it; `before` what was polled last.
+    `target` is the node in this life of the server, `monitored` the server's id of it, `queue` how many values the
+    server keeps for it; `before` what was polled last.
     """
 
-    __slots__ = ("before", "filter", "handle", "monitored", "node", "quality", "target", "uri", "width")
+    __slots__ = ("before", "filter", "handle", "monitored", "node", "quality", "queue", "target", "uri", "width")
 
     def __init__(self, handle: int, tag: Tag) -> None:
         super().__init__(tag)
@@ -29,6 +31,7 @@ class Item(Point):
         self.uri, self.node = parse_address(tag)
         self.target: ua.NodeId = self.node
         self.monitored: int | None = None
+        self.queue = 0
         self.before: ua.DataValue | None = None
         self.quality = _BAD
         self.width = tag.width
@@ -121,3 +124,23 @@ class Held:
         """Forget: the server starts over."""
         self._values.clear()
         self._cut_ns.clear()
+
+
+class Backlog:
+    """What comes of each tag after a cut, until the server has no more: a queue that came back full may have lost some.
+
+    A server marks that with the overflow bit (Part 4, 7.39), but not every one does.
+    """
+
+    def __init__(self, overflows: int) -> None:
+        self._overflows = overflows
+        self._counts: Counter[int] = Counter()
+
+    def add(self, handles: Iterable[int]) -> None:
+        """Count values by their items' handles."""
+        self._counts.update(handles)
+
+    def lost(self, items: Sequence[Item], overflows: int) -> bool:
+        """Say whether values went that nobody speaks of."""
+        full = any(0 < items[h].queue <= n for h, n in self._counts.items() if h < len(items))
+        return full and overflows == self._overflows

@@ -21,7 +21,7 @@ from broker.diagnose import Step, fail, ok, reach
 from edge.drivers._common import LostError, Reader, option, refusal
 from edge.drivers._diagnose import listen
 from edge.drivers._modbus_line import SERIAL_OPTIONS, Line, join, parse_place
-from edge.drivers._modbus_map import BITS, Block, Spot, decode, plan_blocks
+from edge.drivers._modbus_map import BITS, Block, Decoder, Spot, decoder, plan_blocks
 from edge.tags import Quality, Sample, Sink, Source, Tag
 from models.errors import UserError
 
@@ -40,6 +40,7 @@ logging.getLogger("pymodbus.logging").setLevel(logging.CRITICAL)
 
 _MAX_BITS = 1900  # coils of one request; the standard allows 2000
 _MOST_NS = 2**63 - 1  # a clock that isn't set may hold anything
+_MOST_PLANS = 64  # sets of tags that were read together
 _IDLE_S = 0.25  # between two looks at an idle connection
 _BUSY = {ExcCodes.ACKNOWLEDGE, ExcCodes.DEVICE_BUSY}
 _GONE = {ExcCodes.GATEWAY_PATH_UNAVIABLE, ExcCodes.GATEWAY_NO_RESPONSE}
@@ -54,6 +55,15 @@ class _Refused(NamedTuple):
     def name(self) -> str:
         """The standard's name of the code."""
         return ExcCodes(self.code).name if self.code in ExcCodes._value2member_map_ else f"code {self.code}"
+
+
+class _Request(NamedTuple):
+    """One request of a plan, the tags that it serves, and what finds them in the reply."""
+
+    table: str
+    block: Block
+    spots: list[Spot]
+    decode: Decoder
 
 
 class Driver(Reader[Spot]):
@@ -74,10 +84,12 @@ class Driver(Reader[Spot]):
         self._clock = _clock(source, base, poll_ms)
         self._line: Line | None = None
         self._borders: set[tuple[str, int]] = set()
+        self._plans: dict[tuple[Spot, ...], list[_Request]] = {}
 
     async def open(self) -> None:
         """Connect; may raise anything."""
         self._borders.clear()
+        self._plans.clear()
         self.health.quarantined.clear()
         self._line = join(self._place, self)
         await self._line.connect(self._timeout_s)
@@ -115,25 +127,41 @@ class Driver(Reader[Spot]):
 
     async def _read_spots(self, spots: Sequence[Spot]) -> list[Sample]:
         """Read tags, and the device's clock along with them; one timestamp for all."""
-        wanted = [*spots, self._clock] if self._clock else list(spots)
         found: dict[Spot, float] = {}
-        for table, group in groupby(sorted(wanted, key=_by_table), key=_by_table):
-            members = list(group)
-            borders = {at for name, at in self._borders if name == table}
-            limit = _MAX_BITS if table in BITS else self._max_block
-            for block in plan_blocks(members, self._max_gap, limit, borders):
-                await self._read_block(table, block, members, found)
+        for request in self._planned((*spots, self._clock) if self._clock else tuple(spots)):
+            await self._read_block(request, found)
         time_ns = self._stamp(found)
         samples = []
         for spot in spots:
-            if spot in found:
-                was = spot.read_ns, spot.last
-                sample = spot.take(found[spot], time_ns, Quality.GOOD)
-                spot.read_ns = time_ns
-                # Polled twice within one tick of the device's clock: nothing new.
-                if sample is not None and was != (time_ns, sample.value):
-                    samples.append(sample)
+            raw = found.get(spot)
+            if raw is None:
+                continue
+            # Polled twice within one tick of the device's clock: nothing new.
+            before = spot.last if spot.read_ns == time_ns else None
+            sample = spot.take(raw, time_ns, Quality.GOOD)
+            spot.read_ns = time_ns
+            if sample is not None and sample.value != before:
+                samples.append(sample)
         return samples
+
+    def _planned(self, wanted: tuple[Spot, ...]) -> list[_Request]:
+        """Return the requests that read some tags; they stay the same from cycle to cycle."""
+        if wanted not in self._plans:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            plan = []
+            for table, group in groupby(sorted(wanted, key=_by_table), key=_by_table):
+                plan += self._plan(table, list(group), {at for name, at in self._borders if name == table})
+            self._plans[wanted] = plan
+        return self._plans[wanted]
+
+    def _plan(self, table: str, members: Sequence[Spot], borders: set[int]) -> list[_Request]:
+        limit = _MAX_BITS if table in BITS else self._max_block
+        plan = []
+        for block in plan_blocks(members, self._max_gap, limit, borders):
+            spots = [members[place] for place in block.members]
+            plan.append(_Request(table, block, spots, decoder(block, spots)))
+        return plan
 
     def _stamp(self, found: dict[Spot, float]) -> int:
         """Return the time of a cycle: the device's, if it has one and that could be read, else the gateway's."""
@@ -146,16 +174,17 @@ class Driver(Reader[Spot]):
         self.health.clock_skew_s = (time_ns - now) / 1e9
         return time_ns
 
-    async def _read_block(self, table: str, block: Block, members: Sequence[Spot], found: dict[Spot, float]) -> None:
+    async def _read_block(self, request: _Request, found: dict[Spot, float]) -> None:
         """Read one block into `found`; one that is refused is read by halves, one tag that is, quarantined."""
+        table, block, spots, decode = request
         reply = await self._request(table, block)
         if not self.health.connected:
             self.connected()
-        spots = [members[place] for place in block.members]
         if not isinstance(reply, _Refused):
-            for spot, value in zip(spots, decode(reply, block.at, spots), strict=True):
-                found[spot] = value
-                self.release(spot)
+            found.update(zip(spots, decode(reply), strict=True))
+            if self.health.quarantined:
+                for spot in spots:
+                    self.release(spot)
             return
         starts = sorted({spot.at for spot in spots})
         if len(starts) == 1 or reply.code in _BUSY:
@@ -165,9 +194,9 @@ class Driver(Reader[Spot]):
         # The border stays for as long as the connection: the same request would be refused again.
         border = starts[len(starts) // 2]
         self._borders.add((table, border))
-        limit = _MAX_BITS if table in BITS else self._max_block
-        for half in plan_blocks(spots, self._max_gap, limit, {border}):
-            await self._read_block(table, half, spots, found)
+        self._plans.clear()
+        for half in self._plan(table, spots, {border}):
+            await self._read_block(half, found)
 
     def _refuse(self, spot: Spot, reply: _Refused) -> None:
         if spot is self._clock:

@@ -24,7 +24,7 @@ from edge.drivers._common import LostError, Reader, option, refusal
 from edge.drivers._opcua_diagnose import diagnose
 from edge.drivers._opcua_errors import explain
 from edge.drivers._opcua_link import Link, batches, server_url
-from edge.drivers._opcua_values import Held, Item, make_filter, to_sample
+from edge.drivers._opcua_values import Backlog, Held, Item, make_filter, to_sample
 from edge.tags import Quality, Sink, Source
 
 __all__ = ["OPTIONS", "Driver", "diagnose"]
@@ -88,6 +88,7 @@ class Driver(Reader[Item]):
         self._security = security.Security(source)
         self._link = Link(self._url, self._timeout_s, self._security)
         self._held = Held()
+        self._backlog: Backlog | None = None
         self._noted: dict[str, tuple[int, str]] = {}
         self._ended = ""
         self._heard = 0.0
@@ -101,7 +102,9 @@ class Driver(Reader[Item]):
         self._heard = time.monotonic()
         if resumed:
             self._held.resume(self.points)
+            self._backlog = Backlog(self.health.overflows)
             return
+        self._backlog = None
         self._held.clear()
         self._noted.clear()
         self.health.notes.clear()
@@ -252,6 +255,7 @@ class Driver(Reader[Item]):
 
     def _revised(self, item: Item, result: ua.MonitoredItemCreateResult) -> None:
         """Say where the server gives less than was asked for."""
+        item.queue = result.RevisedQueueSize
         asked, given = item.tag.sampling_ms, result.RevisedSamplingInterval
         if asked and given > asked * _COARSER:
             self._note("sampling", f"{item.ref}: the server samples every {given:g} ms, not {asked}")
@@ -279,9 +283,16 @@ class Driver(Reader[Item]):
         for part in message.NotificationData or ():
             if isinstance(part, ua.DataChangeNotification):
                 self._changed(part.MonitoredItems)
+                if self._backlog is not None:
+                    self._backlog.add(note.ClientHandle for note in part.MonitoredItems)
             elif isinstance(part, ua.StatusChangeNotification):
                 self._ended = self._ended or f"the server ended the subscription ({part.Status.name})"
-        if self._held and not result.MoreNotifications:
+        if result.MoreNotifications:
+            return
+        if self._backlog is not None:
+            self._link.gaps += self._backlog.lost(self.points, self.health.overflows)
+            self._backlog = None
+        if self._held:
             self.deliver(self._held.settle(self.source_ns()))
 
     def _changed(self, notes: Sequence[Any]) -> None:

@@ -19,9 +19,10 @@ from broker import ledger
 from broker.journal import Journal
 from broker.topics import GatewayPath
 from edge.config import load_config
+from edge.history import SampleReader
 from edge.lab.processes import python
 from edge.lab.stage import Stage, gateway_path, test_set
-from edge.store import SampleReader, State
+from edge.store import State
 from edge.train import Job, job_for
 from edge.wiring import wire
 from models import codec

@@ -255,12 +255,14 @@ def _spindle_values(row: Row) -> dict[str, Any]:
 class Plc:
     """Both servers over one set of values. Nodes are written in the order given, all of a step at once."""
 
-    def __init__(self, nodes: dict[str, tuple[Any, Any]], opcua_port: int, modbus_port: int) -> None:
+    def __init__(
+        self, nodes: dict[str, tuple[Any, Any]], opcua_port: int, modbus_port: int, registers: int = _REGISTERS
+    ) -> None:
         self._kinds = nodes
         self._ids: dict[str, ua.NodeId] = {}
         self._opcua_port = opcua_port
         self._server = Server()
-        block = SimData(0, count=_REGISTERS, values=0, datatype=DataType.REGISTERS)
+        block = SimData(0, count=registers, values=0, datatype=DataType.REGISTERS)
         self._modbus = ModbusTcpServer(SimDevice(1, simdata=[block]), address=("127.0.0.1", modbus_port))
 
     @contextlib.asynccontextmanager

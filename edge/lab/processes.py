@@ -50,6 +50,12 @@ class Process:
             raise LocalError(f"{self.name} is not running")
         return self._child.pid
 
+    def wait(self) -> int:
+        """Wait until the child has ended by itself; its exit code."""
+        if self._child is None:
+            raise LocalError(f"{self.name} is not running")
+        return self._child.wait()
+
     def check(self) -> None:
         """Raise LocalError, with the last line of the log, when the child has ended by itself."""
         if self._child is not None and self._child.poll() is not None:

@@ -1,0 +1,322 @@
+"""`samples.db`: a ring of what was read, bounded in bytes and in days; the oldest go first.
+
+Its writer is a thread with a queue in memory, so that nobody waits for the disk. Each second's samples of all slow
+tags are one row of a journal; after a minute or so they become blocks, one a tag, and small blocks of a tag are merged
+into larger ones, each sample a few times in all. So a sample takes a few bytes, and a second a few pages, which is what
+wears flash out. The file syncs at checkpoints only (a power cut costs the last seconds of samples, not the file); one
+that is damaged all the same is set aside, and a new one begun.
+"""
+
+import logging
+import shutil
+import sqlite3
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from edge.blocks import MOST_VALUES, columns_of, pack, unpack
+from edge.history import FILE, LAST_NS, SCHEMA, SCORE, TABLES, Score, in_order, joined, sections
+from edge.store import open_database
+from edge.tags import Sample
+from edge.window import Columns
+from models.errors import LocalError
+
+log = logging.getLogger(__name__)
+
+_ASIDE = FILE + ".damaged"
+_FLUSH_S = 1.0
+# Samples that may wait for the disk, scores kept.
+_MAX_QUEUED = 2_000_000
+_MAX_SCORES = 500_000
+# A tag with so many values in one flush needs no journal; so many rows, or values, of it become blocks.
+_DENSE = 1024
+_JOURNAL = (64, 65_536)
+# Values up to which blocks of a tag are merged, and how much later the second may have been stored.
+_MERGED = 4096
+_MERGED_MS = 86_400_000
+# Room on the disk that samples never take: for the write-ahead logs, the outbox and the models.
+_RESERVE = 16 << 20
+# The newest block of a tag stays: of one that seldom changes it holds the value of today.
+_NOT_NEWEST = "id NOT IN (SELECT max(id) FROM block GROUP BY tag)"
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+
+
+class Samples:
+    """The writer: `append` and `score` return at once; a thread stores, and shows `watch` what it stores, by tag.
+
+    `max_days` counts from when a sample was stored, on the gateway's clock; 0 is no bound. The newest block of a tag
+    stays, whatever the bounds. `dropped` counts samples that could not be kept, `error` is the disk's last error, empty
+    while all is well, and `notice` says if a damaged file was set aside.
+    """
+
+    def __init__(
+        self, folder: Path, max_bytes: int, max_days: int = 0, watch: Callable[[str, Columns], object] | None = None
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.max_bytes, self.max_days, self._folder, self._watch = max_bytes, max_days, folder, watch
+        self.dropped, self.error, self.notice = 0, "", ""
+        self._batches: deque[list[Sample]] = deque()
+        self._scores: deque[Score] = deque()
+        self._waiting: deque[threading.Event] = deque()
+        # Each counted by one thread alone: samples taken from drivers, and those of them that left the queue.
+        self._put, self._taken = 0, 0
+        self._stop, self._wake = False, threading.Event()
+        self._open()
+        self._thread = threading.Thread(target=self._write_loop, name="samples", daemon=True)
+        self._thread.start()
+
+    def append(self, samples: list[Sample]) -> None:
+        """Take a batch; it is on its way to the disk within a second or so."""
+        if self._put - self._taken > _MAX_QUEUED:
+            self.dropped += len(samples)
+            return
+        self._put += len(samples)
+        self._batches.append(samples)
+
+    def score(self, score: Score) -> None:
+        """Keep a score."""
+        if len(self._scores) < _MAX_QUEUED:
+            self._scores.append(score)
+
+    def flush(self) -> None:
+        """Wait until everything taken so far is stored (training and tests; scoring never calls it)."""
+        done = threading.Event()
+        self._waiting.append(done)
+        self._wake.set()
+        done.wait(30)
+
+    def close(self) -> None:
+        """Store what is left, then stop the thread."""
+        self._stop = True
+        self._wake.set()
+        self._thread.join(30)
+        self._db.close()
+
+    # -- the file ------------------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        path = self._folder / FILE
+        try:
+            try:
+                self._begin(path)
+            except sqlite3.DatabaseError as error:
+                if error.sqlite_errorcode & 0xFF not in _DAMAGED:
+                    raise
+                self._set_aside(error)
+                self._begin(path)
+        except (OSError, sqlite3.Error) as error:
+            raise LocalError(f"{path} can't be opened: {error}") from error
+
+    def _begin(self, path: Path) -> None:
+        self._db = open_database(path, TABLES, SCHEMA, "NORMAL")
+        self._know_tags()
+
+    def _know_tags(self) -> None:
+        self._tags: dict[str, int] = {name: number for number, name in self._db.execute("SELECT id, name FROM tag")}
+
+    def _set_aside(self, error: sqlite3.Error) -> None:
+        """Make way for a new file: what was read is lost to training, scoring and state.db go on without it."""
+        path, aside = self._folder / FILE, self._folder / _ASIDE
+        path.replace(aside)
+        for suffix in ("-wal", "-shm"):  # a log of another file must not be played into the new one
+            (self._folder / (FILE + suffix)).unlink(missing_ok=True)
+        self.notice = f"{path} was damaged ({error}) and is set aside as {aside.name}; the ring of samples began anew"
+        log.error("%s", self.notice)
+
+    def _write_loop(self) -> None:
+        while True:
+            self._wake.wait(_FLUSH_S)
+            self._wake.clear()
+            stop, waiting = self._stop, [self._waiting.popleft() for _ in range(len(self._waiting))]
+            by_tag = self._take()
+            scores = [self._scores.popleft() for _ in range(len(self._scores))]
+            try:
+                if by_tag or scores:
+                    self._write(self._columns(by_tag), scores)
+            except Exception as error:
+                # The one writer there is: a mistake costs this flush, and is seen; the thread lives on.
+                self.error = f"samples can't be stored: {type(error).__name__}: {error}"
+                self.dropped += sum(map(len, by_tag.values()))
+                log.exception("samples")
+            for event in waiting:
+                event.set()
+            if stop:
+                return
+
+    def _take(self) -> dict[tuple[str, int], list[Sample]]:
+        """Empty the queue, by tag and width."""
+        by_tag: dict[tuple[str, int], list[Sample]] = defaultdict(list)
+        for _ in range(len(self._batches)):
+            batch = self._batches.popleft()
+            for sample in batch:
+                tag, time_ns, value, _quality = sample
+                if not 0 <= time_ns <= LAST_NS:
+                    self.dropped += 1
+                    continue
+                by_tag[tag, 0 if isinstance(value, float) else len(value)].append(sample)
+            self._taken += len(batch)
+        return by_tag
+
+    def _columns(self, by_tag: dict[tuple[str, int], list[Sample]]) -> list[tuple[str, Columns]]:
+        """Turn one flush into columns of bounded sizes, by source time: sources are ordered among themselves only."""
+        found = []
+        for (tag, width), samples in by_tag.items():
+            most = max(1, MOST_VALUES // max(1, width))
+            for start in range(0, len(samples), most):
+                columns = columns_of(samples[start : start + most], width)
+                if (columns[0][1:] < columns[0][:-1]).any():
+                    columns = in_order(columns)
+                if self._watch:
+                    self._watch(tag, columns)
+                found.append((tag, columns))
+        return found
+
+    def _write(self, found: list[tuple[str, Columns]], scores: list[Score]) -> None:
+        """Write one flush; a full disk costs the oldest samples first, and never an exception."""
+        problem = ""
+        for _ in range(2):
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                self._store(found)
+                self._db.executemany(f"INSERT INTO score ({SCORE}) VALUES (?, ?, ?, ?, ?, ?)", scores)
+                full = self._keep_bounds()
+                self._db.execute("COMMIT")
+            except sqlite3.Error as error:
+                problem = f"samples can't be stored: {error}; free space on the disk of the state directory"
+                log.error("%s", problem)
+                self._recover(error)
+            except OSError as error:
+                problem = f"samples can't be stored: {error}; check the state directory"
+                self._recover(None)
+            else:
+                self.error = "the disk is nearly full, old samples go early; free space on it" if full else ""
+                return
+        self.error = problem
+        self.dropped += sum(len(columns[0]) for _, columns in found)
+
+    def _recover(self, error: sqlite3.Error | None) -> None:
+        """After a failed write: give up the transaction; on a full disk, drop a tenth of what is stored."""
+        code = error.sqlite_errorcode & 0xFF if error else None
+        try:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            if error and code in _DAMAGED:
+                self._db.close()
+                self._set_aside(error)
+                self._open()
+                return
+            if code == sqlite3.SQLITE_FULL:
+                self._trim(self.used() * 9 // 10)
+            self._know_tags()
+        except (OSError, sqlite3.Error, LocalError) as again:
+            log.error("the ring of samples can't be mended yet: %s", again)
+
+    # -- journal and blocks --------------------------------------------------------------------------------------------
+
+    def _store(self, found: list[tuple[str, Columns]]) -> None:
+        """Store one flush: dense tags and waveforms as blocks, of all others one row of the journal."""
+        journal: list[tuple[int, Columns]] = []
+        for tag, columns in found:
+            if columns[1].ndim > 1 or len(columns[0]) >= _DENSE:
+                self._add(self._number(tag), [columns])
+            else:
+                journal.append((self._number(tag), columns))
+        while journal:
+            count, end = 0, 0
+            while end < len(journal) and count + len(journal[end][1][0]) <= MOST_VALUES:
+                count, end = count + len(journal[end][1][0]), end + 1
+            part, journal = journal[:end], journal[end:]
+            tags = np.repeat([number for number, _ in part], [len(columns[0]) for _, columns in part])
+            data = pack(joined([columns for _, columns in part]), tags.astype(np.int64))
+            self._db.execute("INSERT INTO journal (count, data) VALUES (?, ?)", (count, data))
+
+    def _number(self, tag: str) -> int:
+        if tag not in self._tags:
+            self._tags[tag] = int(self._db.execute("INSERT INTO tag (name) VALUES (?)", (tag,)).lastrowid or 0)
+        return self._tags[tag]
+
+    def _compact(self) -> None:
+        """Turn the journal into blocks."""
+        parts: dict[int, list[Columns]] = {}
+        for count, data in self._db.execute("SELECT count, data FROM journal ORDER BY id").fetchall():
+            try:
+                for number, columns in sections(data):
+                    parts.setdefault(number, []).append(columns)
+            except LocalError as error:
+                self.dropped += count
+                log.error("%d samples are lost: %s", count, error)
+        for number, columns_ in parts.items():
+            self._add(number, columns_)
+        self._db.execute("DELETE FROM journal")
+
+    def _add(self, tag: int, parts: list[Columns]) -> None:
+        """Store a tag's samples as one block, together with its newest blocks as far as they are not much larger.
+
+        Sizes at least double from block to block, so a sample is merged again at most log2(_MERGED) times.
+        """
+        now_ms, newest_ns = int(time.time() * 1000), int(parts[-1][0].max())
+        total, shape = sum(len(part[0]) for part in parts), parts[0][1].shape[1:]
+        width = shape[0] if shape else 0
+        query = "SELECT id, stored_ms, count, width, data FROM block WHERE tag = ? ORDER BY id DESC LIMIT 16"
+        for number, stored_ms, count, wide, data in self._db.execute(query, (tag,)).fetchall():
+            large = count > 2 * total or (total + count) * max(1, width) > _MERGED
+            if large or wide != width or abs(now_ms - stored_ms) > _MERGED_MS:
+                break
+            try:
+                parts.insert(0, unpack(data).columns)
+            except LocalError as error:
+                log.error("%s", error)
+                break
+            total += count
+            self._db.execute("DELETE FROM block WHERE id = ?", (number,))
+        times, values, quality = in_order(joined(parts))
+        self._db.execute(
+            "INSERT INTO block (tag, first_ns, last_ns, newest_ns, stored_ms, count, width, data)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (tag, int(times[0]), int(times[-1]), newest_ns, now_ms, total, width, pack((times, values, quality))),
+        )
+
+    # -- bounds --------------------------------------------------------------------------------------------------------
+
+    def _keep_bounds(self) -> bool:
+        """Turn a long journal into blocks and drop what is too much or too old; True if the disk made it go early."""
+        rows, values = self._db.execute("SELECT count(*), sum(count) FROM journal").fetchone()
+        room = self._room()
+        bound = min(self.max_bytes, room)
+        if rows and (rows >= _JOURNAL[0] or values >= _JOURNAL[1] or self.used() > bound):
+            self._compact()
+            if self.max_days:
+                before_ms = int(time.time() * 1000) - self.max_days * 86_400_000
+                self._db.execute(f"DELETE FROM block WHERE stored_ms < ? AND {_NOT_NEWEST}", (before_ms,))
+        self._db.execute("DELETE FROM score WHERE id <= (SELECT max(id) FROM score) - ?", (_MAX_SCORES,))
+        return bool(self._trim(bound)) and room < self.max_bytes
+
+    def used(self) -> int:
+        """Bytes of the file that hold something."""
+        pages, free, size = (
+            self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+        )
+        return int((pages - free) * size)
+
+    def _room(self) -> int:
+        """Bytes that the file may hold if the disk is to keep its reserve; pages that it holds already are its own."""
+        pages, size = (self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
+        return int(pages * size) + shutil.disk_usage(self._folder).free - _RESERVE
+
+    def _trim(self, most: int) -> int:
+        """Drop the oldest blocks until what is left fits; return how many went."""
+        gone = 0
+        while self.used() > most:
+            (count,) = self._db.execute("SELECT count(*) FROM block").fetchone()
+            found = self._db.execute(
+                f"DELETE FROM block WHERE id IN (SELECT id FROM block WHERE {_NOT_NEWEST} ORDER BY id LIMIT ?)",
+                (max(1, count // 50),),
+            )
+            if not found.rowcount:
+                break
+            gone += found.rowcount
+        return gone
