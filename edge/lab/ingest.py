@@ -21,7 +21,7 @@ from models.errors import LocalError, UserError
 _CHILD = "edge.lab.ingest_child"
 _SECONDS, _ROUNDS, _SOAK = (0.1, 600.0), (1, 100), (0, 10**6)
 _WAIT_S = 120.0
-_WARM_S = 10.0
+_WARM_S = 90.0  # two turns of the journal into blocks, whose memory is kept
 _MB = 2**20
 
 
