@@ -2,12 +2,14 @@
 
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from edge.blocks import MOST_VALUES, pack, unpack
 from edge.window import Columns
@@ -30,7 +32,8 @@ def columns(times: list[int], values: list[float], quality: list[int]) -> Column
 def check(before: Columns, tags: list[int] | None = None) -> bytes:
     data = pack(before, None if tags is None else np.array(tags, np.int64))
     after, found = unpack(data)
-    for one, other in zip(before, after, strict=True):
+    pairs: list[tuple[NDArray[Any], NDArray[Any]]] = list(zip(before, after, strict=True))
+    for one, other in pairs:
         assert one.dtype == other.dtype
         assert one.shape == other.shape
         assert one.tobytes() == other.tobytes()
