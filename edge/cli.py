@@ -13,7 +13,7 @@ from typing import Any
 
 from models.errors import LocalError, PeerError, TundishError, UserError
 
-CODECS = ("sparse", "int4", "int8", "float32")
+CODECS = ("sparse", "int2", "int4", "int8", "float32")
 _FRESH_S = 10.0
 _SHOWN = 10
 _SKEW_S = 2.0
@@ -208,7 +208,9 @@ def _state(args: argparse.Namespace) -> Path:
 def _run(args: argparse.Namespace) -> int:
     from edge.agent import Agent  # noqa: PLC0415
     from edge.config import state_folder  # noqa: PLC0415
+    from edge.heap import share_one_heap  # noqa: PLC0415
 
+    share_one_heap()
     config = _load(args)
 
     async def run() -> None:

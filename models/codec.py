@@ -5,13 +5,13 @@ Byte format, version 1 (little endian):
     offset  size  field
     0       2     magic "TD"
     2       1     version, 1
-    3       1     coding: 0 sparse; else bits per value before compression: 4, 8, or 32 (float32, exact)
+    3       1     coding: 0 sparse; else bits per value before compression: 2, 4, 8, or 32 (float32, exact)
     4       4     count: values in the vector, unsigned
     8       4     step, float32: finite and above 0; 1 when the values are exact
     12      …     sparse: the stream of models/sparse.py; else one zstd frame; nothing after it
 
-Sparse and with 4 or 8 bits, value = q * step. The frame holds `q` as signed integers in two's complement, packed from
-the low bits up (two or one a byte), the last byte padded with zero bits; |q| <= 2^(bits-1) - 1, so the most negative
+But for exact ones, value = q * step. The frame holds `q` as signed integers in two's complement, packed from the low
+bits up (four, two or one a byte), the last byte padded with zero bits; |q| <= 2^(bits-1) - 1, so the most negative
 code is refused. For 32 bits it holds the float32 values as four byte planes (all lowest bytes first), which zstd
 packs better; each value must be finite.
 
@@ -40,7 +40,7 @@ MAGIC = b"TD"
 VERSION = 1
 HEADER = struct.Struct("<2sBBIf")
 SPARSE = 0
-BITS = (SPARSE, 4, 8, 32)
+BITS = (SPARSE, 2, 4, 8, 32)
 EXACT = 32
 _LEVEL = 19
 # A frame may ask its reader for a window of this many bytes at most.
@@ -59,7 +59,7 @@ class Encoded:
 def encode(vector: Vector, bits: int = 8, keep: float = 1.0) -> Encoded:
     """Quantise and compress a flat float32 vector; ValueError if it holds a NaN or an infinity.
 
-    `keep` is the share of values that a sparse coding keeps, above 0 to 1.
+    `keep` is the share of values that a sparse coding, or one of 2 bits, keeps: above 0 to 1.
     """
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}")
@@ -75,7 +75,8 @@ def encode(vector: Vector, bits: int = 8, keep: float = 1.0) -> Encoded:
         raw = vector.view(np.uint8).reshape(-1, 4).T.tobytes()
     else:
         top = 2 ** (bits - 1) - 1
-        step = _float32(float(np.abs(vector).max()) / top)
+        largest = float(np.abs(vector).max()) / top
+        step = _float32(_kept_step(np.abs(vector), keep) if bits == 2 and keep < 1 else largest)  # noqa: PLR2004
         q = np.clip(np.rint(vector / step), -top, top).astype(np.int8)
         decoded = q * np.float32(step)
         raw = _pack(q, bits)
@@ -146,16 +147,21 @@ def deflate(raw: bytes) -> bytes:
     return zstandard.ZstdCompressor(level=_LEVEL).compress(raw)
 
 
-def _encode_sparse(vector: Vector, keep: float) -> Encoded:
+def _kept_step(magnitude: Vector, keep: float) -> float:
+    """Return the step at which the largest `keep` of the values, and no others, round to something."""
     if not 0 < keep <= 1:
         raise ValueError("keep must be above 0, and 1 at most")
-    magnitude = np.abs(vector)
-    k = max(1, round(keep * vector.size))
+    k = max(1, round(keep * magnitude.size))
     # Where fewer than k are not zero, all of those are kept.
     smallest = float(np.partition(magnitude, -k)[-k]) or float(magnitude[magnitude > 0].min(initial=1))
-    # A hair below twice the smallest kept value, or rint would round that one half to even: to nothing. But no value
-    # is cut: where all are to be kept, the largest sets the step.
-    step = _float32(max(2 * smallest * (1 - 2**-20), float(magnitude.max()) / sparse.MOST))
+    # A hair below twice the smallest kept value, or rint would round that one half to even: to nothing.
+    return 2 * smallest * (1 - 2**-20)
+
+
+def _encode_sparse(vector: Vector, keep: float) -> Encoded:
+    magnitude = np.abs(vector)
+    # No value is cut: where all are to be kept, the largest sets the step.
+    step = _float32(max(_kept_step(magnitude, keep), float(magnitude.max()) / sparse.MOST))
     q = np.clip(np.rint(vector / step), -sparse.MOST, sparse.MOST).astype(np.int16)
     header = HEADER.pack(MAGIC, VERSION, SPARSE, vector.size, step)
     return Encoded(header + sparse.encode(q), q * np.float32(step))

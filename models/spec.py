@@ -94,14 +94,14 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     deadline: str = "2h"
     every: str = "1d"
     rounds: int | None = None
-    codec: Literal["sparse", "int4", "int8", "float32"] = "sparse"
+    codec: Literal["sparse", "int2", "int4", "int8", "float32"] = "sparse"
     keep: float | None = None
     momentum: float = 0.0
 
     @property
     def bits(self) -> int:
         """The codec's coding: 0 sparse, else bits per value."""
-        return {"sparse": 0, "int4": 4, "int8": 8, "float32": 32}[self.codec]
+        return {"sparse": 0, "int2": 2, "int4": 4, "int8": 8, "float32": 32}[self.codec]
 
     def keep_in(self, number: int) -> float:
         """Share of values that a sparse update of round `number` (1, 2, …) keeps: `keep`, or wide first, then narrow.

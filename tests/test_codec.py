@@ -130,6 +130,7 @@ def test_steps_no_encoder_writes(step: float) -> None:
     [
         (8, 2, b"\x80\0"),  # the most negative code
         (4, 2, b"\x08"),
+        (2, 4, b"\x02"),
         (4, 1, b"\x10"),  # padding that is not zero
         (32, 1, struct.pack("<f", float("nan"))),
         (32, 1, struct.pack("<f", float("inf"))),
@@ -140,7 +141,7 @@ def test_codes_no_encoder_writes(bits: int, count: int, raw: bytes) -> None:
         codec.decode(frame(bits, count, 1.0, codec.deflate(raw)), count)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 16, 64, 255])
+@pytest.mark.parametrize("bits", [1, 3, 16, 64, 255])
 def test_unknown_widths(bits: int) -> None:
     with pytest.raises(PeerError, match="coding"):
         codec.decode(frame(bits, 4, 1.0, b""), 4)
@@ -244,7 +245,7 @@ def test_bombs_cost_no_memory() -> None:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("bits", [codec.SPARSE, 4, 8])
+@pytest.mark.parametrize("bits", [codec.SPARSE, 2, 4, 8])
 def test_error_feedback_loses_nothing(bits: int) -> None:
     """What was decoded in all plus what is still held back is what was meant, and the rest stays bounded."""
     random = np.random.default_rng(3)

@@ -75,7 +75,7 @@ def test_what_follows_from_kind_and_window() -> None:
 
 
 # What is written, in place of what; then line, key, a word of the problem and of the remedy.
-CODECS = 'write one of: "float32", "int4", "int8", "sparse"'
+CODECS = 'write one of: "float32", "int2", "int4", "int8", "sparse"'
 MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
     "no TOML": ("kind =", "kind", 2, "", "not TOML", "mend the syntax"),
     "unknown key": ("stride", "strid", 8, "window.strid", "unknown key", "did you mean 'stride'?"),

@@ -28,6 +28,7 @@ from pymodbus.client import AsyncModbusTcpClient
 from broker.genesis import load_layout
 from edge.drivers import registry
 from edge.health import Watch
+from edge.heap import share_one_heap
 from edge.infer import Scorer
 from edge.lab.physics import Spindle
 from edge.lab.plc import NAMESPACE, Plc, recorded_steps
@@ -153,6 +154,7 @@ async def _raw_modbus(port: int) -> AsyncIterator[Callable[[], int]]:
 
 async def _ours(args: argparse.Namespace) -> dict[str, float]:
     """Driver, store with health, window and score: all that a gateway does with a value, but publish scores."""
+    share_one_heap()
     source = _source(args.kind, args.port)
     samples = Samples(args.folder / "state", 1 << 30, 0, Watch({tag.ref: tag for tag in source.tags}).take)
     live = _live(args.folder, samples)
