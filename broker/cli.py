@@ -17,7 +17,7 @@ import platformdirs
 from broker.config import FederationConfig, load_federation
 from broker.messages import KEY_BYTES
 from broker.topics import GatewayPath
-from models.errors import PeerError, TundishError, UserError
+from models.errors import LocalError, PeerError, TundishError, UserError
 
 if TYPE_CHECKING:
     from broker.service import Service
@@ -62,7 +62,9 @@ def status_command(args: argparse.Namespace) -> int:
     try:
         status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(str(path), 0, "", "no status there", "start `tundish broker run` with this --state") from error
+        raise LocalError(
+            f"no aggregator has run with its state in {folder}; start one with tundish broker run"
+        ) from error
     age_s = max(0.0, time.time() - status["time_ms"] / 1000)
     running = age_s < STALE_S
     if args.json:
@@ -117,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         return command(args)
     except TundishError as error:
         print(f"tundish: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, LocalError) else 2
 
 
 def _command(
