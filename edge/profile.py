@@ -55,6 +55,7 @@ class Store(_Struct, frozen=True, kw_only=True):
     """Bounds of the sample ring, as `[store]` of gateway.toml."""
 
     max_bytes: str
+    max_days: int = 0
 
 
 class Profile(_Struct, frozen=True, kw_only=True):
