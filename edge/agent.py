@@ -136,7 +136,7 @@ class Agent:
             loop.add_signal_handler(number, self.stopped.set)
         loop.add_signal_handler(signal.SIGHUP, self._hangup.set)
         for runner in self.runners.values():
-            runner.start()
+            runner.guard("start", runner.start)
         self.link.subscribe(FederationStatus(self.config.federation.name or "+").topic)
         if self.shop.federation:
             self._follow(self.config.tasks)
@@ -171,7 +171,8 @@ class Agent:
             try:
                 config = await asyncio.to_thread(self._read)
                 drivers = self.sources.drivers
-                offline = frozenset(name for name, driver in drivers.items() if not driver.health.connected)
+                well = {name for name, driver in drivers.items() if driver.health.connected}
+                offline = frozenset(source.name for source in self.config.sources) - well
                 await self._carry_out(plan(self.config, config, offline))
                 self._unread = ""
             except UserError as error:
@@ -187,6 +188,11 @@ class Agent:
         await self.sources.stop(new.stop)
         self.config = self.shop.config = new.config
         self.watch.retag(new.config.tags, new.changed)
+        for ref in new.changed:
+            self.shop.latest.pop(ref, None)
+        for source in new.config.sources:
+            if source.name in new.start:
+                self.sources.start(source)
         for name in new.leave:
             runner = self.runners.pop(name)
             self.link.unsubscribe(*downlink_filters(self.shop.federation, name, self.config.path))
@@ -195,10 +201,7 @@ class Agent:
             # The state file is its thread's own.
             self.runners[name] = await self.state.commit(partial(self._joined, name))
         for name, runner in self.runners.items():
-            runner.reconfigure(new.changed, rewire=name in new.rewire)
-        for source in new.config.sources:
-            if source.name in new.start:
-                self.sources.start(source)
+            runner.reconfigure(rewire=name in new.rewire)
         if self.shop.federation:
             self._follow(new.join)
         if new.leave or new.join:
@@ -210,12 +213,13 @@ class Agent:
 
     def _joined(self, name: str) -> Runner:
         runner = Runner(name, self.config.tasks[name], self.shop)
-        runner.start()
+        runner.guard("start", runner.start)
         return runner
 
     def _sink(self, samples: list[Sample], /) -> None:
         """Every batch of every driver: to the store's queue, and at once to the windows."""
         self.samples.append(samples)
+        self.shop.latest.update((sample.tag, sample) for sample in samples)
         for runner in self.runners.values():
             runner.guard("scoring", partial(runner.feed, samples))
         if self.config.publish_raw:

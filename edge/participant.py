@@ -239,7 +239,7 @@ class Participant:
     def on_trained(self, event: Trained) -> list[Action]:
         """The update stands in the outbox."""
         if self.plan and event.round == self.plan.round:
-            self.state = State.SENT
+            self.state, self.handled = State.SENT, _named(self.plan)
         return []
 
     def on_failed(self, event: TrainingFailed) -> list[Action]:
@@ -256,13 +256,13 @@ class Participant:
         return self._begin()  # the base may have gone on meanwhile
 
     def on_settled(self, event: Settled) -> list[Action]:
-        """The receipt came: nothing of this round is left to do."""
-        if not self.plan or event.round != self.plan.round:
-            return []
-        self.handled = _named(self.plan)
-        stop = self.state is State.TRAINING
-        self.state = State.IDLE
-        return [StopTraining()] if stop else []
+        """The receipt came: nothing of this round is left to do.
+
+        Before the round's update is sent, a receipt of its number is another opening's, of a restored aggregator.
+        """
+        if self.state is State.SENT and self.plan and event.round == self.plan.round:
+            self.state = State.IDLE
+        return []
 
     def on_unable(self, event: Unable) -> list[Action]:
         """Decline a round that is under way; the next plan meets the reason at once."""

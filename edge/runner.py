@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -56,8 +56,6 @@ class Runner:
         self._trainer = Trainer()
         self._training: asyncio.Task[None] | None = None
         self._stored_before = 0
-        # Every tag's last sample: one that seldom changes has said its value long before a task is there.
-        self._latest: dict[str, Sample] = {}
         # What the memory holds, at hand for the event loop.
         self.scale, self.holdout = self.memory.scale(), self.memory.holdout()
         self.personal, self.own = self.memory.vector("personal"), self.memory.vector("own")
@@ -72,13 +70,12 @@ class Runner:
             self._stored_before = stored.task.training.min_windows
             self._adopt_stored(stored)
 
-    def reconfigure(self, changed: Collection[str], *, rewire: bool) -> None:
-        """Take up a new configuration; with `rewire` the windows begin again, and `changed` tags say a value anew."""
+    def reconfigure(self, *, rewire: bool) -> None:
+        """Take up a new configuration; with `rewire` the windows begin again."""
         self._do(self.participant.handle(p.PolicyChanged(self.shop.config.policy)))
         if not rewire:
             return
         self.table = self.shop.config.tasks[self.name]
-        self._latest = {ref: sample for ref, sample in self._latest.items() if ref not in changed}
         before, self.live = self.live, None
         live = self._wire(self.model) if self.model else None
         if live and before and before.fits(live.task, before.wiring):
@@ -97,7 +94,6 @@ class Runner:
 
     def feed(self, samples: list[Sample]) -> None:
         """Score what is complete."""
-        self._latest.update((sample.tag, sample) for sample in samples)
         if self.live:
             self.live.feed(samples)
 
@@ -278,19 +274,22 @@ class Runner:
 
     async def _elect(self, model: Model, result: Result) -> None:
         """After a training: choose by the holdout what scores here; the global model is one of the candidates."""
-        if self.live is None or not len(result.holdout):
-            return
-        found = after_training(self.shop.config.scoring, model, model.personalised(self.personal), result)
-        chosen, body = await asyncio.to_thread(elect, found.scorers, result.holdout)
-        self._swap(chosen, model)
-        self.kept = body | {"task": self.name, "version": chosen.version}
+        table, vector = self.shop.config.scoring, model.personalised(self.personal)
+        async with self._installing:
+            # Without the lock, or with a newer model here already, this would undo a choice made since.
+            if self.live is None or not len(result.holdout) or self.model is not model:
+                return
+            found = await asyncio.to_thread(after_training, table, model, vector, result)
+            chosen, body = await asyncio.to_thread(elect, found.scorers, result.holdout)
+            self._swap(chosen, model)
+            self.kept = body | {"task": self.name, "version": chosen.version}
 
-        def work() -> None:
-            self.memory.keep_scoring(chosen.version, chosen.kind, found.weights[chosen.kind])
-            self.shop.state.record("model-chosen", self.kept)
+            def work() -> None:
+                self.memory.keep_scoring(chosen.version, chosen.kind, found.weights[chosen.kind])
+                self.shop.state.record("model-chosen", self.kept)
 
-        await self.shop.state.commit(work)
-        log.info("%s: scores with %s of version %d", self.name, chosen.kind, chosen.version)
+            await self.shop.state.commit(work)
+            log.info("%s: scores with %s of version %d", self.name, chosen.kind, chosen.version)
 
     # -- models -----------------------------------------------------------------------------------------------------
 
@@ -313,7 +312,7 @@ class Runner:
         else:
             lag = int(seconds(self.table.max_lag) * 1e9)
             self.live = Live(task, wiring, lag, self._publish_inference, self.shop.samples.score, self._first_scale)
-            self.live.feed(sorted(self._latest.values(), key=lambda s: s.time_ns))
+            self.live.feed(sorted(self.shop.latest.values(), key=lambda s: s.time_ns))
         return self.live
 
     def _first_scale(self, scale: Scale) -> None:
@@ -389,8 +388,8 @@ class Runner:
 
         await self.shop.state.commit(work)
         word = "scores now" if adopt else f"is worse here; version {old.version if old else 0} goes on scoring"
-        version, worth = model.manifest.version, f"{body['metric']} {body.get('new')}, was {body.get('old')}"
-        log.info("%s: model %d %s (%s)", self.name, version, word, worth)
+        worth = f"{body['metric']} {body.get('new')}, was {body.get('old')}"
+        log.info("%s: model %d %s (%s)", self.name, model.manifest.version, word, worth)
 
     def refuse(self, error: PeerError, what: str) -> None:
         """Count and log a peer's bytes that were refused; nothing stops because of them."""

@@ -9,6 +9,7 @@ from broker.messages import Signer
 from edge.config import Config
 from edge.ring import Samples
 from edge.store import State
+from edge.tags import Sample
 
 
 @dataclass
@@ -24,5 +25,7 @@ class Shop:
     subscribe: Callable[..., object]
     unsubscribe: Callable[..., object]
     refused: Counter[str] = field(default_factory=Counter)
+    # Every tag's last sample: one that seldom changes has said its value long before a task is there.
+    latest: dict[str, Sample] = field(default_factory=dict)
     federation: str = ""
     federation_key: bytes = b""

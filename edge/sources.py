@@ -31,7 +31,7 @@ class Sources:
 
     async def stop(self, names: Iterable[str]) -> None:
         """Read some sources no more; returns when their connections are closed."""
-        jobs = [self._jobs.pop(name) for name in names]
+        jobs = [self._jobs.pop(name) for name in names if name in self._jobs]
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)

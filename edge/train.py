@@ -121,16 +121,21 @@ class Trainer:
         self._child: asyncio.subprocess.Process | None = None
         self._errors: asyncio.Task[str] | None = None
         self._leaving: asyncio.TimerHandle | None = None
+        self._busy = asyncio.Lock()
 
     async def train(self, job: Job, base: Vector, folder: Path, own: Vector | None = None) -> Result:
         """Run one training in the child and return its result.
 
         Raises NotEnoughError or TrainingError. Cancelling kills the child. `folder` is the job's own and is removed.
         """
+        async with self._busy:  # one that is being killed has its folder until it is gone
+            return await self._train(job, base, folder, own)
+
+    async def _train(self, job: Job, base: Vector, folder: Path, own: Vector | None) -> Result:
         if self._leaving:
             self._leaving.cancel()
-        await asyncio.to_thread(_prepare, job, base, folder, own)
         try:
+            await asyncio.to_thread(_prepare, job, base, folder, own)
             await self._run(job, folder)
             result = await asyncio.to_thread(_read, folder / _RESULT, base.size)
         except NotEnoughError:

@@ -62,8 +62,7 @@ def conversion(given: str, wanted: str) -> Conversion:
     rotations = [bool(_ROTATION.search(str(unit))) for unit in (source, target)]
     if source.dimensionality != target.dimensionality or (rotations[0] != rotations[1]):
         raise UnitError(f"{given!r} ({_kind(source)}) is no {wanted!r} ({_kind(target)})")
-    quantity = _registry().Quantity
-    zero, one, ten = (float(quantity(value, source).to(target).magnitude) for value in (0.0, 1.0, 10.0))
+    zero, one, ten = (_magnitude(value, source, target) for value in (0.0, 1.0, 10.0))
     if not math.isclose(ten - zero, 10 * (one - zero), rel_tol=1e-6):
         raise UnitError(f"{given!r} or {wanted!r} is logarithmic")
     return Conversion(one - zero, zero)
@@ -76,6 +75,17 @@ def known(unit: str) -> bool:
     except UnitError:
         return False
     return True
+
+
+def _magnitude(value: float, source: Any, target: Any) -> float:
+    """Convert one number; NaN, which is close to nothing, where the table can't (a product with decibels)."""
+    import pint  # noqa: PLC0415
+
+    try:
+        found = float(_registry().Quantity(value, source).to(target).magnitude)
+    except (pint.errors.PintError, ArithmeticError, AttributeError):
+        return math.nan
+    return found if math.isfinite(found) else math.nan
 
 
 @cache
@@ -92,8 +102,11 @@ def _parse(text: str) -> Any:
     name = _ALIASES.get(text.strip(), text.strip())
     for form in (name, _POWER.sub(r"**\1", _POINT.sub("*", name))):
         if _EXPRESSION.fullmatch(form):
-            with contextlib.suppress(pint.errors.PintError, AttributeError):
-                return _registry().Unit(form)
+            # ValueError: NaN is a number to it. A product with decibels fails when its dimension is asked for.
+            with contextlib.suppress(pint.errors.PintError, AttributeError, ValueError):
+                unit = _registry().Unit(form)
+                if unit.dimensionality is not None:
+                    return unit
     raise UnitError(f"{text!r} is no unit that the table knows")
 
 

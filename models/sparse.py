@@ -106,6 +106,7 @@ class _Stream:
 
     def __init__(self, bits: Bits) -> None:
         self.bits, self.at = bits, 0
+        self.ones = np.flatnonzero(bits)
 
     def take(self, count: int) -> Bits:
         if count > self.bits.size - self.at:
@@ -130,7 +131,8 @@ class _Stream:
         parameters = self.take(chunks * _R_BITS).reshape(chunks, _R_BITS) @ (1 << np.arange(_R_BITS - 1, -1, -1))
         r = np.repeat(parameters, _CHUNK)[:k]
         low = self._low(r)
-        ones = np.flatnonzero(self.bits[self.at :])[:k]
+        first = int(np.searchsorted(self.ones, self.at))
+        ones = self.ones[first : first + k] - self.at
         if ones.size < k:
             raise PeerError("codec", "the bits end early")
         self.at += int(ones[-1]) + 1

@@ -82,6 +82,8 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     alone: bool = True
 
 
+# Of more, most of what is kept is small, and a sparse coding is none any more.
+MOST_KEPT = 0.5
 _WIDE, _NARROW, _NARROWING = 0.05, 0.02, 6
 
 
@@ -273,7 +275,7 @@ def _check_training(need: _Need, t: Training) -> None:
 
 def _check_round(file: TomlFile, need: _Need, r: Round) -> None:
     need(r.min_gateways >= 1, ["round", "min_gateways"], "out of range", "write 1 or more")
-    need(r.keep is None or 0 < r.keep <= 1, ["round", "keep"], "out of range", "write 0.001 to 1.0")
+    need(r.keep is None or 0 < r.keep <= MOST_KEPT, ["round", "keep"], "out of range", "write 0.001 to 0.5")
     need(0 <= r.momentum < 1, ["round", "momentum"], "out of range", "write 0.0 to 0.99")
     need(r.rounds is None or r.rounds >= 1, ["round", "rounds"], "out of range", "write 1 or more, or leave it out")
     for key in ("deadline", "every"):

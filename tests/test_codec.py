@@ -211,6 +211,19 @@ def test_a_sparse_update_keeps_the_largest_values(keep: float) -> None:
     assert len(encoded.data) < 1.1 * entropy + 32
 
 
+def test_a_stream_of_many_planes_with_a_long_tail_is_refused() -> None:
+    """255 planes of one member each, and two million ones behind them: what is there is looked through once."""
+    width = (50_000).bit_length()
+    head = np.concatenate([_bits(1, width), _bits(0, 4), [1], [0], *[[1, 0, 0, 0, 0, 1]] * 254])
+    data = np.packbits(np.concatenate([head, np.ones(2_000_000, np.uint8)]).astype(np.uint8)).tobytes()
+    with pytest.raises(PeerError, match="codec"):
+        sparse.decode(data, 50_000)
+
+
+def _bits(value: int, width: int) -> list[int]:
+    return [value >> place & 1 for place in range(width - 1, -1, -1)]
+
+
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.1, float("nan")])
 def test_a_share_that_is_none(keep: float) -> None:
     with pytest.raises(ValueError, match="keep must be"):

@@ -186,7 +186,7 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
         "zip",
         CODECS,
     ),
-    "a share": ("min_gateways = 3", "keep = 0.0", 29, "round.keep", "out of range", "write 0.001 to 1.0"),
+    "a share": ("min_gateways = 3", "keep = 0.0", 29, "round.keep", "out of range", "write 0.001 to 0.5"),
     "a duration": ('"2h"', '"2 hours"', 30, "round.deadline", "'2 hours' is not a duration", 'write "90s", "2h"'),
     "no unit of time": ('"7d"', '"7"', 31, "round.every", "'7' is not a duration", 'write "90s", "2h"'),
 }

@@ -48,6 +48,8 @@ def test_what_converts(given_: str, wanted: str, gain: float, offset: float) -> 
         ("barg", "bar", "'barg' is no unit that the table knows"),
         ("bar", "furlongs/fortnite", "'furlongs/fortnite' is no unit that the table knows"),
         ("dBm", "mW", "'dBm' or 'mW' is logarithmic"),
+        ("W", "dBm", "'W' or 'dBm' is logarithmic"),
+        ("bar", "dB*bar", "'dB*bar' is no unit that the table knows"),
         ("%", "degC", "'%' (a plain number) is no 'degC' (temperature)"),
     ],
 )

@@ -30,7 +30,7 @@ from edge.lab.fleet import ALL, Site, Workers, complete_task, load_sites, metric
 from models import codec, evaluate
 from models.delta import Layout, Vector
 from models.errors import LocalError, UserError
-from models.spec import Task, parse_task
+from models.spec import MOST_KEPT, Task, parse_task
 
 _FRACTIONS = (0.92, 0.95, 0.98)
 # Tuning at each plant after the last round takes this part of the passes of all rounds.
@@ -235,8 +235,8 @@ class Scenario(NamedTuple):
         task = parse_task(text, place)
         more: dict[str, Any] = {"codec": self.codec or task.round.codec, "rounds": self.rounds}
         more["keep"] = task.round.keep if self.keep is None else self.keep
-        if more["keep"] is not None and not 0 < more["keep"] <= 1:
-            raise UserError("--keep", 0, "", f"{more['keep']:g} is no share", "write 0.001 to 1.0")
+        if more["keep"] is not None and not 0 < more["keep"] <= MOST_KEPT:
+            raise UserError("--keep", 0, "", f"{more['keep']:g} is no share", "write 0.001 to 0.5")
         return text, msgspec.structs.replace(task, round=msgspec.structs.replace(task.round, **more))
 
 
