@@ -100,7 +100,7 @@ def enrol_command(args: argparse.Namespace) -> int:
             journal.note(now_ms, "enrolled", {"path": str(path), "key": key.hex()})
     finally:
         journal.close()
-    print(f"{path} may take part with key {key.hex()}")
+    print(f"{path} may take part with key {key.hex()} (state: {_state(args, config)})")
     return 0
 
 

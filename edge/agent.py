@@ -40,6 +40,7 @@ from edge.status import task_status, write_status
 from edge.store import State
 from edge.tags import Quality, Sample
 from edge.train import resident_bytes
+from edge.wiring import wire
 from models.errors import PeerError, UserError
 
 log = logging.getLogger(__name__)
@@ -170,6 +171,9 @@ class Agent:
             self._hangup.clear()
             try:
                 config = await asyncio.to_thread(self._read)
+                for name, runner in self.runners.items():
+                    if name in config.tasks and runner.model:
+                        wire(runner.model.task, config.tasks[name], config.tags, config.file)
                 drivers = self.sources.drivers
                 well = {name for name, driver in drivers.items() if driver.health.connected}
                 offline = frozenset(source.name for source in self.config.sources) - well

@@ -16,6 +16,7 @@ def wire(task: Task, table: TaskTable, tags: dict[str, Tag], place: str) -> Wiri
             remedy = f'add {signal.name} = "source/tag" (in {signal.unit or "1"}) under [task.{task.name}] signals'
             raise UserError(place, 0, f"task.{task.name}.signals", f"signal {signal.name!r} is not wired", remedy)
         tag = tags[table.signals[signal.name]]
+        _number(tag, signal.name)
         conversions.append(_convert(tag, signal.name, signal.unit))
         if task.window.waveform != bool(tag.width) or (tag.width and tag.width != task.window.length):
             due = f"float32[{task.window.length}]" if task.window.waveform else "a scalar"
@@ -24,6 +25,7 @@ def wire(task: Task, table: TaskTable, tags: dict[str, Tag], place: str) -> Wiri
             )
     target = table.target if task.target else None
     if task.target and target:
+        _number(tags[target], task.target.name)
         # Classes and counts have no unit, whatever the tag's column says.
         unit = "" if task.target.classes or task.target.unit == "1" else task.target.unit
         conversions.append(_convert(tags[target], task.target.name, unit))
@@ -39,6 +41,12 @@ def wire(task: Task, table: TaskTable, tags: dict[str, Tag], place: str) -> Wiri
         gate=parse_gate(table.active_when) if table.active_when else (),
         segment=table.segment,
     )
+
+
+def _number(tag: Tag, name: str) -> None:
+    """Refuse a text where a number is needed: its checksum would be scored."""
+    if tag.type == "string":
+        raise UserError(tag.file, tag.line, "type", f"{tag.ref} is a text, {name} a number", "wire it as segment")
 
 
 def _convert(tag: Tag, name: str, unit: str) -> Conversion:

@@ -226,13 +226,16 @@ def test_tasks_score_on_when_files_change(tmp_path: Path) -> None:
         hangup(lambda: "other" in p.status()["tasks"])
         assert p.task()["problem"] == ""
         assert "tasks joined: other; tasks wired anew: bearing-condition" in (folder / "gateway.log").read_text()
-        # A wiring that does not fit the task stops it, with the reason; the right one lets it score again.
+        # A wiring that does not fit the task is not taken, and scoring goes on with the one before.
         text = (folder / "plc.csv").read_text()
         (folder / "plc.csv").write_text(text.replace(",degC,", ",bar,"))
         os.kill(pid, signal.SIGHUP)
-        p.until(lambda: "can't be temp_c" in p.task()["problem"])
+        p.until(lambda: "can't be temp_c" in p.status()["problem"])
+        before = p.task()["scored"]
+        p.until(lambda: p.task()["scored"] > before + 3)
+        assert p.task()["problem"] == ""
         (folder / "plc.csv").write_text(text)
-        hangup(lambda: p.task()["problem"] == "" and p.task()["scoring_model"] is not None)
+        hangup(lambda: p.status()["problem"] == "" and p.task()["scoring_model"] is not None)
         sources: Any = p.status()["sources"]
         assert sources["drive"]["connects"] == 1
         assert p.status()["pid"] == pid

@@ -4,6 +4,7 @@ Browse and Read go in batches within the server's limits, with continuation poin
 type and length are kept. A node is opened once, however many ways lead to it.
 """
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ _READ = 100  # values in one answer: each may be an array
 _UNIT = "EngineeringUnits"
 _HIERARCHICAL = ua.NodeId(ua.Int32(ObjectIds.HierarchicalReferences))
 _SERVER = ua.NodeId(ua.Int32(ObjectIds.Server))
+# As in the driver: what fails is said once, by whoever asked.
+logging.getLogger("asyncua").setLevel(logging.CRITICAL)
+
 _CLASSES = ua.UInt32(ua.NodeClass.Object | ua.NodeClass.Variable | ua.NodeClass.Method)
 _ALL_FIELDS = ua.UInt32(63)  # of a reference (Part 4, 5.8.2)
 _TYPES = {

@@ -11,9 +11,16 @@ from asyncua import ua
 from edge.drivers._common import Point
 from edge.drivers._opcua_nodes import parse_address
 from edge.tags import Quality, Sample, Tag
+from models.errors import UserError
 
 _NUMBER = (float, int)  # bool is an int
 _BAD = Quality.BAD
+
+# Of an OPC UA tag; the server knows the number's own type, so that it is for people, but for waveforms and texts.
+TYPES = (
+    "", "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64",
+    "string",
+)  # fmt: skip
 
 
 class Item(Point):
@@ -34,6 +41,9 @@ class Item(Point):
         self.queue = 0
         self.before: ua.DataValue | None = None
         self.quality = _BAD
+        if tag.type.partition("[")[0] not in TYPES:
+            known = ", ".join(TYPES[1:])
+            raise UserError(tag.file, tag.line, "type", f"{tag.type!r} is no type", f"leave it empty, or write {known}")
         self.width = tag.width
         self.filter = make_filter(tag)
 
