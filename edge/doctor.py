@@ -6,14 +6,16 @@ Nothing is written to a machine, and a gateway that runs is not disturbed.
 
 import argparse
 import asyncio
+import contextlib
 import fcntl
 import importlib.util
 import json
 import os
 import shutil
+import stat
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,8 @@ def main(args: argparse.Namespace, config: Config, state: Path) -> int:
     names = [source.name for source in config.sources]
     if args.source is not None and args.source not in names:
         raise UserError("--source", 0, "", f"no source {args.source!r}", f"write one of: {', '.join(names) or 'none'}")
-    found = asyncio.run(_run(config, state, args.source, quiet=args.json))
+    with handed_over(state):
+        found = asyncio.run(_run(config, state, args.source, quiet=args.json))
     if args.json:
         print(json.dumps({"ok": not _failed(found), "steps": [{"of": of, **step._asdict()} for of, step in found]}))
     elif failed := _failed(found):
@@ -54,7 +57,6 @@ def _failed(found: list[tuple[str, Step]]) -> int:
 
 async def _run(config: Config, state: Path, only: str | None, *, quiet: bool) -> list[tuple[str, Step]]:
     """Look at everything at once; the steps come in the order of the file, whoever is done first."""
-    before = _here(state)
     looks: dict[str, AsyncIterator[Step]] = {}
     if only is None:
         looks[GATEWAY] = _local(config, state, running=_runs(state))
@@ -72,7 +74,6 @@ async def _run(config: Config, state: Path, only: str | None, *, quiet: bool) ->
             if not quiet:
                 word = {True: "ok", False: "FAIL", None: "note"}[step.ok]
                 print(f"{word:<5} {of:<12} {step.name:<12} {step.text}", flush=True)
-    _hand_over(state, before)
     return found
 
 
@@ -146,7 +147,9 @@ def _writable(state: Path) -> Step:
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         probe = state / ".doctor"
-        probe.touch()
+        probe.unlink(missing_ok=True)
+        # Root must not follow a link that the folder's owner put here.
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
         probe.unlink()
     except OSError as error:
         remedy = "name a folder that this user may write with --state, or mend its owner"
@@ -166,16 +169,49 @@ def _runs(state: Path) -> bool:
     return False
 
 
-def _here(state: Path) -> set[Path]:
-    return {state, *state.rglob("*")} if state.exists() else set()
+@contextlib.contextmanager
+def handed_over(state: Path | None) -> Iterator[None]:
+    """Give what root makes meanwhile in pki/ of the state folder to the folder's owner: a service's own user.
+
+    That user may put links there, at any moment. So nothing is reached by a path, and only plain files and folders that
+    are root's are given away: no link, and no file that has another name elsewhere.
+    """
+    if state is None or os.geteuid() != 0 or not state.is_dir():
+        yield
+        return
+    folder = os.open(state, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        before = {path for path, _, _ in _certificates(folder)}
+        try:
+            yield
+        finally:
+            owner = os.fstat(folder)
+            for path, name, parent in _certificates(folder):
+                if path not in before:
+                    _give(name, parent, owner)
+    finally:
+        os.close(folder)
 
 
-def _hand_over(state: Path, before: set[Path]) -> None:
-    """Give what root made in the state folder (certificates, mostly) to the folder's owner: a service's own user."""
-    if os.geteuid() == 0 and state in before:
-        owner = state.stat()
-        for path in _here(state) - before:
-            os.chown(path, owner.st_uid, owner.st_gid)
+def _certificates(folder: int) -> Iterator[tuple[str, str, int]]:
+    """Give pki/ and all in it, if it is there: the path, the name, and the open folder that the name is in."""
+    with contextlib.suppress(OSError):
+        os.stat("pki", dir_fd=folder, follow_symlinks=False)
+        yield "pki", "pki", folder
+        for path, folders, files, parent in os.fwalk("pki", dir_fd=folder):
+            yield from ((f"{path}/{name}", name, parent) for name in (*folders, *files))
+
+
+def _give(name: str, parent: int, owner: os.stat_result) -> None:
+    with contextlib.suppress(OSError):  # a link, or gone
+        opened = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent)
+        try:
+            found = os.fstat(opened)
+            plain = stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1)
+            if plain and found.st_uid == 0:
+                os.fchown(opened, owner.st_uid, owner.st_gid)
+        finally:
+            os.close(opened)
 
 
 # -- the federation ----------------------------------------------------------------------------------------------------

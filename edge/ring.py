@@ -20,7 +20,7 @@ import numpy as np
 
 from edge.blocks import MOST_VALUES, columns_of, pack, unpack
 from edge.history import FILE, LAST_NS, SCHEMA, SCORE, TABLES, Score, in_order, joined, sections
-from edge.store import open_database
+from edge.store import SchemaError, open_database
 from edge.tags import Sample
 from edge.window import Columns
 from models.errors import LocalError
@@ -50,7 +50,7 @@ class Samples:
 
     `max_days` counts from when a sample was stored, on the gateway's clock; 0 is no bound. The newest block of a tag
     stays, whatever the bounds. `dropped` counts samples that could not be kept, `error` is the disk's last error, empty
-    while all is well, and `notice` says if a damaged file was set aside.
+    while all is well, and `notice` says if a damaged or older file was set aside.
     """
 
     def __init__(
@@ -103,28 +103,33 @@ class Samples:
         try:
             try:
                 self._begin(path)
-            except sqlite3.DatabaseError as error:
-                if error.sqlite_errorcode & 0xFF not in _DAMAGED:
+            except sqlite3.Error as error:
+                if _code(error) not in _DAMAGED:
                     raise
-                self._set_aside(error)
+                self._set_aside(f"was damaged ({error})")
+                self._begin(path)
+            except SchemaError as error:
+                if error.found > SCHEMA:
+                    raise
+                self._set_aside(f"is of an older program (schema {error.found})")
                 self._begin(path)
         except (OSError, sqlite3.Error) as error:
             raise LocalError(f"{path} can't be opened: {error}") from error
 
     def _begin(self, path: Path) -> None:
-        self._db = open_database(path, TABLES, SCHEMA, "NORMAL")
+        self._db, self._closed = open_database(path, TABLES, SCHEMA, "NORMAL"), False
         self._know_tags()
 
     def _know_tags(self) -> None:
         self._tags: dict[str, int] = {name: number for number, name in self._db.execute("SELECT id, name FROM tag")}
 
-    def _set_aside(self, error: sqlite3.Error) -> None:
+    def _set_aside(self, why: str) -> None:
         """Make way for a new file: what was read is lost to training, scoring and state.db go on without it."""
         path, aside = self._folder / FILE, self._folder / _ASIDE
         path.replace(aside)
         for suffix in ("-wal", "-shm"):  # a log of another file must not be played into the new one
             (self._folder / (FILE + suffix)).unlink(missing_ok=True)
-        self.notice = f"{path} was damaged ({error}) and is set aside as {aside.name}; the ring of samples began anew"
+        self.notice = f"{path} {why} and is set aside as {aside.name}; the ring of samples began anew"
         log.error("%s", self.notice)
 
     def _write_loop(self) -> None:
@@ -180,6 +185,8 @@ class Samples:
         problem = ""
         for _ in range(2):
             try:
+                if self._closed:
+                    self._open()
                 self._db.execute("BEGIN IMMEDIATE")
                 self._store(found)
                 self._db.executemany(f"INSERT INTO score ({SCORE}) VALUES (?, ?, ?, ?, ?, ?)", scores)
@@ -189,7 +196,7 @@ class Samples:
                 problem = f"samples can't be stored: {error}; free space on the disk of the state directory"
                 log.error("%s", problem)
                 self._recover(error)
-            except OSError as error:
+            except (OSError, LocalError) as error:
                 problem = f"samples can't be stored: {error}; check the state directory"
                 self._recover(None)
             else:
@@ -200,13 +207,16 @@ class Samples:
 
     def _recover(self, error: sqlite3.Error | None) -> None:
         """After a failed write: give up the transaction; on a full disk, drop a tenth of what is stored."""
-        code = error.sqlite_errorcode & 0xFF if error else None
+        if self._closed:  # the next write opens it
+            return
+        code = _code(error)
         try:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
-            if error and code in _DAMAGED:
+            if code in _DAMAGED:
                 self._db.close()
-                self._set_aside(error)
+                self._closed = True
+                self._set_aside(f"was damaged ({error})")
                 self._open()
                 return
             if code == sqlite3.SQLITE_FULL:
@@ -320,3 +330,8 @@ class Samples:
                 break
             gone += found.rowcount
         return gone
+
+
+def _code(error: sqlite3.Error | None) -> int:
+    """Return SQLite's primary result code; 0 of an error that is Python's own."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF

@@ -37,8 +37,16 @@ class Outgoing(NamedTuple):
     envelope: bytes
 
 
+class SchemaError(LocalError):
+    """The file has another version, `found`."""
+
+    def __init__(self, path: Path, found: int, known: int) -> None:
+        super().__init__(f"{path} has schema {found}, this program knows {known}; use the program that wrote it")
+        self.found = found
+
+
 def open_database(path: Path, schema: str, version: int, synchronous: str) -> sqlite3.Connection:
-    """Open a file in WAL mode, make its tables; LocalError if it has another version, sqlite3.Error for the rest."""
+    """Open a file in WAL mode, make its tables; SchemaError if it has another version, sqlite3.Error for the rest."""
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
     try:
         path.chmod(0o600)
@@ -53,7 +61,7 @@ def open_database(path: Path, schema: str, version: int, synchronous: str) -> sq
         db.close()
         raise
     db.close()
-    raise LocalError(f"{path} has schema {found}, this program knows {version}; use the program that wrote it")
+    raise SchemaError(path, found, version)
 
 
 class State:

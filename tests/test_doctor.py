@@ -343,14 +343,38 @@ def test_this_machine(gateway: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (name, text) == ("clock", "1970-01-01 00:00:00 UTC can't be; set it, by NTP or at the board's clock")
 
 
-def test_what_root_made_belongs_to_the_folders_owner(gateway: Path) -> None:
+@pytest.fixture
+def owned(tmp_path: Path) -> Path:
+    """A state folder of a service's user."""
     if os.geteuid() != 0:
         pytest.skip("only root can give files away")
-    folder = gateway.parent / "state"
+    folder = tmp_path / "state"
     folder.mkdir()
     os.chown(folder, 4711, 4711)
-    before = {folder}
-    (folder / "pki").mkdir()
-    (folder / "pki" / "cert").write_text("")
-    doctor._hand_over(folder, before)
-    assert [path.stat().st_uid for path in (folder / "pki", folder / "pki" / "cert")] == [4711, 4711]
+    return folder
+
+
+def test_what_root_made_belongs_to_the_folders_owner(owned: Path) -> None:
+    (owned / "before").write_text("")
+    with doctor.handed_over(owned):
+        (owned / "pki" / "own").mkdir(parents=True, mode=0o700)
+        (owned / "pki" / "own" / "key.pem").write_text("")
+        (owned / "elsewhere").write_text("")
+    made = [owned / "pki", owned / "pki" / "own", owned / "pki" / "own" / "key.pem"]
+    assert [path.stat().st_uid for path in made] == [4711, 4711, 4711]
+    assert [(owned / name).stat().st_uid for name in ("before", "elsewhere")] == [0, 0]
+
+
+def test_no_link_that_the_owner_planted_is_followed(owned: Path, gateway: Path) -> None:
+    target = owned.parent / "root's"
+    target.mkdir()
+    (target / "shadow").write_text("")
+    with doctor.handed_over(owned):
+        (owned / "pki").mkdir()
+        (owned / "pki" / "soft").symlink_to(target / "shadow")
+        (owned / "pki" / "folder").symlink_to(target)
+        (owned / "pki" / "hard").hardlink_to(target / "shadow")
+    assert [path.stat().st_uid for path in (target, target / "shadow")] == [0, 0]
+    (owned / ".doctor").symlink_to(target / "made")
+    assert failures(doctor.local(load_config(gateway), owned, running=False)) == []
+    assert not (target / "made").exists()

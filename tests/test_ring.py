@@ -153,6 +153,44 @@ def test_a_file_that_is_damaged_in_use_is_set_aside(tmp_path: Path) -> None:
     assert (tmp_path / "samples.db.damaged").stat().st_size >= size
 
 
+def test_a_damaged_file_that_cannot_be_set_aside_yet_is_tried_again(tmp_path: Path) -> None:
+    with ring(tmp_path) as store:
+        seconds(store, 0, 200, "a/x")
+    ((root,),) = rows(tmp_path, "SELECT rootpage FROM sqlite_master WHERE name = 'block'")
+    with (tmp_path / "samples.db").open("r+b") as file:
+        file.seek(4096 * (root - 1))
+        file.write(os.urandom(4096))
+    hindrance = tmp_path / "samples.db.damaged" / "full"
+    hindrance.mkdir(parents=True)
+    with ring(tmp_path) as store:
+        seconds(store, 200, 280, "a/x")
+        assert store.dropped > 0
+        assert "samples can't be stored: " in store.error
+        hindrance.rmdir()
+        hindrance.parent.rmdir()
+        seconds(store, 280, 290, "a/x")
+        dropped = store.dropped
+        seconds(store, 290, 300, "a/x")
+        assert (store.dropped, store.error) == (dropped, "")
+        assert "is set aside" in store.notice
+        with reader(tmp_path) as found:
+            columns = found.columns("a/x")
+            assert columns is not None
+            assert columns[1].tolist()[-10:] == list(range(290, 300))
+
+
+def test_a_file_of_an_older_program_is_set_aside(tmp_path: Path) -> None:
+    db = sqlite3.connect(tmp_path / "samples.db")
+    db.execute("CREATE TABLE sample (time_ns INTEGER)")  # of schema 1
+    db.execute("PRAGMA user_version = 1")
+    db.close()
+    with ring(tmp_path) as store, reader(tmp_path) as found:
+        assert "is of an older program (schema 1) and is set aside as samples.db.damaged" in store.notice
+        seconds(store, 0, 3, "a/x")
+        assert found.columns("a/x") is not None
+    assert (tmp_path / "samples.db.damaged").exists()
+
+
 def test_a_damaged_block_costs_its_samples_alone(tmp_path: Path) -> None:
     with ring(tmp_path) as store:
         seconds(store, 0, 192, "a/x")
