@@ -13,6 +13,7 @@ from pathlib import Path
 from asyncua import ua
 from asyncua.ua.object_ids import ObjectIds
 
+from edge.doctor import handed_over
 from edge.drivers._opcua_browse import MOST_NODES, Found, Tree, Walk
 from edge.drivers._opcua_errors import explain
 from edge.drivers._opcua_link import Link, server_url
@@ -33,7 +34,9 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("--write", 0, "", f"{args.write} exists", "name another file, or add --force")
     if args.depth < 1:
         raise UserError("--depth", 0, "", f"{args.depth} is out of range", "write 1 or more")
-    tree = asyncio.run(browse(_source(args), args.node, args.depth, args.filter))
+    source = _source(args)
+    with handed_over(Path(source.pki).parent if source.pki else None):
+        tree = asyncio.run(browse(source, args.node, args.depth, args.filter))
     tags = [found for found in tree.found if not found.reason]
     if args.write:
         if len(tags) > MAX_TAGS:

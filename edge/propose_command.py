@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from edge.config import Config, TaskTable, load_config
-from edge.doctor import left_alone
+from edge.doctor import handed_over, left_alone
 from edge.drivers import registry
 from edge.propose import Guess, Proposal, propose
 from edge.tags import Driver, Quality, Sample, Source
@@ -37,7 +37,8 @@ def main(args: argparse.Namespace, config: Config, state: Path) -> int:
         raise UserError(config.file, 0, where, "is wired already", "add --replace, or edit it by hand")
     if args.top < _LEAST_TOP:
         raise UserError("--top", 0, "", f"{args.top} is out of range", f"write {_LEAST_TOP} or more")
-    values = {} if args.offline else asyncio.run(_read(sources, state))
+    with handed_over(state):
+        values = {} if args.offline else asyncio.run(_read(sources, state))
     found = propose(task, [tag for source in sources for tag in source.tags], values, args.top)
     chosen = {name: guess.tag.ref for name, guess in found.guesses.items() if guess is not None}
     asks = not args.accept and not args.json and sys.stdin.isatty() and sys.stdout.isatty()

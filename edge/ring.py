@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _ASIDE = FILE + ".damaged"
 _FLUSH_S = 1.0
+_DAYS_S = 60.0  # between two looks for samples whose days are over, also while nothing comes
 # Samples that may wait for the disk, scores kept.
 _MAX_QUEUED = 2_000_000
 _MAX_SCORES = 500_000
@@ -48,9 +49,9 @@ _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 class Samples:
     """The writer: `append` and `score` return at once; a thread stores, and shows `watch` what it stores, by tag.
 
-    `max_days` counts from when a sample was stored, on the gateway's clock; 0 is no bound. The newest block of a tag
-    stays, whatever the bounds. `dropped` counts samples that could not be kept, `error` is the disk's last error, empty
-    while all is well, and `notice` says if a damaged or older file was set aside.
+    `max_days` counts from when a sample became part of a block, on the gateway's clock; 0 is no bound. The newest block
+    of a tag stays, whatever the bounds. `dropped` counts samples that could not be kept, `error` is the disk's last
+    error, empty while all is well, and `notice` says if a damaged or older file was set aside.
     """
 
     def __init__(
@@ -133,15 +134,19 @@ class Samples:
         log.error("%s", self.notice)
 
     def _write_loop(self) -> None:
+        next_days = time.monotonic() + _DAYS_S
         while True:
             self._wake.wait(_FLUSH_S)
             self._wake.clear()
             stop, waiting = self._stop, [self._waiting.popleft() for _ in range(len(self._waiting))]
             by_tag = self._take()
             scores = [self._scores.popleft() for _ in range(len(self._scores))]
+            days = bool(self.max_days) and time.monotonic() >= next_days
+            if days:
+                next_days = time.monotonic() + _DAYS_S
             try:
-                if by_tag or scores:
-                    self._write(self._columns(by_tag), scores)
+                if by_tag or scores or days:
+                    self._write(self._columns(by_tag), scores, days=days)
             except Exception as error:
                 # The one writer there is: a mistake costs this flush, and is seen; the thread lives on.
                 self.error = f"samples can't be stored: {type(error).__name__}: {error}"
@@ -180,7 +185,7 @@ class Samples:
                 found.append((tag, columns))
         return found
 
-    def _write(self, found: list[tuple[str, Columns]], scores: list[Score]) -> None:
+    def _write(self, found: list[tuple[str, Columns]], scores: list[Score], *, days: bool) -> None:
         """Write one flush; a full disk costs the oldest samples first, and never an exception."""
         problem = ""
         for _ in range(2):
@@ -190,7 +195,7 @@ class Samples:
                 self._db.execute("BEGIN IMMEDIATE")
                 self._store(found)
                 self._db.executemany(f"INSERT INTO score ({SCORE}) VALUES (?, ?, ?, ?, ?, ?)", scores)
-                full = self._keep_bounds()
+                full = self._keep_bounds(days=days)
                 self._db.execute("COMMIT")
             except sqlite3.Error as error:
                 problem = f"samples can't be stored: {error}; free space on the disk of the state directory"
@@ -269,6 +274,7 @@ class Samples:
         Sizes at least double from block to block, so a sample is merged again at most log2(_MERGED) times.
         """
         now_ms, newest_ns = int(time.time() * 1000), int(parts[-1][0].max())
+        first_ms = now_ms
         total, shape = sum(len(part[0]) for part in parts), parts[0][1].shape[1:]
         width = shape[0] if shape else 0
         query = "SELECT id, stored_ms, count, width, data FROM block WHERE tag = ? ORDER BY id DESC LIMIT 16"
@@ -281,27 +287,31 @@ class Samples:
             except LocalError as error:
                 log.error("%s", error)
                 break
-            total += count
+            total, first_ms = total + count, min(first_ms, stored_ms)
             self._db.execute("DELETE FROM block WHERE id = ?", (number,))
         times, values, quality = in_order(joined(parts))
         self._db.execute(
             "INSERT INTO block (tag, first_ns, last_ns, newest_ns, stored_ms, count, width, data)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (tag, int(times[0]), int(times[-1]), newest_ns, now_ms, total, width, pack((times, values, quality))),
+            (tag, int(times[0]), int(times[-1]), newest_ns, first_ms, total, width, pack((times, values, quality))),
         )
 
     # -- bounds --------------------------------------------------------------------------------------------------------
 
-    def _keep_bounds(self) -> bool:
-        """Turn a long journal into blocks and drop what is too much or too old; True if the disk made it go early."""
+    def _keep_bounds(self, *, days: bool) -> bool:
+        """Turn a long journal into blocks and drop what is too much or too old; True if the disk made it go early.
+
+        With `days` any journal becomes blocks, because its rows don't say when they were stored. A block holds what was
+        stored within a day from its `stored_ms`, and goes when all of it is too old.
+        """
         rows, values = self._db.execute("SELECT count(*), sum(count) FROM journal").fetchone()
         room = self._room()
         bound = min(self.max_bytes, room)
-        if rows and (rows >= _JOURNAL[0] or values >= _JOURNAL[1] or self.used() > bound):
+        if rows and (days or rows >= _JOURNAL[0] or values >= _JOURNAL[1] or self.used() > bound):
             self._compact()
-            if self.max_days:
-                before_ms = int(time.time() * 1000) - self.max_days * 86_400_000
-                self._db.execute(f"DELETE FROM block WHERE stored_ms < ? AND {_NOT_NEWEST}", (before_ms,))
+        if days:
+            before_ms = int(time.time() * 1000) - self.max_days * 86_400_000 - _MERGED_MS
+            self._db.execute(f"DELETE FROM block WHERE stored_ms < ? AND {_NOT_NEWEST}", (before_ms,))
         self._db.execute("DELETE FROM score WHERE id <= (SELECT max(id) FROM score) - ?", (_MAX_SCORES,))
         return bool(self._trim(bound)) and room < self.max_bytes
 

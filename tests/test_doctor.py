@@ -28,7 +28,8 @@ from edge.drivers.opcua import diagnose as diagnose_opcua
 from edge.store import State
 from tests.brokers import BrokerProcess, mosquitto_path, need_mosquitto
 from tests.opcua_rigs import PASSWORD, USER, AsyncuaPlant, source, tag
-from tests.rigs import ModbusRig, OpcuaRig, RtuRig, until
+from tests.rigs import ModbusRig, OpcuaRig, RtuRig, free_port, until
+from tests.test_propose import TASK
 
 shared = pytest.mark.asyncio(loop_scope="module")
 
@@ -378,3 +379,25 @@ def test_no_link_that_the_owner_planted_is_followed(owned: Path, gateway: Path) 
     (owned / ".doctor").symlink_to(target / "made")
     assert failures(doctor.local(load_config(gateway), owned, running=False)) == []
     assert not (target / "made").exists()
+
+
+@shared
+@pytest.mark.parametrize("verb", ["doctor", "wire", "browse"])
+async def test_the_gateway_can_read_the_key_that_root_made(plc: AsyncuaPlant, owned: Path, verb: str) -> None:
+    url, security = source(plc).url, "Basic256Sha256:Sign"
+    file = owned.parent / "gateway.toml"
+    file.write_text(
+        f'[gateway]\npath = "a/b/c/d/e"\n[mqtt]\nurl = "mqtt://127.0.0.1:{free_port()}"\n'
+        f'[[source]]\nname = "plc"\ndriver = "opcua"\nurl = "{url}"\ntags = "t.csv"\nsecurity = "{security}"\n'
+    )
+    (owned.parent / "t.csv").write_text("tag,address\nx,nsu=urn:rig;s=X\n")
+    task = owned.parent / "task.toml"
+    task.write_text(TASK)
+    given = ["-c", str(file), *([str(task)] if verb == "wire" else [])]
+    command = ["edge", verb, *([url, "--security", security] if verb == "browse" else given), "--state", str(owned)]
+    await asyncio.to_thread(main, command)
+    (rejected,) = (owned / "pki" / "rejected").iterdir()
+    rejected.rename(owned / "pki" / "trusted" / rejected.name)
+    await asyncio.to_thread(main, command)
+    made = [owned / "pki" / "own", owned / "pki" / "own" / "key.pem", rejected.parent]
+    assert [path.stat().st_uid for path in made] == [4711, 4711, 4711]

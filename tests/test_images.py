@@ -83,6 +83,35 @@ async def test_new_pictures_alone_and_each_once(tmp_path: Path) -> None:
         assert [int(s.value[0]) for s in sink.samples] == [2, 3]  # type: ignore[index]
 
 
+async def test_a_picture_that_arrives_late_is_read_all_the_same(tmp_path: Path) -> None:
+    folder, stamp = tmp_path / "p", 1_600_000_000_000_000_000
+    save(folder / "old.png", 1, stamp)
+    async with watching(folder, PIXELS) as (driver, sink):
+        await until(lambda: driver.health.connected)
+        for shade, (name, at_ns) in enumerate((("b", stamp + 9), ("a", stamp + 9), ("c", stamp - 9)), 2):
+            save(folder / f"{name}.png", shade, at_ns)
+            await until(lambda shade=shade: len(sink.samples) == shade - 1)  # type: ignore[misc]
+        await asyncio.sleep(0.2)
+        assert [int(s.value[0]) for s in sink.samples] == [2, 3, 4]  # type: ignore[index]
+
+
+async def test_a_picture_older_than_all_that_are_known_is_counted_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge.drivers._pictures.MOST_KNOWN", 10)
+    folder, stamp = tmp_path / "p", 1_600_000_000_000_000_000
+    for number in range(20):
+        save(folder / f"{number:02}.png", 1, stamp + number)
+    async with watching(folder, PIXELS) as (driver, sink):
+        await until(lambda: driver.health.connected)
+        save(folder / "within.png", 2, stamp + 15)
+        await until(lambda: len(sink.samples) == 1)
+        save(folder / "behind.png", 3, stamp + 5)
+        await until(lambda: "behind.png is left out" in driver.health.error)
+        await asyncio.sleep(0.2)
+        assert (driver.health.overflows, len(sink.samples)) == (1, 1)
+
+
 async def test_half_a_picture_is_waited_for_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "p"
     folder.mkdir()

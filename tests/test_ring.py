@@ -90,18 +90,50 @@ def test_samples_of_a_stretch_of_time(tmp_path: Path) -> None:
 
 def test_samples_go_when_their_days_are_over_but_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = time.time
+    monkeypatch.setattr("edge.ring._DAYS_S", 0.0)
     with ring(tmp_path, max_days=2) as store:
-        for day in range(5):
+        for day in range(6):
             monkeypatch.setattr(time, "time", lambda day=day: real() + day * 86_401)
-            seconds(store, day * 86_400, day * 86_400 + 64, "a/x", *(["a/once"] if day == 0 else []))
+            seconds(store, day * 86_400, day * 86_400 + 3, "a/x", *(["a/once"] if day == 0 else []))
         with reader(tmp_path) as found:
             columns = found.columns("a/x")
             assert columns is not None
             days = sorted({int(value) // 86_400 for value in columns[1]})
-            assert days == [3, 4]
+            assert days == [3, 4, 5]  # a block may hold a day, and goes as a whole
             once = found.columns("a/once")
             assert once is not None
-            assert once[1].tolist() == list(range(64))
+            assert once[1].tolist() == list(range(3))
+
+
+def test_samples_go_by_days_while_nothing_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = time.time
+    with ring(tmp_path, max_days=2) as store:
+        seconds(store, 0, 2, "a/x")
+        (journal,) = rows(tmp_path, "SELECT count(*) FROM journal")
+        assert journal == (2,)
+    monkeypatch.setattr("edge.ring._DAYS_S", 0.0)
+    with ring(tmp_path, max_days=2) as store:
+        store.flush()
+        assert rows(tmp_path, "SELECT count(*) FROM journal") == [(0,)]
+        monkeypatch.setattr(time, "time", lambda: real() + 2 * 86_400)
+        seconds(store, 10, 11, "a/x")
+        assert rows(tmp_path, "SELECT count(*) FROM block") == [(2,)]
+        monkeypatch.setattr(time, "time", lambda: real() + 3 * 86_401)
+        store.flush()
+        assert rows(tmp_path, "SELECT first_ns FROM block") == [(START + 10 * S,)]
+
+
+def test_merging_makes_no_sample_younger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = time.time
+    monkeypatch.setattr("edge.ring._DAYS_S", 0.0)
+    with ring(tmp_path, max_days=1) as store:
+        for half_day in range(12):
+            monkeypatch.setattr(time, "time", lambda half_day=half_day: real() + half_day * 43_200)
+            seconds(store, half_day, half_day + 1, "a/x")
+        with reader(tmp_path) as found:
+            columns = found.columns("a/x")
+            assert columns is not None
+            assert columns[1][0] >= 7  # a day, and one late
 
 
 def test_a_stamp_of_a_wrong_clock_does_not_become_the_newest_time(tmp_path: Path) -> None:

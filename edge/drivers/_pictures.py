@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 SUFFIXES = {".png", ".jpg", ".jpeg"}
 MOST_BYTES = 64 << 20
 MOST_PIXELS = 25_000_000
+MOST_KNOWN = 10_000
 _MOST_LABELS = 1_000_000
 _LINE = 1 << 16
 
@@ -24,18 +25,46 @@ class Picture(NamedTuple):
     size: int
 
 
-def scan(folder: Path, after: tuple[int, str]) -> list[Picture]:
-    """Return the pictures in a folder and its subfolders (one level) that come after a time and name, in order."""
-    found = []
-    for name, entry in _files(folder):
-        if os.path.splitext(name)[1].lower() in SUFFIXES:  # noqa: PTH122 - a name, not a path
+class Folder:
+    """A folder of pictures and its subfolders (one level), and which of them were taken.
+
+    The newest that were taken are known by name and time, so that a file may arrive late: with an equal or an older
+    time. Behind these, one that arrives is told by its inode's change time, which no copy keeps.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._taken: dict[str, int] = {}
+        self._floor = (0, "")  # up to here pictures are known no more
+        self._changed_ns = 0
+
+    def look(self) -> tuple[list[Picture], list[str]]:
+        """Return the pictures that were not taken, in order, and the names of those that arrived too late for it."""
+        new, late, changed_ns = [], [], self._changed_ns
+        for name, entry in _files(self.path):
+            if os.path.splitext(name)[1].lower() not in SUFFIXES:  # noqa: PTH122 - a name, not a path
+                continue
             try:
                 status = entry.stat()
             except FileNotFoundError:  # taken away since
                 continue
-            if (status.st_mtime_ns, name) > after:
-                found.append(Picture(status.st_mtime_ns, name, status.st_size))
-    return sorted(found)
+            changed_ns = max(changed_ns, status.st_ctime_ns)
+            if self._taken.get(name) == status.st_mtime_ns:
+                continue
+            if (status.st_mtime_ns, name) > self._floor:
+                new.append(Picture(status.st_mtime_ns, name, status.st_size))
+            elif self._changed_ns and status.st_ctime_ns > self._changed_ns:
+                late.append(name)
+        self._changed_ns = changed_ns
+        return sorted(new), late
+
+    def take(self, pictures: Sequence[Picture]) -> None:
+        """Remember that these were taken; the oldest of all are forgotten in bulk when they are too many."""
+        self._taken.update((picture.name, picture.time_ns) for picture in pictures)
+        if len(self._taken) > MOST_KNOWN * 11 // 10:
+            known = sorted((time_ns, name) for name, time_ns in self._taken.items())
+            self._floor = max(self._floor, known[-MOST_KNOWN - 1])
+            self._taken = {name: time_ns for time_ns, name in known[-MOST_KNOWN:]}
 
 
 def _files(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from broker.diagnose import Step, fail, ok
 from edge.drivers._common import LostError, Point, Reader, file_path, located, option, refusal
 from edge.drivers._diagnose import listen
-from edge.drivers._pictures import Picture, grey, read_labels, scan
+from edge.drivers._pictures import MOST_KNOWN, Folder, Picture, grey, read_labels
 from edge.tags import Quality, Sink, Source, Tag
 from models.errors import UserError
 
@@ -37,7 +37,7 @@ class Driver(Reader[Point]):
         # Samples of one time come in the order of the points: labels first.
         tags = sorted(source.tags, key=lambda tag: tag.address == _PIXELS)
         super().__init__(source, sink, [Point(tag) for tag in tags])
-        self._folder = file_path(source, "pictures")
+        self._folder = Folder(file_path(source, "pictures"))
         self._size = option(source, "size", 64, 8, 1024)
         self._poll_s = option(source, "poll_ms", 500, 10, 3_600_000) / 1000
         self._backlog = bool(option(source, "backlog", False))  # noqa: FBT003 - the default of an option
@@ -51,7 +51,7 @@ class Driver(Reader[Point]):
         self._read_at: tuple[int, int] | None = None
         self._columns: list[str] = []
         self._rows: dict[str, list[str]] = {}
-        self._after: tuple[int, str] | None = None
+        self._begun = False
         self._seen: dict[str, Picture] = {}
 
     def _check(self, tag: Tag) -> None:
@@ -69,9 +69,11 @@ class Driver(Reader[Point]):
         self.health.quarantined.clear()
         self._read_at = None
         self._seen.clear()
-        there = await asyncio.to_thread(scan, self._folder, (0, ""))
-        if self._after is None:
-            self._after = (0, "") if self._backlog or not there else there[-1][:2]
+        there, late = await asyncio.to_thread(self._folder.look)
+        self._count(late)
+        if not self._begun and not self._backlog:
+            self._folder.take(there)
+        self._begun = True
 
     async def read(self) -> None:
         """Deliver each new picture; raises when the folder is gone."""
@@ -82,19 +84,27 @@ class Driver(Reader[Point]):
 
     async def _look(self) -> None:
         """Deliver the pictures that are new and have not changed since the last look."""
-        there = await asyncio.to_thread(scan, self._folder, self._after or (0, ""))
+        there, late = await asyncio.to_thread(self._folder.look)
         await self._read_labels()
         for picture in there[:_AT_ONCE]:
             if self._seen.get(picture.name) != picture:
                 break  # perhaps half of it is written; those behind it wait, to keep the order
             await self._take(picture)
-            self._after = picture[:2]
+            self._folder.take([picture])
         self._seen = {picture.name: picture for picture in there}
+        self._count(late)
+
+    def _count(self, late: list[str]) -> None:
+        """Count and name pictures that came too late to tell whether they were taken."""
+        if late:
+            self.health.overflows += len(late)
+            text = f"{late[-1]} is left out: it came after {MOST_KNOWN} newer pictures; check the clock that stamps it"
+            self.health.error = f"{self.source.name}: {text}"
 
     async def _take(self, picture: Picture) -> None:
         """Deliver one picture with its labels; one that is damaged is counted, named and left out."""
         try:
-            pixels = await asyncio.to_thread(grey, self._folder / picture.name, self._size)
+            pixels = await asyncio.to_thread(grey, self._folder.path / picture.name, self._size)
         except FileNotFoundError:
             return
         except Exception as error:  # noqa: BLE001 - a damaged file may raise nearly anything in the library
