@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -193,7 +193,7 @@ class Agent:
         self.config = self.shop.config = new.config
         self.watch.retag(new.config.tags, new.changed)
         for ref in new.changed:
-            self.shop.latest.pop(ref, None)
+            self.shop.latest.forget(ref)
         for source in new.config.sources:
             if source.name in new.start:
                 self.sources.start(source)
@@ -220,16 +220,16 @@ class Agent:
         runner.guard("start", runner.start)
         return runner
 
-    def _sink(self, samples: list[Sample], /) -> None:
+    def _sink(self, samples: Sequence[Sample], /) -> None:
         """Every batch of every driver: to the store's queue, and at once to the windows."""
         self.samples.append(samples)
-        self.shop.latest.update((sample.tag, sample) for sample in samples)
+        self.shop.latest.take(samples)
         for runner in self.runners.values():
             runner.guard("scoring", partial(runner.feed, samples))
         if self.config.publish_raw:
             self._publish_raw(samples)
 
-    def _publish_raw(self, samples: list[Sample]) -> None:
+    def _publish_raw(self, samples: Sequence[Sample]) -> None:
         for sample in samples:
             name = self.config.publish_raw.get(sample.tag)
             if name and isinstance(sample.value, float):

@@ -62,7 +62,10 @@ def columns_of(samples: Sequence[Sample], width: int) -> Columns:
 
 
 def pack(columns: Columns, tags: Tags | None = None) -> bytes:
-    """Put columns of one tag, or (scalars only) of many with their numbers, into one block."""
+    """Put columns of one tag, or (scalars only) of many with their numbers, into one block.
+
+    One of many is packed for the moment: it is packed again, tag by tag, and takes the quickest coding.
+    """
     times, values, quality = columns
     deltas = np.diff(times, prepend=times[:1])
     step = int(np.sort(deltas)[len(deltas) // 2])
@@ -73,8 +76,8 @@ def pack(columns: Columns, tags: Tags | None = None) -> bytes:
     if tags is not None:
         head += _pack_ints(np.diff(tags, prepend=0))
     head += quality.tobytes()
-    compress = zstandard.ZstdCompressor(level=3).compress
-    frame = min((compress(head + coded) for coded in _codings(values)), key=len)
+    compress = zstandard.ZstdCompressor(level=3 if tags is None else 1).compress
+    frame = min((compress(head + coded) for coded in _codings(values, quick=tags is not None)), key=len)
     return _OUTER.pack(VERSION, zlib.crc32(frame)) + frame
 
 
@@ -142,8 +145,8 @@ def _unshuffle(raw: bytes, at: int, kind: str, count: int) -> NDArray[Any]:
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
-def _codings(values: NDArray[np.floating]) -> list[bytes]:
-    """Every way in which these values can be stored without loss."""
+def _codings(values: NDArray[np.floating], *, quick: bool) -> list[bytes]:
+    """Every way in which these values can be stored without loss, or the quickest."""
     flat = np.ascontiguousarray(values).reshape(-1)
     with np.errstate(over="ignore"):
         short = flat.astype(np.float32)
@@ -151,7 +154,7 @@ def _codings(values: NDArray[np.floating]) -> list[bytes]:
         flat = short
     size = flat.itemsize
     shuffled = bytes([_SHUFFLED + size]) + _shuffle(flat)
-    if len(flat) < _WORTH:
+    if quick or len(flat) < _WORTH:
         return [shuffled]
     codings = [shuffled, bytes([_PLAIN + size]) + flat.tobytes()]
     decimal = _decimals(flat)
@@ -174,6 +177,10 @@ def _decimals(flat: NDArray[np.floating]) -> bytes | None:
         return None
     wanted = filled.astype(flat.dtype)
     for power in _POWERS:
+        # What is no decimal of so few places shows among the first ones.
+        head = (np.rint(filled[:_WORTH] * 10.0**power) / 10.0**power).astype(flat.dtype)
+        if not _same(head, wanted[:_WORTH]):
+            continue
         scaled = np.rint(filled * 10.0**power)
         if np.abs(scaled).max() >= 2**53:
             return None

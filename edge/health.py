@@ -2,10 +2,12 @@
 
 Everything is learnt from the tag itself, so nothing has to be configured: a value that changed every few seconds and
 has not for twenty times as long is stuck, one that never changes is a constant. Times are the sources'. The counts are
-kept by the store's writer, which has the samples as columns anyway, so that a sample costs no work of its own.
+kept by the store's writer, which has the samples as columns anyway, and for several flushes at a time, so that a sample
+costs next to no work of its own.
 """
 
 import math
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.flush import Part
+from edge.history import joined
 from edge.tags import Quality, Tag
 from edge.window import Columns
 
@@ -22,6 +26,7 @@ _KNOWN = 20
 _TIMES, _LEAST_S = 20.0, 30.0
 # Share of the newest flush in a running mean: a Bad ratio is that of the last hundred flushes or so.
 _DECAY = 0.02
+_FLUSHES = 8  # of a tag, counted at a time
 _MOST_BAD = 0.5
 # Tags of a source in one message: 200 bytes each, and brokers take 256 KiB.
 MOST_SHOWN = 500
@@ -43,32 +48,36 @@ class TagHealth:
     interval_ns: float = 0.0
     change_ns: float = 0.0
 
-    def take(self, columns: Columns, low: float, high: float) -> None:
-        """Count one flush of a tag: times (N,) ns, values (N,) or (N, width), qualities (N,)."""
+    def take(self, columns: Columns, low: float, high: float, flushes: int = 1) -> None:
+        """Count a tag's flushes: times (N,) ns, values (N,) or (N, width), qualities (N,)."""
+        share = 1 - (1 - _DECAY) ** flushes
         times, values, quality = columns
         good = quality == Quality.GOOD
         bad = len(times) - int(np.count_nonzero(good))
         self.bad += bad
-        self.bad_ratio = _mean(self.bad_ratio, bad / len(times), self.samples)
+        self.bad_ratio = _mean(self.bad_ratio, bad / len(times), self.samples, share)
         self.samples += len(times)
         steps = _steps(times, int(times[0]) if self.last_ns == 0 else self.last_ns)
         steps = steps[steps > 0]
         if len(steps):
             if self.samples > _KNOWN:
                 self.gaps += int(np.count_nonzero(steps > self._pause(self.interval_ns)))
-            self.interval_ns = _mean(self.interval_ns, float(np.sort(steps)[len(steps) // 2]), self.interval_ns)
+            self.interval_ns = _mean(self.interval_ns, float(np.sort(steps)[len(steps) // 2]), self.interval_ns, share)
         self.last_ns = max(self.last_ns, int(times[-1]))
         if values.ndim == 1 and bad < len(times):
-            self._values(times[good] if bad else times, values[good] if bad else values, low, high)
+            times, values = (times[good], values[good]) if bad else (times, values)
+            self._values(times, values, low, high, share)
 
-    def _values(self, times: NDArray[np.int64], values: NDArray[np.floating], low: float, high: float) -> None:
+    def _values(
+        self, times: NDArray[np.int64], values: NDArray[np.floating], low: float, high: float, share: float
+    ) -> None:
         self.out_of_range += int(np.count_nonzero((values < low) | (values > high)))
         moved = times[_steps(values, self.last) != 0]
         if len(moved):
             before = self.changed_ns or int(moved[0])
             pace = (int(moved[-1]) - before) / len(moved)
             if pace > 0:
-                self.change_ns = _mean(self.change_ns, pace, self.change_ns)
+                self.change_ns = _mean(self.change_ns, pace, self.change_ns, share)
             self.changes += len(moved)
             self.changed_ns = int(moved[-1])
         self.last = float(values[-1])
@@ -107,34 +116,55 @@ class Watch:
     """The health of every tag of a gateway. `take` runs in the store's writer, the rest in the event loop."""
 
     tags: dict[str, Tag]
-    health: dict[str, TagHealth] = field(default_factory=dict)
+    _health: dict[str, TagHealth] = field(default_factory=dict)
+    _waiting: dict[tuple[str, ...], list[Part]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def take(self, ref: str, columns: Columns) -> None:
-        """Count one flush of a tag."""
-        tag = self.tags.get(ref)
-        if tag is not None and len(columns[0]):
-            self.health.setdefault(ref, TagHealth()).take(columns, tag.low, tag.high)
+    def take(self, part: Part) -> None:
+        """Take one flush of a tag, or of tags that are read together."""
+        with self._lock:
+            waiting = self._waiting.setdefault(part.refs, [])
+            waiting.append(part)
+            # Waveforms may change their width.
+            if len(waiting) >= _FLUSHES or part.columns[1].ndim > 1:
+                self._count(part.refs)
+
+    def _count(self, refs: tuple[str, ...]) -> None:
+        """Count what waits of some tags, a tag's flushes together."""
+        parts = self._waiting.pop(refs)
+        for i, ref in enumerate(refs):
+            if tag := self.tags.get(ref):
+                columns = parts[0].of(i) if len(parts) == 1 else joined([part.of(i) for part in parts])
+                self._health.setdefault(ref, TagHealth()).take(columns, tag.low, tag.high, len(parts))
+
+    def _count_all(self) -> None:
+        for refs in list(self._waiting):
+            self._count(refs)
 
     def retag(self, tags: dict[str, Tag], changed: Iterable[str]) -> None:
         """Watch other tags from now on; those that went, or mean something else, are learnt anew."""
-        self.tags = tags
-        for ref in changed:
-            self.health.pop(ref, None)
+        with self._lock:
+            self._count_all()
+            for ref in (*self.tags.keys() - tags.keys(), *changed):
+                self._health.pop(ref, None)
+            self.tags = tags
 
     def snapshot(self, source: str, now_ns: int) -> dict[str, dict[str, object]]:
         """Tag name -> its health, of a source's tags that have said something; the unwell first, MOST_SHOWN at most."""
-        found = [
-            (tag.name, one.snapshot(now_ns))
-            for ref, one in list(self.health.items())
-            if (tag := self.tags.get(ref)) and tag.source == source
-        ]
+        with self._lock:
+            self._count_all()
+            found = [
+                (tag.name, one.snapshot(now_ns))
+                for ref, one in self._health.items()
+                if (tag := self.tags.get(ref)) and tag.source == source
+            ]
         found.sort(key=lambda pair: not (pair[1]["word"] or pair[1]["out_of_range"]))
         return dict(found[:MOST_SHOWN])
 
 
-def _mean(before: float, now: float, known: float) -> float:
+def _mean(before: float, now: float, known: float, share: float) -> float:
     """Running mean: the first value as it is, later ones by a small share."""
-    return before + _DECAY * (now - before) if known else now
+    return before + share * (now - before) if known else now
 
 
 def _steps(column: NDArray[Any], before: float) -> NDArray[Any]:

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +77,7 @@ class Live:
         self.scorer, self.learnt, self.made_ms = before.scorer, before.learnt, before.made_ms
         self.stats, self.last = before.stats, before.last
 
-    def feed(self, samples: list[Sample]) -> None:
+    def feed(self, samples: Sequence[Sample]) -> None:
         """Take a batch from a driver; score every window that it completes."""
         self._fed_at = time.monotonic()
         for window in self.windower.feed(samples):

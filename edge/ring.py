@@ -12,14 +12,15 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from edge.blocks import MOST_VALUES, columns_of, pack, unpack
-from edge.history import FILE, LAST_NS, SCHEMA, SCORE, TABLES, Score, in_order, joined, sections
+from edge.blocks import MOST_VALUES, Tags, pack, unpack
+from edge.flush import DENSE, Part, parts_of
+from edge.history import FILE, SCHEMA, SCORE, TABLES, Score, in_order, joined, sections
 from edge.store import SchemaError, open_database
 from edge.tags import Sample
 from edge.window import Columns
@@ -33,9 +34,8 @@ _DAYS_S = 60.0  # between two looks for samples whose days are over, also while 
 # Samples that may wait for the disk, scores kept.
 _MAX_QUEUED = 2_000_000
 _MAX_SCORES = 500_000
-# A tag with so many values in one flush needs no journal; so many rows, or values, of it become blocks.
-_DENSE = 1024
-_JOURNAL = (64, 65_536)
+# So many rows, or values, of the journal become blocks.
+_JOURNAL = (64, 262_144)
 # Values up to which blocks of a tag are merged, and how much later the second may have been stored.
 _MERGED = 4096
 _MERGED_MS = 86_400_000
@@ -47,7 +47,7 @@ _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
 class Samples:
-    """The writer: `append` and `score` return at once; a thread stores, and shows `watch` what it stores, by tag.
+    """The writer: `append` and `score` return at once; a thread stores, and shows `watch` what it stores.
 
     `max_days` counts from when a sample became part of a block, on the gateway's clock; 0 is no bound. The newest block
     of a tag stays, whatever the bounds. `dropped` counts samples that could not be kept, `error` is the disk's last
@@ -55,12 +55,12 @@ class Samples:
     """
 
     def __init__(
-        self, folder: Path, max_bytes: int, max_days: int = 0, watch: Callable[[str, Columns], object] | None = None
+        self, folder: Path, max_bytes: int, max_days: int = 0, watch: Callable[[Part], object] | None = None
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.max_bytes, self.max_days, self._folder, self._watch = max_bytes, max_days, folder, watch
         self.dropped, self.error, self.notice = 0, "", ""
-        self._batches: deque[list[Sample]] = deque()
+        self._batches: deque[Sequence[Sample]] = deque()
         self._scores: deque[Score] = deque()
         self._waiting: deque[threading.Event] = deque()
         # Each counted by one thread alone: samples taken from drivers, and those of them that left the queue.
@@ -70,7 +70,7 @@ class Samples:
         self._thread = threading.Thread(target=self._write_loop, name="samples", daemon=True)
         self._thread.start()
 
-    def append(self, samples: list[Sample]) -> None:
+    def append(self, samples: Sequence[Sample]) -> None:
         """Take a batch; it is on its way to the disk within a second or so."""
         if self._put - self._taken > _MAX_QUEUED:
             self.dropped += len(samples)
@@ -139,53 +139,37 @@ class Samples:
             self._wake.wait(_FLUSH_S)
             self._wake.clear()
             stop, waiting = self._stop, [self._waiting.popleft() for _ in range(len(self._waiting))]
-            by_tag = self._take()
             scores = [self._scores.popleft() for _ in range(len(self._scores))]
             days = bool(self.max_days) and time.monotonic() >= next_days
             if days:
                 next_days = time.monotonic() + _DAYS_S
+            taken = self._taken
             try:
-                if by_tag or scores or days:
-                    self._write(self._columns(by_tag), scores, days=days)
+                parts = self._take()
+                if parts or scores or days:
+                    self._write(parts, scores, days=days)
             except Exception as error:
                 # The one writer there is: a mistake costs this flush, and is seen; the thread lives on.
                 self.error = f"samples can't be stored: {type(error).__name__}: {error}"
-                self.dropped += sum(map(len, by_tag.values()))
+                self.dropped += self._taken - taken
                 log.exception("samples")
             for event in waiting:
                 event.set()
             if stop:
                 return
 
-    def _take(self) -> dict[tuple[str, int], list[Sample]]:
-        """Empty the queue, by tag and width."""
-        by_tag: dict[tuple[str, int], list[Sample]] = defaultdict(list)
-        for _ in range(len(self._batches)):
-            batch = self._batches.popleft()
-            for sample in batch:
-                tag, time_ns, value, _quality = sample
-                if not 0 <= time_ns <= LAST_NS:
-                    self.dropped += 1
-                    continue
-                by_tag[tag, 0 if isinstance(value, float) else len(value)].append(sample)
-            self._taken += len(batch)
-        return by_tag
+    def _take(self) -> list[Part]:
+        """Empty the queue."""
+        batches = [self._batches.popleft() for _ in range(len(self._batches))]
+        self._taken += sum(map(len, batches))
+        parts, lost = parts_of(batches)
+        self.dropped += lost
+        if self._watch:
+            for part in parts:
+                self._watch(part)
+        return parts
 
-    def _columns(self, by_tag: dict[tuple[str, int], list[Sample]]) -> list[tuple[str, Columns]]:
-        """Turn one flush into columns of bounded sizes, by source time: sources are ordered among themselves only."""
-        found = []
-        for (tag, width), samples in by_tag.items():
-            most = max(1, MOST_VALUES // max(1, width))
-            for start in range(0, len(samples), most):
-                columns = columns_of(samples[start : start + most], width)
-                if (columns[0][1:] < columns[0][:-1]).any():
-                    columns = in_order(columns)
-                if self._watch:
-                    self._watch(tag, columns)
-                found.append((tag, columns))
-        return found
-
-    def _write(self, found: list[tuple[str, Columns]], scores: list[Score], *, days: bool) -> None:
+    def _write(self, parts: list[Part], scores: list[Score], *, days: bool) -> None:
         """Write one flush; a full disk costs the oldest samples first, and never an exception."""
         problem = ""
         for _ in range(2):
@@ -193,7 +177,7 @@ class Samples:
                 if self._closed:
                     self._open()
                 self._db.execute("BEGIN IMMEDIATE")
-                self._store(found)
+                self._store(parts)
                 self._db.executemany(f"INSERT INTO score ({SCORE}) VALUES (?, ?, ?, ?, ?, ?)", scores)
                 full = self._keep_bounds(days=days)
                 self._db.execute("COMMIT")
@@ -208,7 +192,7 @@ class Samples:
                 self.error = "the disk is nearly full, old samples go early; free space on it" if full else ""
                 return
         self.error = problem
-        self.dropped += sum(len(columns[0]) for _, columns in found)
+        self.dropped += sum(len(part.columns[0]) for part in parts)
 
     def _recover(self, error: sqlite3.Error | None) -> None:
         """After a failed write: give up the transaction; on a full disk, drop a tenth of what is stored."""
@@ -232,21 +216,20 @@ class Samples:
 
     # -- journal and blocks --------------------------------------------------------------------------------------------
 
-    def _store(self, found: list[tuple[str, Columns]]) -> None:
+    def _store(self, parts: list[Part]) -> None:
         """Store one flush: dense tags and waveforms as blocks, of all others one row of the journal."""
-        journal: list[tuple[int, Columns]] = []
-        for tag, columns in found:
-            if columns[1].ndim > 1 or len(columns[0]) >= _DENSE:
-                self._add(self._number(tag), [columns])
+        journal: list[tuple[Tags, Columns]] = []
+        for refs, each, columns in parts:
+            if columns[1].ndim > 1 or each >= DENSE:
+                self._add(self._number(refs[0]), [columns])
             else:
-                journal.append((self._number(tag), columns))
+                journal.append((np.repeat(np.array([self._number(ref) for ref in refs], np.int64), each), columns))
         while journal:
             count, end = 0, 0
-            while end < len(journal) and count + len(journal[end][1][0]) <= MOST_VALUES:
-                count, end = count + len(journal[end][1][0]), end + 1
-            part, journal = journal[:end], journal[end:]
-            tags = np.repeat([number for number, _ in part], [len(columns[0]) for _, columns in part])
-            data = pack(joined([columns for _, columns in part]), tags.astype(np.int64))
+            while end < len(journal) and count + len(journal[end][0]) <= MOST_VALUES:
+                count, end = count + len(journal[end][0]), end + 1
+            some, journal = journal[:end], journal[end:]
+            data = pack(joined([columns for _, columns in some]), np.concatenate([tags for tags, _ in some]))
             self._db.execute("INSERT INTO journal (count, data) VALUES (?, ?)", (count, data))
 
     def _number(self, tag: str) -> int:

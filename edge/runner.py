@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -92,7 +92,7 @@ class Runner:
 
     # -- samples ----------------------------------------------------------------------------------------------------
 
-    def feed(self, samples: list[Sample]) -> None:
+    def feed(self, samples: Sequence[Sample]) -> None:
         """Score what is complete."""
         if self.live:
             self.live.feed(samples)
@@ -312,7 +312,7 @@ class Runner:
         else:
             lag = int(seconds(self.table.max_lag) * 1e9)
             self.live = Live(task, wiring, lag, self._publish_inference, self.shop.samples.score, self._first_scale)
-            self.live.feed(sorted(self.shop.latest.values(), key=lambda s: s.time_ns))
+            self.live.feed(self.shop.latest.samples())
         return self.live
 
     def _first_scale(self, scale: Scale) -> None:

@@ -1,9 +1,10 @@
 """What comes in from a plant: Tag, Sample, Quality, and the contract between a driver and the agent."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, overload
 
 import msgspec
 import numpy as np
@@ -67,6 +68,33 @@ class Sample(NamedTuple):
     quality: Quality
 
 
+class Scan(Sequence[Sample]):
+    """Samples of scalar tags of one source, read together, as columns: what a polled device gives in one cycle.
+
+    A batch like any other; who looks at the columns instead pays for the cycle, not for each value. `refs` (N) is one
+    and the same tuple from cycle to cycle. values (N,) float64 hold NaN where quality (N,) int8 is BAD.
+    """
+
+    __slots__ = ("quality", "refs", "time_ns", "values")
+
+    def __init__(
+        self, refs: tuple[str, ...], time_ns: int, values: NDArray[np.float64], quality: NDArray[np.int8]
+    ) -> None:
+        self.refs, self.time_ns, self.values, self.quality = refs, time_ns, values, quality
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+    @overload
+    def __getitem__(self, place: int) -> Sample: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Sample]: ...
+    def __getitem__(self, place: int | slice) -> Sample | list[Sample]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        return Sample(self.refs[place], self.time_ns, float(self.values[place]), Quality(int(self.quality[place])))
+
+
 class Source(msgspec.Struct, frozen=True, kw_only=True):
     """One `[[source]]` of gateway.toml with its tags. `options` holds the keys that one driver alone knows.
 
@@ -108,7 +136,7 @@ class Health:
 class Sink(Protocol):
     """Where a driver puts what it reads. Called in the event loop; it never blocks and never raises."""
 
-    def __call__(self, samples: list[Sample], /) -> None:
+    def __call__(self, samples: Sequence[Sample], /) -> None:
         """Take a batch, oldest first."""
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.tags import Quality, Sample
+from edge.tags import Quality, Sample, Scan
 from models.spec import Window
 
 Float = NDArray[np.float32]
@@ -163,6 +163,23 @@ class _Rows:
         return value * self.wiring.gains[-1] + self.wiring.offsets[-1] if self.wiring.gains else value
 
 
+class _Row(NamedTuple):
+    """What a scan says of the wired tags: values (n,), NaN for not good, of some columns of a row."""
+
+    time_ns: int
+    columns: NDArray[np.intp]
+    values: Wide
+
+
+def _count(one: Sample | _Row) -> int:
+    return len(one.columns) if isinstance(one, _Row) else 1
+
+
+def _order(one: Sample | _Row) -> tuple[int, bool]:
+    """Stable by time; at one instant scalars come before the waveform that they describe."""
+    return one.time_ns, not isinstance(one, _Row) and not isinstance(one.value, float)
+
+
 @dataclass
 class Windower:
     """The live half: feed it samples as they come, from any source, and take the windows.
@@ -176,7 +193,7 @@ class Windower:
     lag_ns: int = 2_000_000_000
     late: int = 0
     restarts: int = 0
-    _pending: list[Sample] = field(default_factory=list)
+    _pending: list[Sample | _Row] = field(default_factory=list)
     _newest: dict[str, int] = field(default_factory=dict)
     _done_ns: int = -1
 
@@ -184,6 +201,10 @@ class Windower:
         self._rows = _Rows(self.wiring)
         self._wanted = frozenset(self.wiring.tags)
         self._latest = np.full(len(self._rows.index), np.nan)
+        self._step_ns = self.wiring.step_ns
+        # Of the tags read together last: their places in a scan, and their columns in a row.
+        self._scanned: tuple[str, ...] = ()
+        self._places = np.empty((2, 0), np.intp)
         self._arrays: dict[str, tuple[int, Float]] = {}
         self._row = self._due = -1  # the last row that was closed; the row that the last sample first counts in
         # Late samples in a row, and how many say that a clock was set back: more than one old value of each tag.
@@ -199,6 +220,9 @@ class Windower:
     def feed(self, samples: Iterable[Sample]) -> list[Win]:
         """Take a batch; return the windows that are now complete, in time order."""
         newest = self._newest
+        if isinstance(samples, Scan):
+            self._take_scan(samples)
+            samples = ()
         for sample in samples:
             if sample.tag in self._wanted:
                 self._pending.append(sample)
@@ -209,12 +233,26 @@ class Windower:
             self._restart()
         return self._run(self._watermark())
 
+    def _take_scan(self, scan: Scan) -> None:
+        if scan.refs is not self._scanned:
+            index = self._rows.index
+            known = [(place, index[ref]) for place, ref in enumerate(scan.refs) if ref in index]
+            self._scanned, self._places = scan.refs, np.array(known, np.intp).reshape(-1, 2).T
+        places, columns = self._places
+        if not len(places):
+            return
+        good = scan.quality[places] == Quality.GOOD
+        self._pending.append(_Row(scan.time_ns, columns, np.where(good, scan.values[places], np.nan)))
+        self._behind = self._behind + len(places) if scan.time_ns < self._done_ns else 0
+        source = scan.refs[0].partition("/")[0]
+        self._newest[source] = max(self._newest[source], scan.time_ns)
+
     def _restart(self) -> None:
         """Begin again on the sources' new time, with the values held."""
         # The wrong stamps first: what came later on the new time is the newer value.
         for sample in sorted(self._pending, key=lambda s: (s.time_ns < self._done_ns, s.time_ns)):
             self._apply(sample, [])
-        self.late += len(self._pending)
+        self.late += sum(_count(one) for one in self._pending)
         self._pending.clear()
         self._newest = dict.fromkeys(self._newest, -1)
         self._done_ns = self._row = self._due = -1
@@ -236,12 +274,11 @@ class Windower:
         due = [s for s in self._pending if s.time_ns < until_ns]
         if due:
             self._pending = [s for s in self._pending if s.time_ns >= until_ns]
-            # Stable by time; at one instant scalars come before the waveform that they describe.
-            due.sort(key=lambda s: (s.time_ns, not isinstance(s.value, float)))
+            due.sort(key=_order)
         out: list[Win] = []
         for sample in due:
             if sample.time_ns < self._done_ns:
-                self.late += 1
+                self.late += _count(sample)
             if not self.wiring.window.waveform:
                 out += self._close(sample.time_ns)
             self._apply(sample, out)
@@ -250,10 +287,13 @@ class Windower:
         self._done_ns = until_ns
         return out
 
-    def _apply(self, sample: Sample, out: list[Win]) -> None:
+    def _apply(self, sample: Sample | _Row, out: list[Win]) -> None:
+        self._due = -(-sample.time_ns // self._step_ns)
+        if isinstance(sample, _Row):
+            self._latest[sample.columns] = sample.values
+            return
         good = sample.quality is Quality.GOOD
         column = self._rows.index[sample.tag]
-        self._due = -(-sample.time_ns // self.wiring.step_ns)
         if isinstance(sample.value, float):
             self._latest[column] = sample.value if good else np.nan
         elif good and column < self._rows.c:
@@ -278,7 +318,7 @@ class Windower:
 
     def _close(self, until_ns: int) -> list[Win]:
         """Close every row whose time is before `until_ns`."""
-        last = (until_ns - 1) // self.wiring.step_ns
+        last = (until_ns - 1) // self._step_ns
         out: list[Win] = []
         if self._row < 0 or last - self._row > self._rows.gap:
             # The first samples, or a gap longer than two windows: no window spans it.
@@ -291,7 +331,7 @@ class Windower:
     def _push(self, last: int, out: list[Win]) -> None:
         while self._row < last:
             self._row += 1
-            window = self._rows.push(self._row * self.wiring.step_ns, self._latest)
+            window = self._rows.push(self._row * self._step_ns, self._latest)
             if window is not None:
                 out.append(window)
 

@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ class Reading:
         self.one, self.seen, self.good_at, self.said = one, set[int](), 0.0, ""
         self.driver: Driver = load(one.source.driver).Driver(made or one.source, self.take)
 
-    def take(self, samples: list[Sample], /) -> None:
+    def take(self, samples: Sequence[Sample], /) -> None:
         for sample in samples:
             if sample.tag == REF and sample.quality is Quality.GOOD and isinstance(sample.value, float):
                 self.seen.add(round((sample.value - 1) / 2))

@@ -9,7 +9,7 @@ import socket
 import struct
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -40,9 +40,9 @@ class Collector:
     """A sink that keeps all it gets."""
 
     def __init__(self) -> None:
-        self.batches: list[list[Sample]] = []
+        self.batches: list[Sequence[Sample]] = []
 
-    def __call__(self, samples: list[Sample], /) -> None:
+    def __call__(self, samples: Sequence[Sample], /) -> None:
         self.batches.append(samples)
 
     @property

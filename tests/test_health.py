@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from edge.flush import Part
 from edge.health import MOST_SHOWN, TagHealth, Watch
 from edge.tags import NO_BOUND, Quality, Tag
 from edge.window import Columns
@@ -83,13 +84,29 @@ def test_only_a_bounded_number_is_shown_and_the_unwell_are_among_them() -> None:
     tags = {f"p/t{i}": Tag(source="p", name=f"t{i}", address="x") for i in range(MOST_SHOWN + 50)}
     watch = Watch(tags)
     for ref in tags:
-        watch.take(ref, columns(0, [1.0]))
-    watch.take("p/unknown", columns(0, [1.0]))
+        watch.take(Part((ref,), 1, columns(0, [1.0])))
+    watch.take(Part(("p/unknown",), 1, columns(0, [1.0])))
     last = list(tags)[-1]
-    watch.take(last, columns(1, [float("nan")] * 99, BAD))
+    watch.take(Part((last,), 99, columns(1, [float("nan")] * 99, BAD)))
     for _ in range(50):
-        watch.take(last, columns(1, [float("nan")] * 99, BAD))
+        watch.take(Part((last,), 99, columns(1, [float("nan")] * 99, BAD)))
     shown = watch.snapshot("p", at(2))
     assert len(shown) == MOST_SHOWN
     assert shown[tags[last].name]["word"] == "bad"
     assert watch.snapshot("q", at(2)) == {}
+
+
+def test_tags_read_together_are_each_as_well_as_one_alone() -> None:
+    refs = ("p/a", "p/b", "p/c")
+    tags = {ref: Tag(source="p", name=ref[2:], address="x", low=0, high=3) for ref in refs}
+    together, alone = Watch(tags), Watch(tags)
+    for start in range(0, 60, 5):
+        table = [columns(start, [float((i + k) % 7) for i in range(5)]) for k in range(len(refs))]
+        times, values, quality = (np.concatenate(column) for column in zip(*table, strict=True))
+        together.take(Part(refs, 5, (times, values, quality)))
+        for ref, one in zip(refs, table, strict=True):
+            alone.take(Part((ref,), 5, one))
+    shown = together.snapshot("p", at(60))
+    assert shown == alone.snapshot("p", at(60))
+    assert [shown[name]["samples"] for name in "abc"] == [60, 60, 60]
+    assert all(shown[name]["out_of_range"] for name in "abc")

@@ -70,6 +70,10 @@ def tag(address: str = "holding:0", type_: str = "", **more: Any) -> Tag:
     return Tag(source="m", name="x", address=address, type=type_, file="drive.csv", line=4, **more)
 
 
+def sent(*registers: int) -> bytes:
+    return struct.pack(f">{len(registers)}H", *registers)
+
+
 @pytest.mark.parametrize(
     ("type_", "registers", "value"),
     [
@@ -99,19 +103,19 @@ def tag(address: str = "holding:0", type_: str = "", **more: Any) -> Tag:
 def test_known_vectors(type_: str, registers: list[int], value: float) -> None:
     spot = Spot(tag("holding:7", type_), 1, 1000)
     assert spot.count == len(registers)
-    assert list(decoder(Block(5, len(registers) + 3, [0]), [spot])([9, 9, *registers, 9])) == [value]
+    assert list(decoder(Block(5, len(registers) + 3, [0]), [spot])(sent(9, 9, *registers, 9))) == [value]
 
 
 @given(st.floats(width=32, allow_nan=False), st.sampled_from(["ABCD", "CDAB", "BADC", "DCBA"]))
 def test_orders_permute_bytes(value: float, order: str) -> None:
-    sent = bytes(struct.pack(">f", value)["ABCD".index(letter)] for letter in order)
+    swapped = bytes(struct.pack(">f", value)["ABCD".index(letter)] for letter in order)
     spot = Spot(tag("holding:0", f"float32:{order}"), 1, 1000)
-    assert list(decoder(Block(0, 2, [0]), [spot])(list(struct.unpack(">2H", sent)))) == [value]
+    assert list(decoder(Block(0, 2, [0]), [spot])(swapped)) == [value]
 
 
 def test_bits() -> None:
     spots = [Spot(tag(f"holding:3.{bit}"), 1, 1000) for bit in (0, 1, 15)]
-    assert decoder(Block(2, 2, [0, 1, 2]), spots)([0, 0x8002]) == [0, 1, 1]
+    assert decoder(Block(2, 2, [0, 1, 2]), spots)(sent(0, 0x8002)) == [0, 1, 1]
     coils = [Spot(tag("coil:5"), 1, 1000), Spot(tag("coil:6"), 1, 1000)]
     assert decoder(Block(4, 3, [0, 1]), coils)([False, True, False]) == [1, 0]
 
@@ -132,8 +136,10 @@ def test_many_values_of_a_block_are_each_what_one_alone_is(
         spots.append(Spot(tag(f"holding:{at}", f"{kind}:{order}"), 0, 100))
         at += spots[-1].count
     registers = [random.randrange(65536) for _ in range(at - 7)]
-    together = decoder(Block(7, len(registers), []), spots)(registers)
-    alone = [decoder(Block(spot.at, spot.count, []), [spot])(registers[spot.at - 7 :][: spot.count]) for spot in spots]
+    together = decoder(Block(7, len(registers), []), spots)(sent(*registers))
+    alone = [
+        decoder(Block(spot.at, spot.count, []), [spot])(sent(*registers[spot.at - 7 :][: spot.count])) for spot in spots
+    ]
     np.testing.assert_array_equal(together, [value for (value,) in alone])
 
 
@@ -370,6 +376,25 @@ async def test_a_dead_device_costs_its_line_one_request_at_a_time(kind: type[Mod
         assert none.samples == []
         rig.silent.clear()
         await until(lambda: values(none) == {0.0})
+
+
+async def test_it_stops_whatever_it_waits_for() -> None:
+    rig = ModbusRig()
+    await rig.start()
+    try:
+        for i in range(40):
+            sink = Collector()
+            tags = tuple(Tag(source="plc", name=f"h{at}", address=f"holding:{at}", sampling_ms=1) for at in (20, 60))
+            driver = Driver(msgspec.structs.replace(rig.source, tags=tags), sink)
+            task = asyncio.create_task(driver.run())
+            await until(lambda sink=sink: sink.samples)  # type: ignore[misc]
+            await asyncio.sleep(i / 10_000)
+            task.cancel()
+            # Once; Python's own wait_for may forget it.
+            done, _ = await asyncio.wait({task}, timeout=10)
+            assert done
+    finally:
+        await rig.stop()
 
 
 async def test_a_late_answer_is_not_taken_for_another_registers() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from edge.history import SampleReader
 from edge.ring import Samples
-from edge.tags import Quality, Sample
+from edge.tags import Quality, Sample, Scan
 
 GOOD = Quality.GOOD
 PLENTY = 1 << 30
@@ -245,7 +245,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from edge.ring import Samples
-from edge.tags import Quality, Sample
+from edge.tags import Quality, Sample, Scan
 samples, number = Samples(Path(sys.argv[1]), 1 << 30), 0
 while True:
     samples.append([Sample("a/x", number, float(number), Quality.GOOD)])
@@ -323,3 +323,35 @@ def test_recorded_waveforms_take_four_bytes_a_value_at_most(tmp_path: Path) -> N
         taken = store.used() - before
     assert taken / x.size <= 4.0
     print(f"cwru_bearing: {taken / x.size:.2f} bytes a value")  # noqa: T201 - shown by pytest -s
+
+
+def test_scans_are_stored_as_their_samples(tmp_path: Path) -> None:
+    refs: tuple[str, ...] = ("a/x", "a/y", "a/z")
+    random = np.random.default_rng(0)
+    batches: list[Scan | list[Sample]] = []
+    for i in range(40):
+        quality = random.integers(0, 3, len(refs)).astype(np.int8)
+        values = np.where(quality == 0, np.nan, random.normal(size=len(refs)))
+        batches.append(Scan(refs, START + i * S - (S // 2 if i % 7 == 0 else 0), values, quality))
+        if i == 20:  # a cut, of which the store hears in the same flush
+            batches.append([Sample("a/y", START + i * S + 5, float("nan"), Quality.BAD)])
+        if i == 30:  # from now on one of them is read apart
+            refs = ("a/x", "a/z")
+            batches.append([Sample("a/y", START + i * S + 5, 1.5, GOOD)])
+    for folder, flushes in (("one", [batches]), ("some", [batches[:12], batches[12:25], batches[25:]])):
+        with ring(tmp_path / f"scans-{folder}") as scans, ring(tmp_path / f"samples-{folder}") as samples:
+            for flush in flushes:
+                for batch in flush:
+                    scans.append(batch)
+                    samples.append(list(batch))
+                scans.flush()
+                samples.flush()
+            assert (scans.dropped, scans.error) == (0, "")
+        with reader(tmp_path / f"scans-{folder}") as left, reader(tmp_path / f"samples-{folder}") as right:
+            for ref in ("a/x", "a/y", "a/z"):
+                one, other = left.columns(ref), right.columns(ref)
+                assert one is not None
+                assert other is not None
+                assert len(one[0]) > 20
+                for found, expected in zip(one, other, strict=True):
+                    np.testing.assert_array_equal(found, expected)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edge.tags import Quality, Sample
+from edge.tags import Quality, Sample, Scan
 from edge.window import Columns, Condition, Win, Windower, Wiring, parse_gate, stored_windows
 from models.spec import Window
 
@@ -417,3 +417,20 @@ def test_two_waveforms_make_a_window_only_of_one_instant() -> None:
         sample("a/v", 2, 4 * wave), sample("a/w", 3, 5 * wave), sample("a/v", 3, 6 * wave), sample("a/v", 9, wave),
     ])  # fmt: skip
     assert [(second(w), w.x[:, 0].tolist()) for w in got] == [(1, [2, 3]), (3, [5, 6])]
+
+
+def test_a_scan_is_its_samples() -> None:
+    made = wiring("a/x", "a/y", length=4, target="a/z")
+    refs = ("a/other", *made.tags, "a/more")
+    together, alone = Windower(made), Windower(made)
+    found, expected = list[Win](), list[Win]()
+    for i in (0, 1, 2, 5, 4, 7, 9, 12, 40, 41, 45, 50, 51, 52):
+        quality = np.roll(np.array([2, 2, 1, 2, 0], np.int8), i)
+        values = np.where(quality == 0, np.nan, np.arange(5) * 10.0 + i)
+        scan = Scan(refs, START + i * SECOND // 2, values, quality)
+        found += together.feed(scan)
+        expected += alone.feed(list(scan))
+    assert len(found) > 3
+    same(found, expected)
+    assert (together.late, together.restarts) == (alone.late, alone.restarts)
+    assert together.late

@@ -14,8 +14,9 @@ from typing import ClassVar, Generic, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edge.tags import Health, Quality, Sample, Sink, Source, Tag, Value, sleep_backoff
+from edge.tags import Health, Quality, Sample, Scan, Sink, Source, Tag, Value, sleep_backoff
 from models.errors import UserError
 
 T = TypeVar("T", int, float, str)
@@ -100,6 +101,32 @@ class Point:
 P = TypeVar("P", bound=Point)
 
 
+class Points(Generic[P]):
+    """Scalar tags that are always read together, at one time, and delivered whole: without a deadband."""
+
+    def __init__(self, points: Sequence[P]) -> None:
+        self.members = list(points)
+        self.refs = tuple(point.ref for point in points)
+        self._scale = np.array([point.scale for point in points])
+        self._offset = np.array([point.offset for point in points])
+        self._plain = all(point.plain for point in points)
+
+    def take(self, raw: NDArray[np.float64], time_ns: int) -> Sequence[Sample]:
+        """Make a batch of numbers (N,) as they were read: what `Point.take` makes of each."""
+        members = self.members
+        if max([point.bad_ns for point in members]) > time_ns:  # rare: the source's clock was set back
+            return [sample for p, x in zip(members, raw, strict=True) if (sample := p.take(x, time_ns, Quality.GOOD))]
+        values = raw if self._plain else raw * self._scale + self._offset
+        good = np.isfinite(values)
+        for point in members:
+            point.latest_ns = time_ns
+        if not good.all():
+            values = np.where(good, values, np.nan)
+            for place in np.flatnonzero(~good).tolist():
+                members[place].bad(time_ns)
+        return Scan(self.refs, time_ns, values, np.where(good, Quality.GOOD, _BAD).astype(np.int8))
+
+
 class Reader(Generic[P]):
     """The life of a driver around its connections.
 
@@ -167,16 +194,19 @@ class Reader(Generic[P]):
         self._told = False
         _log.info("%s: reads %d tags from %s", self.source.name, len(self.points), self.source.url)
 
-    def deliver(self, samples: list[Sample], sent_ns: int | None = None) -> None:
+    def deliver(self, samples: Sequence[Sample], sent_ns: int | None = None) -> None:
         """Hand a batch on, oldest first, and count it; `sent_ns` is the source's clock, if not the last sample's."""
         if not samples:
             return
         self._ahead_ns = (samples[-1].time_ns if sent_ns is None else sent_ns) - time.time_ns()
         if self._owed:
-            samples = samples + self._bad(self._owed)
+            samples = [*samples, *self._bad(self._owed)]
             self._owed = []
         self.health.samples += len(samples)
-        self.health.bad += [sample.quality for sample in samples].count(_BAD)
+        if isinstance(samples, Scan):
+            self.health.bad += int(np.count_nonzero(samples.quality == _BAD))
+        else:
+            self.health.bad += [sample.quality for sample in samples].count(_BAD)
         self._sink(samples)
 
     def _bad(self, points: Sequence[P]) -> list[Sample]:

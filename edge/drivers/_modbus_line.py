@@ -7,11 +7,13 @@ of its own source; the requests of several sources take turns. A line is used on
 import asyncio
 import contextlib
 import os
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pymodbus.client import AsyncModbusSerialClient, AsyncModbusTcpClient
-from pymodbus.exceptions import ModbusException
+from pymodbus.exceptions import ConnectionException, ModbusException
+from pymodbus.pdu.register_message import ReadHoldingRegistersResponse, ReadInputRegistersResponse
 
 from edge.drivers._common import LostError, endpoint, option, refusal
 from edge.tags import Source
@@ -28,6 +30,26 @@ _READ = {
 }
 _BITS_OF_A_CHARACTER = 11  # start, eight of data, parity or a second stop, stop
 _NEVER = 2**31
+
+
+class _AsBytes:
+    """A reply's registers as they came: the library would make a list of numbers that we make bytes again."""
+
+    payload = b""
+
+    def decode(self, data: bytes) -> None:
+        """Take the bytes that the first one counts; ValueError, to which the library closes up, without them."""
+        if len(data) <= data[0]:
+            raise ValueError(f"{data[0]} bytes announced, {len(data) - 1} there")
+        self.payload = data[1 : 1 + data[0]]
+
+
+class _Holding(_AsBytes, ReadHoldingRegistersResponse):
+    pass
+
+
+class _Input(_AsBytes, ReadInputRegistersResponse):
+    pass
 
 
 class Place(NamedTuple):
@@ -108,7 +130,7 @@ class Line:
         self._silent: set[object] = set()  # who got no answer since the last one that anybody got
         self._owing: set[int] = set()  # devices whose answer may still come
         self._lock = asyncio.Lock()
-        self._work: set[asyncio.Task[Any]] = set()
+        self._quiet_at = 0.0  # nothing is asked before
         self._client: Any = None
 
     async def connect(self, timeout_s: float) -> None:
@@ -133,18 +155,16 @@ class Line:
     ) -> Any:
         """Send one read request when the line is free and return the library's reply.
 
-        LostError if the connection ends meanwhile, TimeoutError if no answer comes. A caller that is cancelled leaves
-        the request to its end: the next one's reply would be taken for its reply.
+        LostError if the connection ends meanwhile, TimeoutError if no answer comes.
         """
+        async with self._lock:
+            if (quiet_s := self._quiet_at - time.monotonic()) > 0:
+                await asyncio.sleep(quiet_s)
+            if self.over:
+                raise LostError(self.place.ended)
+            reply = await self._ask(table, at, count, device_id, timeout_s, retries)
         if self.over:
             raise LostError(self.place.ended)
-        task = asyncio.create_task(self._ask(table, at, count, device_id, timeout_s, retries))
-        self._work.add(task)
-        task.add_done_callback(self._work.discard)
-        await asyncio.wait({task})
-        if task.cancelled() or self.over:
-            raise LostError(self.place.ended)
-        reply = task.result()
         if reply is None:
             self._silent.add(user)
             if self._silent >= self._users:
@@ -153,19 +173,24 @@ class Line:
         return reply
 
     async def _ask(self, table: str, at: int, count: int, device_id: int, timeout_s: float, retries: int) -> Any:
-        async with self._lock:
-            transactions = self._client.ctx
-            transactions.comm_params.timeout_connect, transactions.retries = timeout_s, retries
-            reply = None
+        transactions = self._client.ctx
+        transactions.comm_params.timeout_connect, transactions.retries = timeout_s, retries
+        reply = None
+        try:
             with contextlib.suppress(ModbusException, TimeoutError):
                 reply = await getattr(self._client, _READ[table])(at, count=count, device_id=device_id)
                 self._silent.clear()
-            if self.place.pause_s:
-                # RTU frames bear no number: an answer that is late must not be taken for that to the next request.
-                late = reply is not None and (reply.retries or device_id in self._owing)
-                (self._owing.add if reply is None else self._owing.discard)(device_id)
-                await asyncio.sleep(timeout_s if late else self.place.pause_s)
-            return reply
+            _check_cancelled()
+        except asyncio.CancelledError:
+            # The answer to a caller who is gone must not be taken for that to the next request.
+            self._quiet_at = time.monotonic() + (timeout_s if reply is None else self.place.pause_s)
+            raise
+        if self.place.pause_s:
+            # RTU frames bear no number: an answer that is late must not be taken for that to the next request.
+            late = reply is not None and (reply.retries or device_id in self._owing)
+            (self._owing.add if reply is None else self._owing.discard)(device_id)
+            self._quiet_at = time.monotonic() + (timeout_s if late else self.place.pause_s)
+        return reply
 
     def enter(self, user: object) -> None:
         """Use the line from now on."""
@@ -184,14 +209,24 @@ class Line:
             return
         self.over = True
         del _lines[self._key]
-        for task in self._work:
-            task.cancel()
         if self._client is not None:
+            # The library lets who waits for an answer wait on until the timeout.
+            answer = self._client.ctx.response_future
+            if not answer.done():
+                answer.set_exception(ConnectionException("over"))
+                answer.exception()  # seen, if nobody waits
             self._client.close()
 
     def _traced(self, connected: bool) -> None:  # noqa: FBT001 - the library's signature
         if not connected:
             self.end()
+
+
+def _check_cancelled() -> None:
+    """Be cancelled after all: Python 3.11's wait_for, in the library, forgets it if it comes with the answer."""
+    caller = asyncio.current_task()
+    if caller is not None and caller.cancelling():
+        raise asyncio.CancelledError
 
 
 _lines: dict[tuple[str, int], Line] = {}
@@ -216,13 +251,18 @@ def _client(place: Place, timeout_s: float, traced: Any) -> Any:
         "reconnect_delay_max": 0,
         "trace_connect": traced,
     }
+    client: AsyncModbusTcpClient | AsyncModbusSerialClient
     if place.port:
-        return AsyncModbusTcpClient(place.host, port=place.port, **once)
-    return AsyncModbusSerialClient(
-        place.host,
-        baudrate=place.baud,
-        parity=place.parity,
-        bytesize=place.data_bits,
-        stopbits=place.stop_bits,
-        **once,
-    )
+        client = AsyncModbusTcpClient(place.host, port=place.port, **once)
+    else:
+        client = AsyncModbusSerialClient(
+            place.host,
+            baudrate=place.baud,
+            parity=place.parity,
+            bytesize=place.data_bits,
+            stopbits=place.stop_bits,
+            **once,
+        )
+    client.register(_Holding)
+    client.register(_Input)
+    return client

@@ -7,6 +7,8 @@ from functools import partial
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from edge.drivers._common import Point
 from edge.tags import Tag
 from models.errors import UserError
@@ -86,7 +88,9 @@ class Spot(Point):
         self.read_ns = 0
 
 
-Decoder = Callable[[Sequence[int] | Sequence[bool]], Sequence[float]]
+# Registers as they came, two bytes each, or the bits of a table of bits.
+Elements = bytes | list[bool]
+Decoder = Callable[[Elements], Sequence[float]]
 
 
 def plan_blocks(spans: Sequence[Span], max_gap: int, max_block: int, borders: Collection[int] = ()) -> list[Block]:
@@ -127,25 +131,27 @@ def decoder(block: Block, spots: Sequence[Spot]) -> Decoder:
     for spot in spots:
         form += f"{2 * (spot.at - at)}x" + spot.kind.form[1:]
         at = spot.at + spot.count
-    packed, whole = struct.Struct(f"{'<' if swapped else '>'}{block.size}H"), struct.Struct(form)
-    return lambda elements: whole.unpack_from(packed.pack(*elements))
+    unpack = struct.Struct(form).unpack_from
+    return lambda elements: unpack(_turned(elements) if swapped else bytes(elements))
 
 
-def _decode_each(start: int, spots: Sequence[Spot], elements: Sequence[int] | Sequence[bool]) -> Sequence[float]:
-    first = next(iter(elements), 0)
-    plain = swapped = b""
-    if not isinstance(first, bool):
-        plain = struct.pack(f">{len(elements)}H", *elements)
-        swapped = struct.pack(f"<{len(elements)}H", *elements)
+def _decode_each(start: int, spots: Sequence[Spot], elements: Elements) -> Sequence[float]:
+    if isinstance(elements, list):
+        return [elements[spot.at - start] for spot in spots]
+    swapped = _turned(elements)
     out: list[float] = []
     for spot in spots:
-        place = spot.at - start
+        data, place = swapped if spot.kind.swapped else elements, 2 * (spot.at - start)
         if spot.kind.form:
-            data = swapped if spot.kind.swapped else plain
-            out.append(struct.unpack_from(spot.kind.form, data, 2 * place)[0])
+            out.append(struct.unpack_from(spot.kind.form, data, place)[0])
         else:
-            out.append((elements[place] >> max(0, spot.address.bit)) & 1)
+            out.append(int.from_bytes(data[place : place + 2]) >> spot.address.bit & 1)
     return out
+
+
+def _turned(elements: Elements) -> bytes:
+    """Swap the bytes of each register."""
+    return np.frombuffer(bytes(elements), np.uint16).byteswap().tobytes()
 
 
 def parse_address(text: str, base: int, tag: Tag) -> Address:

@@ -11,18 +11,20 @@ import logging
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
-from itertools import groupby
+from collections.abc import AsyncIterator, Iterable, Sequence
+from itertools import chain, groupby
 from typing import ClassVar, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from pymodbus.constants import ExcCodes
 
 from broker.diagnose import Step, fail, ok, reach
-from edge.drivers._common import LostError, Reader, option, refusal
+from edge.drivers._common import LostError, Points, Reader, option, refusal
 from edge.drivers._diagnose import listen
 from edge.drivers._modbus_line import SERIAL_OPTIONS, Line, join, parse_place
-from edge.drivers._modbus_map import BITS, Block, Decoder, Spot, decoder, plan_blocks
-from edge.tags import Quality, Sample, Sink, Source, Tag
+from edge.drivers._modbus_map import BITS, Block, Decoder, Elements, Spot, decoder, plan_blocks
+from edge.tags import Quality, Sink, Source, Tag
 from models.errors import UserError
 
 OPTIONS: dict[str, type] = {
@@ -66,6 +68,23 @@ class _Request(NamedTuple):
     decode: Decoder
 
 
+class _Plan(NamedTuple):
+    """How a set of tags is read: the requests, and which of what they bring is delivered whole, and which one by one.
+
+    `whole` and `apart` are places in what the requests bring, one after the other.
+    """
+
+    requests: list[_Request]
+    members: list[Spot]
+    points: Points[Spot]
+    whole: NDArray[np.intp]
+    apart: list[int]
+
+
+# What a request, or a part of one, has brought.
+_Found = list[tuple[Sequence[Spot], Sequence[float]]]
+
+
 class Driver(Reader[Spot]):
     """Reads devices by TCP or RTU with function codes 1 to 4; the contract is `edge.tags.Driver`'s."""
 
@@ -82,9 +101,11 @@ class Driver(Reader[Spot]):
         self._max_gap = option(source, "max_gap", 8, 0, 120)
         self._max_block = option(source, "max_block", 120, 4, 125)
         self._clock = _clock(source, base, poll_ms)
+        periods = sorted({spot.period_s for spot in self.points})
+        self._by_period = {p: tuple(spot for spot in self.points if spot.period_s == p) for p in periods}
         self._line: Line | None = None
         self._borders: set[tuple[str, int]] = set()
-        self._plans: dict[tuple[Spot, ...], list[_Request]] = {}
+        self._plans: dict[tuple[Spot, ...], _Plan] = {}
 
     async def open(self) -> None:
         """Connect; may raise anything."""
@@ -96,17 +117,16 @@ class Driver(Reader[Spot]):
 
     async def read(self) -> None:
         """Run the poll cycles, each when it is due; raises when the connection is lost."""
-        periods = sorted({spot.period_s for spot in self.points})
-        due = dict.fromkeys(periods, time.monotonic())
+        due = dict.fromkeys(self._by_period, time.monotonic())
         while True:
-            for period in periods:
+            for period in due:
                 now = time.monotonic()
                 if due[period] <= now:
                     # A cycle that was missed is not made up for: a slow device is not flooded.
                     due[period] = max(due[period] + period, now)
                     await self._cycle(period)
             for spot in self.due():
-                self.deliver(await self._read_spots([spot]))
+                await self._scan((spot,))
             wait = min(due.values(), default=math.inf) - time.monotonic()
             await asyncio.sleep(max(0.0, min(wait, _IDLE_S)))
             if self._line is None or self._line.over:
@@ -120,39 +140,52 @@ class Driver(Reader[Spot]):
 
     async def _cycle(self, period: float) -> None:
         """Read and deliver all tags of one poll interval that aren't in quarantine."""
-        apart = self.health.quarantined
-        spots = [spot for spot in self.points if spot.period_s == period and spot.ref not in apart]
+        spots, apart = self._by_period[period], self.health.quarantined
+        if apart:
+            spots = tuple(spot for spot in spots if spot.ref not in apart)
         if spots:
-            self.deliver(await self._read_spots(spots))
+            await self._scan(spots)
 
-    async def _read_spots(self, spots: Sequence[Spot]) -> list[Sample]:
-        """Read tags, and the device's clock along with them; one timestamp for all."""
-        found: dict[Spot, float] = {}
-        for request in self._planned((*spots, self._clock) if self._clock else tuple(spots)):
+    async def _scan(self, spots: tuple[Spot, ...]) -> None:
+        """Read tags, and the device's clock along with them, and deliver them; one timestamp for all."""
+        plan = self._planned((*spots, self._clock) if self._clock else spots)
+        found: _Found = []
+        for request in plan.requests:
             await self._read_block(request, found)
         time_ns = self._stamp(found)
+        apart: Iterable[tuple[Spot, float]]
+        if [id(part) for part, _ in found] == [id(request.spots) for request in plan.requests]:
+            raw = list(chain.from_iterable(values for _, values in found))
+            if plan.points.members:
+                self.deliver(plan.points.take(np.array(raw, np.float64)[plan.whole], time_ns))
+            apart = ((plan.members[i], raw[i]) for i in plan.apart)
+        else:  # some were refused
+            apart = chain.from_iterable(zip(*part, strict=True) for part in found)
         samples = []
-        for spot in spots:
-            raw = found.get(spot)
-            if raw is None:
+        for spot, value in apart:
+            if spot is self._clock:
                 continue
             # Polled twice within one tick of the device's clock: nothing new.
             before = spot.last if spot.read_ns == time_ns else None
-            sample = spot.take(raw, time_ns, Quality.GOOD)
+            sample = spot.take(value, time_ns, Quality.GOOD)
             spot.read_ns = time_ns
             if sample is not None and sample.value != before:
                 samples.append(sample)
-        return samples
+        self.deliver(samples)
 
-    def _planned(self, wanted: tuple[Spot, ...]) -> list[_Request]:
-        """Return the requests that read some tags; they stay the same from cycle to cycle."""
+    def _planned(self, wanted: tuple[Spot, ...]) -> _Plan:
+        """Return how some tags are read; that stays the same from cycle to cycle."""
         if wanted not in self._plans:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
-            plan = []
+            requests = []
             for table, group in groupby(sorted(wanted, key=_by_table), key=_by_table):
-                plan += self._plan(table, list(group), {at for name, at in self._borders if name == table})
-            self._plans[wanted] = plan
+                requests += self._plan(table, list(group), {at for name, at in self._borders if name == table})
+            members = [spot for request in requests for spot in request.spots]
+            # What a device's clock stamps may be read twice at one time.
+            apart = [i for i, spot in enumerate(members) if spot.deadband or self._clock]
+            whole = np.setdiff1d(np.arange(len(members)), np.array(apart, np.intp))
+            self._plans[wanted] = _Plan(requests, members, Points([members[i] for i in whole]), whole, apart)
         return self._plans[wanted]
 
     def _plan(self, table: str, members: Sequence[Spot], borders: set[int]) -> list[_Request]:
@@ -163,25 +196,26 @@ class Driver(Reader[Spot]):
             plan.append(_Request(table, block, spots, decoder(block, spots)))
         return plan
 
-    def _stamp(self, found: dict[Spot, float]) -> int:
+    def _stamp(self, found: _Found) -> int:
         """Return the time of a cycle: the device's, if it has one and that could be read, else the gateway's."""
         now = time.time_ns()
-        if self._clock is None or self._clock not in found:
+        if self._clock is None:
             return now
-        time_ns = int(found[self._clock]) * 1_000_000
+        read = (value for part in found for spot, value in zip(*part, strict=True) if spot is self._clock)
+        time_ns = int(next(read, 0)) * 1_000_000
         if not 0 < time_ns <= _MOST_NS:
             return now
         self.health.clock_skew_s = (time_ns - now) / 1e9
         return time_ns
 
-    async def _read_block(self, request: _Request, found: dict[Spot, float]) -> None:
+    async def _read_block(self, request: _Request, found: _Found) -> None:
         """Read one block into `found`; one that is refused is read by halves, one tag that is, quarantined."""
         table, block, spots, decode = request
         reply = await self._request(table, block)
         if not self.health.connected:
             self.connected()
         if not isinstance(reply, _Refused):
-            found.update(zip(spots, decode(reply), strict=True))
+            found.append((spots, decode(reply)))
             if self.health.quarantined:
                 for spot in spots:
                     self.release(spot)
@@ -206,7 +240,7 @@ class Driver(Reader[Spot]):
         reason = f"the device answers {reply.name} for {spot.tag.address}; {where}"
         self.quarantine(spot, reason)
 
-    async def _request(self, table: str, block: Block) -> list[int] | list[bool] | _Refused:
+    async def _request(self, table: str, block: Block) -> Elements | _Refused:
         """Send one read request: the elements, or the device's exception; raises if no answer comes."""
         if self._line is None:
             raise LostError("not connected")
@@ -218,11 +252,12 @@ class Driver(Reader[Spot]):
             if refused.code in _GONE:
                 raise LostError(f"has no device {self._device_id} behind it ({refused.name}); check device_id")
             return refused
-        elements: list[int] | list[bool] = reply.bits if table in BITS else reply.registers
-        # Bits come in whole bytes.
-        due = (block.size + 7) // 8 * 8 if table in BITS else block.size
+        elements: Elements = reply.bits if table in BITS else reply.payload
+        # Bits come in whole bytes, registers in two.
+        due = (block.size + 7) // 8 * 8 if table in BITS else 2 * block.size
         if len(elements) != due:
-            raise LostError(f"sent {len(elements)} elements where {due} are due; check device_id and the wiring")
+            problem = f"sent {len(elements)} {'bits' if table in BITS else 'bytes'} where {due} are due"
+            raise LostError(f"{problem}; check device_id and the wiring")
         return elements
 
     def explain(self, error: Exception) -> str:

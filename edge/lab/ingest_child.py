@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,7 @@ async def _ours(args: argparse.Namespace) -> dict[str, float]:
     samples = Samples(args.folder / "state", 1 << 30, 0, Watch({tag.ref: tag for tag in source.tags}).take)
     live = _live(args.folder, samples)
 
-    def sink(batch: list[Sample], /) -> None:
+    def sink(batch: Sequence[Sample], /) -> None:
         samples.append(batch)
         live.feed(batch)
 
