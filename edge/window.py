@@ -137,7 +137,7 @@ class _Rows:
         self.wait = self.wiring.window.stride
         rows = self.buffer[self.fill - self.t : self.fill]
         x = self.convert(rows[:, : self.c].T)
-        return Win(end_ns, x, float(np.isfinite(x).mean()), self.gate(rows), self.segment, self.label(row))
+        return Win(end_ns, x, _good_share(x), self.gate(rows), self.segment, self.label(row))
 
     def convert(self, x: NDArray[np.floating]) -> Float:
         """Mask what is out of range in signals (C, T), and bring them to the task's units."""
@@ -149,11 +149,13 @@ class _Rows:
 
     def gate(self, rows: Wide) -> bool:
         """Whether the machine-state gate held in all rows; a gate tag that is not good does not hold."""
-        return all(
-            bool(np.all(_OPERATORS[c.compare](rows[:, self.index[c.tag]], c.number)))  # type: ignore[arg-type]
-            and not bool(np.isnan(rows[:, self.index[c.tag]]).any())
-            for c in self.wiring.gate
-        )
+        for c in self.wiring.gate:
+            column = rows[:, self.index[c.tag]]
+            holds: NDArray[np.bool_] = _OPERATORS[c.compare](column, c.number)  # type: ignore[arg-type, assignment]
+            # Of all comparisons, NaN passes "is not" alone.
+            if not holds.all() or (c.compare == "!=" and np.isnan(column).any()):
+                return False
+        return True
 
     def label(self, row: Wide) -> float:
         """The target's value in a row, NaN without one."""
@@ -161,6 +163,10 @@ class _Rows:
             return math.nan
         value = float(row[self.index[self.wiring.target]])
         return value * self.wiring.gains[-1] + self.wiring.offsets[-1] if self.wiring.gains else value
+
+
+def _good_share(x: Float) -> float:
+    return int(np.count_nonzero(np.isfinite(x))) / x.size
 
 
 @dataclass
@@ -272,7 +278,7 @@ class Windower:
         self._arrays.clear()
         row = self._latest
         segment = float(row[self._rows.index[self.wiring.segment]]) if self.wiring.segment else math.nan
-        quality = float(np.isfinite(x).mean())
+        quality = _good_share(x)
         active = self._rows.gate(row[None])
         return [Win(times.pop(), x, quality, active, segment, self._rows.label(row))]
 
