@@ -25,7 +25,7 @@ VERSION = 1
 KEY_BYTES = 32
 # Versions that a manifest leads on from: a gateway that missed more rounds takes the whole model.
 MAX_STEPS = 8
-STEP_DIGEST = 16
+STEP_DIGEST = 8
 # Tag 18, an array of four: the protected header {1: -8} (EdDSA) as bytes, an empty unprotected one, then the payload …
 _HEAD = bytes.fromhex("d28443a10127a0")
 # … and the signature, 64 bytes.

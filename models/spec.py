@@ -85,7 +85,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 # Of more, most of what is kept is small, and a sparse coding is none any more.
 MOST_KEPT = 0.5
 _WIDE, _NARROW, _NARROWING = 0.05, 0.02, 6
-_DOWN_WIDE, _DOWN_NARROW = 0.1, 0.05
+_DOWN_WIDE, _DOWN_NARROW = 0.1, 0.065
 
 
 class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -199,7 +199,7 @@ def test_who_missed_rounds_fetches_those_and_nothing_else(aggregator: Aggregator
     sizes = [len(data) for topic, data in offer.chunks.items() if "step" in topic]
     assert max(sizes) < 4 * LAYOUT.size / 100
     envelope = aggregator.link.retained[topics.Manifest("press", "wear").topic]
-    assert len(envelope) < 500
+    assert len(envelope) < 420
 
 
 def test_steps_as_large_as_the_whole_are_not_offered(aggregator: Aggregator) -> None:

@@ -50,7 +50,7 @@ MESSAGES: list[AnyMessage] = [
     Plan(1, DIGEST, 1, 0, DIGEST, "open", 1, 2, 3, 8, secure_aggregation=False),
     Receipt(1, 7, DIGEST, "refused-codec", "why", 1),
     Terms(1, "text", (("a", (1, 3)), ("steps", None)), OBJECT),
-    ModelManifest(1, 3, 3, 1, 3, 600, DIGEST, DIGEST, Whole(2, (DIGEST,)), (bytes(16),)),
+    ModelManifest(1, 3, 3, 1, 3, 600, DIGEST, DIGEST, Whole(2, (DIGEST,)), (bytes(8),)),
 ]
 
 
