@@ -1,7 +1,8 @@
 """From a round's counted updates to the next model: finds the strategy by its file name and runs it.
 
 A strategy is one file in `broker/strategies`, with a function
-`aggregate(state, updates, *, momentum) -> (state, delta)`: pure, streaming, its state a dict of float64 arrays.
+`aggregate(state, updates, *, momentum) -> (state, delta)`: pure, streaming, its state a dict of float64 arrays. An
+update's delta is a vector, or what a sparse coding keeps of one (`codec.Sparse`).
 """
 
 import importlib
@@ -48,7 +49,7 @@ def next_model(
     new weights hold a NaN or an infinity.
     """
     count = int(shared.sum())
-    updates = ((codec.decode(payload, count), samples) for payload, samples in payloads)
+    updates = ((codec.decode_sparse(payload, count), samples) for payload, samples in payloads)
     new_state, delta = strategy(name)(load_state(state), updates, momentum=momentum)
     vector = base.copy()
     vector[shared] += delta

@@ -1,5 +1,6 @@
 """What the aggregator publishes: retained chunks, manifests, plans and its own birth, and receipts.
 
+Of a model, `Offer` says what is retained: the newest steps, and the whole weights that they lead on from.
 Retained messages wait in order, newest content per topic, until the link takes them; after every connection all of
 them are put again, because a broker may come back empty. A receipt that can't be sent is dropped: its gateway sends
 the update again and gets another.
@@ -7,6 +8,8 @@ the update again and gets another.
 
 import hashlib
 import json
+from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
@@ -16,14 +19,65 @@ from broker.journal import ModelRow, TaskRow
 from broker.link import Link
 from broker.messages import (
     CHUNK_BYTES,
+    MAX_STEPS,
+    STEP_DIGEST,
     FederationBirth,
     ModelManifest,
     Object,
     Plan,
     Receipt,
     Signer,
+    Terms,
+    Whole,
 )
 from models.spec import Task, task_digest
+
+TERMS, GRAPH, WEIGHTS, STEP = "terms", "graph", "weights", "step"
+Objects = dict[tuple[int, str], bytes]
+
+
+class Versions(Protocol):
+    """What knows a task's models: the journal."""
+
+    def model(self, task: str, version: int, /) -> ModelRow | None:
+        """One version; None if there is none."""
+
+    def steps(self, task: str, version: int, most: int, /) -> list[bytes]:
+        """Steps that lead to a version, newest first, without a gap; `most` at most."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What leads to a version: the whole weights of one up to MAX_STEPS before, and the newest steps, newest first."""
+
+    newest: ModelRow
+    whole: ModelRow
+    steps: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, versions: Versions, task: str, version: int) -> "Offer | None":
+        """Return a version's offer, the same whenever it is asked for; None if there is no such version.
+
+        A whole is due every MAX_STEPS versions, and where there is no way on by steps smaller than the whole.
+        """
+        newest = versions.model(task, version)
+        if newest is None:
+            return None
+        steps, room = list[bytes](), len(newest.weights)
+        for step in versions.steps(task, version, MAX_STEPS):
+            room -= len(step)
+            if room < 0:
+                break
+            steps.append(step)
+        since = version % MAX_STEPS
+        whole = versions.model(task, version - since) if since <= len(steps) else None
+        return cls(newest, whole or newest, tuple(steps))
+
+    def objects(self) -> Objects:
+        """(version, name) -> bytes of what is retained for it, oldest first."""
+        newest = self.newest.version
+        steps = {(newest - i, STEP): step for i, step in enumerate(self.steps)}
+        return {(self.whole.version, WEIGHTS): self.whole.weights} | dict(reversed(steps.items()))
 
 
 class Downlink:
@@ -67,29 +121,61 @@ class Downlink:
         for i, piece in enumerate(_pieces(data)):
             self.put(topics.Chunk(self._federation, task, version, f"{name}{i}").topic, piece)
 
-    def clear_chunks(self, task: str, version: int, name: str, data: bytes) -> None:
-        """Clear the chunks that `put_chunks` put."""
-        for i in range(len(_pieces(data))):
-            self.put(topics.Chunk(self._federation, task, version, f"{name}{i}").topic, b"")
+    def put_terms(self, task: str, row: TaskRow) -> None:
+        """Put what all models of a task share; ValueError when it does not fit into a message."""
+        self.put_chunks(task, 0, GRAPH, row.graph)
+        self.put(self._terms_topic(task), self._terms(task, row))
 
-    def put_manifest(self, task: Task, row: TaskRow, model: ModelRow, count: int) -> None:
-        """Put the manifest of the newest model; `count` is the number of values in its vector."""
-        graph = Object("graph", 0, row.graph_size, row.graph_digest, _digests(row.graph))
-        weights = Object("weights", model.version, 4 * count, model.digest, _digests(model.weights))
-        manifest = ModelManifest(
+    def put_model(self, task: str, row: TaskRow, offer: Offer, *, new: bool) -> None:
+        """Put the way to a version, all of it, or (`new`) what the version before did not have; then its manifest."""
+        for (version, name), data in offer.objects().items():
+            if not new or version == offer.newest.version:
+                self.put_chunks(task, version, name, data)
+        topic = topics.Manifest(self._federation, task).topic
+        self.put(topic, self._signer.seal(self.manifest(task, row, offer), topic))
+
+    def sizes(self, task: str, row: TaskRow, offer: Offer, *, held: bool = False) -> tuple[int, int, int]:
+        """Bytes that a gateway reads to have a version: manifest, weights, and what is fetched once.
+
+        `held`: it holds the version before, and with it terms and graph.
+        """
+        topic = topics.Manifest(self._federation, task).topic
+        manifest = len(self._signer.seal(self.manifest(task, row, offer), topic))
+        if held and offer.steps:
+            return manifest, len(offer.steps[0]), 0
+        weights = len(offer.whole.weights) + sum(map(len, offer.steps[: offer.newest.version - offer.whole.version]))
+        return manifest, weights, 0 if held else len(self._terms(task, row)) + len(row.graph)
+
+    def clear(self, task: str, gone: Objects) -> None:
+        """Clear what no manifest leads to any more."""
+        for (version, name), data in gone.items():
+            for i in range(len(_pieces(data))):
+                self.put(topics.Chunk(self._federation, task, version, f"{name}{i}").topic, b"")
+
+    def manifest(self, task: str, row: TaskRow, offer: Offer) -> ModelManifest:
+        """Make the manifest of a version."""
+        model = offer.newest
+        return ModelManifest(
             v=1,
-            task_text=row.text,
             version=model.version,
             round=model.round,
             created_ms=model.created_ms,
             gateways=model.gateways,
             samples=model.samples,
-            layout=msgspec.convert(json.loads(row.layout), tuple[tuple[str, tuple[int, ...] | None], ...]),
-            graph=graph,
-            weights=weights,
+            terms=hashlib.sha256(self._terms(task, row)).digest(),
+            digest=model.digest,
+            whole=Whole(offer.whole.version, _digests(offer.whole.weights)),
+            steps=tuple(hashlib.sha256(step).digest()[:STEP_DIGEST] for step in offer.steps),
         )
-        topic = topics.Manifest(self._federation, task.name).topic
-        self.put(topic, self._signer.seal(manifest, topic))
+
+    def _terms_topic(self, task: str) -> str:
+        return topics.Chunk(self._federation, task, 0, f"{TERMS}0").topic
+
+    def _terms(self, task: str, row: TaskRow) -> bytes:
+        """Seal the terms; the same bytes every time, since neither CBOR nor Ed25519 leaves a choice."""
+        layout = msgspec.convert(json.loads(row.layout), tuple[tuple[str, tuple[int, ...] | None], ...])
+        graph = Object(GRAPH, 0, row.graph_size, row.graph_digest, _digests(row.graph))
+        return self._signer.seal(Terms(1, row.text, layout, graph), self._terms_topic(task))
 
     def put_plan(self, task: Task, text: str, federation: Federation, base_digest: bytes, deadline_ms: int) -> None:
         """Put the plan of the latest round; nothing before the first."""

@@ -190,7 +190,9 @@ def check_update(update: Update, wanted: Wanted) -> None:
         declared = codec.HEADER.unpack_from(update.payload)[3]
         if declared != wanted.count:
             raise PeerError("layout", f"{declared} values, the task shares {wanted.count}")
-    largest = float(np.abs(codec.decode(update.payload, wanted.count)).max())
+    decoded = codec.decode_sparse(update.payload, wanted.count)
+    values = decoded.values if isinstance(decoded, codec.Sparse) else decoded
+    largest = float(np.abs(values).max(initial=0))
     if largest > MAX_VALUE:
         raise PeerError("range", f"a value of {largest:.3g}, at most {MAX_VALUE:.0e} is believed")
 

@@ -17,16 +17,17 @@ from broker import ledger
 from broker.messages import Signer
 from models.errors import LocalError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE keys(name TEXT PRIMARY KEY, private_key BLOB NOT NULL) STRICT;
 CREATE TABLE roster(path TEXT PRIMARY KEY, public_key BLOB NOT NULL, since_ms INTEGER NOT NULL,
     how TEXT NOT NULL) STRICT;
 CREATE TABLE tasks(task TEXT PRIMARY KEY, text TEXT NOT NULL, layout TEXT NOT NULL, graph BLOB NOT NULL,
-    graph_size INTEGER NOT NULL, graph_digest BLOB NOT NULL, strategy_state BLOB NOT NULL) STRICT;
+    graph_size INTEGER NOT NULL, graph_digest BLOB NOT NULL, strategy_state BLOB NOT NULL,
+    residual BLOB NOT NULL DEFAULT x'') STRICT;
 CREATE TABLE models(task TEXT NOT NULL, version INTEGER NOT NULL, round INTEGER NOT NULL, weights BLOB NOT NULL,
     digest BLOB NOT NULL, gateways INTEGER NOT NULL, samples INTEGER NOT NULL, created_ms INTEGER NOT NULL,
-    PRIMARY KEY(task, version)) STRICT;
+    step BLOB, PRIMARY KEY(task, version)) STRICT;
 CREATE TABLE rounds(task TEXT NOT NULL, round INTEGER NOT NULL, base INTEGER NOT NULL, opened_ms INTEGER NOT NULL,
     deadline_ms INTEGER NOT NULL, state TEXT NOT NULL, closed_ms INTEGER, version INTEGER,
     PRIMARY KEY(task, round)) STRICT;
@@ -35,6 +36,13 @@ CREATE TABLE updates(task TEXT NOT NULL, round INTEGER NOT NULL, path TEXT NOT N
     UNIQUE(task, round, path)) STRICT;
 CREATE TABLE ledger(seq INTEGER PRIMARY KEY, hash TEXT NOT NULL, line TEXT NOT NULL) STRICT;
 """
+# What a journal of an earlier schema lacks, by that schema.
+_UPGRADE = {
+    1: """
+ALTER TABLE tasks ADD COLUMN residual BLOB NOT NULL DEFAULT x'';
+ALTER TABLE models ADD COLUMN step BLOB;
+"""
+}
 
 
 class RoundRow(NamedTuple):
@@ -48,7 +56,10 @@ class RoundRow(NamedTuple):
 
 
 class ModelRow(NamedTuple):
-    """One model; `weights` is the codec's exact (32 bit) payload, `digest` that of the little-endian float32 values."""
+    """One model; `weights` is the codec's exact (32 bit) payload, `digest` that of the little-endian float32 values.
+
+    `step` leads here from the version before (`broker.steps`); None where there is no such way.
+    """
 
     version: int
     round: int
@@ -57,6 +68,7 @@ class ModelRow(NamedTuple):
     gateways: int
     samples: int
     created_ms: int
+    step: bytes | None = None
 
 
 class TaskRow(NamedTuple):
@@ -158,7 +170,8 @@ class Journal:
     def put_task(self, task: str, row: TaskRow) -> None:
         """Store a task, or its changed text; the strategy's state stays."""
         self._do(
-            "INSERT INTO tasks VALUES (?, ?, ?, ?, ?, ?, x'') ON CONFLICT(task) DO UPDATE SET text = excluded.text",
+            "INSERT INTO tasks VALUES (?, ?, ?, ?, ?, ?, x'', x'') "
+            "ON CONFLICT(task) DO UPDATE SET text = excluded.text",
             task,
             *row,
         )
@@ -168,18 +181,37 @@ class Journal:
         row = self._one("SELECT strategy_state FROM tasks WHERE task = ?", task)
         return row[0] if row else b""
 
+    def residual(self, task: str) -> bytes:
+        """What of the aggregator's goal is not published yet, as float32; b"" when nothing waits."""
+        row = self._one("SELECT residual FROM tasks WHERE task = ?", task)
+        return row[0] if row else b""
+
+    def put_residual(self, task: str, residual: bytes) -> None:
+        """Store that; it belongs into the transaction of its version."""
+        self._do("UPDATE tasks SET residual = ? WHERE task = ?", residual, task)
+
     def put_model(self, task: str, row: ModelRow) -> None:
         """Store a version of the weights."""
-        self._do("INSERT INTO models VALUES (?, ?, ?, ?, ?, ?, ?, ?)", task, *row)
+        self._do("INSERT INTO models VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", task, *row)
 
     def model(self, task: str, version: int | None = None) -> ModelRow | None:
         """One version, or the newest; None if there is none."""
-        columns = "SELECT version, round, weights, digest, gateways, samples, created_ms FROM models WHERE task = ?"
+        columns = f"SELECT {', '.join(ModelRow._fields)} FROM models WHERE task = ?"
         if version is None:
             row = self._one(f"{columns} ORDER BY version DESC LIMIT 1", task)
         else:
             row = self._one(f"{columns} AND version = ?", task, version)
         return ModelRow(*row) if row else None
+
+    def steps(self, task: str, version: int, most: int) -> list[bytes]:
+        """Steps that lead to a version, newest first, without a gap; `most` at most."""
+        query = "SELECT step FROM models WHERE task = ? AND version <= ? ORDER BY version DESC LIMIT ?"
+        found = list[bytes]()
+        for (step,) in self._db.execute(query, (task, version, most)):
+            if step is None:
+                break
+            found.append(step)
+        return found
 
     # Rounds and updates.
 
@@ -272,6 +304,10 @@ class Journal:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version == 0:
             self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        elif version in _UPGRADE:
+            self._db.executescript(
+                f"BEGIN IMMEDIATE; {_UPGRADE[version]} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+            )
         elif version != SCHEMA_VERSION:
             self._db.close()
             raise LocalError(

@@ -23,17 +23,21 @@ MAX_PAYLOAD = 256 * 1024
 CHUNK_BYTES = 192 * 1024
 VERSION = 1
 KEY_BYTES = 32
+# Versions that a manifest leads on from: a gateway that missed more rounds takes the whole model.
+MAX_STEPS = 8
+STEP_DIGEST = 8
 # Tag 18, an array of four: the protected header {1: -8} (EdDSA) as bytes, an empty unprotected one, then the payload …
 _HEAD = bytes.fromhex("d28443a10127a0")
 # … and the signature, 64 bytes.
 _SIGNATURE_HEAD = bytes.fromhex("5840")
 _SIGNATURE_BYTES = 64
-# The manifest of the largest layout has fewer CBOR items than this.
+# The terms of the largest layout have fewer CBOR items than this.
 _MAX_ITEMS = 65_536
 _BYTES, _TEXT, _MAP, _TAG = 2, 3, 5, 6  # CBOR's major types
 _ONE_BYTE, _EIGHT_BYTES, _INDEFINITE = 24, 27, 31  # additional information: how the argument follows
 
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+StepDigest = Annotated[bytes, msgspec.Meta(min_length=STEP_DIGEST, max_length=STEP_DIGEST)]
 PublicKey = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Text = Annotated[str, msgspec.Meta(max_length=512)]
 Word = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,40}$")]
@@ -79,13 +83,17 @@ class Answer(Message, frozen=True, tag="answer"):
 
 
 class Update(Message, frozen=True, tag="update"):
-    """What a gateway learnt in a round: a codec payload, its weight in the mean, and its own holdout's metric."""
+    """What a gateway learnt in a round: a codec payload, its weight in the mean, and metrics on its own holdout.
+
+    `metric` is the trained model's, `base_metric` that of the round's base; None without a holdout.
+    """
 
     round: Count
     base: Count
     samples: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
     metric: Real | None
     payload: Annotated[bytes, msgspec.Meta(max_length=MAX_PAYLOAD)]
+    base_metric: Real | None = None
 
 
 class FederationBirth(Message, frozen=True, tag="federation"):
@@ -133,9 +141,7 @@ class Receipt(Message, frozen=True, tag="receipt"):
 class Object(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A content-addressed thing in chunks: topics `model/{version}/{name}{i}`, each with its digest.
 
-    Joined, the chunks of `weights` are one exact (32 bit) codec payload, those of `graph` one zstd frame. `size` and
-    `digest` are those of what comes out: the vector as little-endian float32 in layout order (4 bytes a value), and
-    the ONNX bytes. Weights have their model's version, the graph has version 0.
+    `size` and `digest` are those of what the joined chunks hold.
     """
 
     name: Word
@@ -145,25 +151,46 @@ class Object(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     chunks: Annotated[tuple[Digest, ...], msgspec.Meta(min_length=1, max_length=4096)]
 
 
-class ModelManifest(Message, frozen=True, tag="manifest"):
-    """Retained, signed: the newest global model of a task.
+class Terms(Message, frozen=True, tag="terms"):
+    """Retained as `model/0/terms0`: what stays from one model of a task to the next.
 
-    `layout` is `Layout.to_wire()`; `graph` is the ONNX graph without weights, `weights` the float32 vector
-    (little endian, layout order). `gateways` and `samples` say how many the round that made it counted.
+    `layout` is `Layout.to_wire()`; `graph` is the ONNX graph without weights, its chunks joined one zstd frame.
     """
 
     task_text: Annotated[str, msgspec.Meta(max_length=64 * 1024)]
+    layout: Annotated[tuple[tuple[Text, tuple[int, ...] | None], ...], msgspec.Meta(min_length=1, max_length=4096)]
+    graph: Object
+
+
+class Whole(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The newest version whose weights are retained whole: `model/{version}/weights{i}`, joined an exact payload."""
+
+    version: Count
+    chunks: Annotated[tuple[Digest, ...], msgspec.Meta(min_length=1, max_length=4096)]
+
+
+class ModelManifest(Message, frozen=True, tag="manifest"):
+    """Retained, signed: the newest global model of a task.
+
+    `terms` is the SHA-256 of the terms' envelope, `digest` that of the weights as little-endian float32 in layout
+    order. There are two ways to them: from `whole`, or from a version held already, by the `steps` that lead to
+    `version`, newest first: each the first `STEP_DIGEST` bytes of the SHA-256 of `model/{its version}/step0`, a codec
+    payload to add to the version before (`broker.steps`). Short, since they only tell pieces apart; `digest` proves
+    the whole. `gateways` and `samples` say how many the round that made it counted.
+    """
+
     version: Count
     round: Count
     created_ms: Millis
     gateways: Count
     samples: Count
-    layout: Annotated[tuple[tuple[Text, tuple[int, ...] | None], ...], msgspec.Meta(min_length=1, max_length=4096)]
-    graph: Object
-    weights: Object
+    terms: Digest
+    digest: Digest
+    whole: Whole
+    steps: Annotated[tuple[StepDigest, ...], msgspec.Meta(max_length=MAX_STEPS)] = ()
 
 
-AnyMessage = Birth | Death | Answer | Update | FederationBirth | Plan | Receipt | ModelManifest
+AnyMessage = Birth | Death | Answer | Update | FederationBirth | Plan | Receipt | Terms | ModelManifest
 M = TypeVar("M", bound=Message)
 
 

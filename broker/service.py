@@ -16,16 +16,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from broker import aggregate, federation, intake, topics
 from broker import round as rounds
 from broker.config import FederationConfig
-from broker.downlink import Downlink
+from broker.downlink import Downlink, Offer
 from broker.genesis import ensure_model, weights_digest
 from broker.job import Job, load_job
 from broker.journal import Journal, ModelRow
 from broker.link import Inbound, Link
 from broker.messages import Receipt
+from broker.steps import Step, step_towards
 from models import codec
+from models.delta import Vector
 from models.errors import LocalError, PeerError, UserError
 
 log = logging.getLogger(__name__)
@@ -289,47 +293,54 @@ class Service:
             raise LocalError(f"{self._journal.path}: version {base} of {name} is missing; restore a backup")
         state = self._journal.strategy_state(name)
         gateways, samples = self._journal.totals(name, number)
+        version = job.model.version + 1
         started = time.monotonic()
         try:
             vector = codec.decode(model.weights, job.shared.size)
             payloads = self._journal.payloads(name, number)
             rule, momentum = task.round.strategy, task.round.momentum
-            state, vector = aggregate.next_model(rule, state, vector, job.shared, payloads, momentum=momentum)
+            state, goal = aggregate.next_model(rule, state, vector, job.shared, payloads, momentum=momentum)
+            step = self._step_towards(job, goal, vector, version)
         except ValueError as error:
             log.error("%s round %d: no new model: %s", name, number, error)
             self._journal.note(now_ms, "failed", {"task": name, "round": number, "reason": str(error)})
             self._journal.close_round(name, number, now_ms, base, state)
             return
-        weights, digest = codec.encode(vector, codec.EXACT).data, weights_digest(vector)
-        old, version = job.model, job.model.version + 1
-        job.model = ModelRow(version, number, weights, digest, gateways, samples, now_ms)
+        weights, digest = codec.encode(step.vector, codec.EXACT).data, weights_digest(step.vector)
+        job.model = ModelRow(version, number, weights, digest, gateways, samples, now_ms, step.payload)
         self._journal.put_model(name, job.model)
+        self._journal.put_residual(name, step.residual.astype("<f4").tobytes())
         self._journal.close_round(name, number, now_ms, version, state)
         body = {"task": name, "version": version, "digest": digest.hex(), "round": number}
         self._journal.note(now_ms, "model", {**body, "gateways": gateways, "samples": samples})
         elapsed = time.monotonic() - started
         log.info("%s round %d: version %d from %d gateways in %.2f s", name, number, version, gateways, elapsed)
         self._put_model(job, new=True)
-        self._clear(job, old.version - 1)
+
+    def _step_towards(self, job: Job, goal: Vector, before: Vector, version: int) -> Step:
+        """Make the version that leads to the goal by as much as goes down in one round."""
+        waiting = np.frombuffer(self._journal.residual(job.task.name), "<f4")
+        residual = waiting if waiting.size == job.shared.sum() else None
+        return step_towards(goal, before, residual, job.shared, job.task.round.down_in(version))
 
     def _receipt(self, task: str, path: str, receipt: Receipt) -> None:
         self._receipts.append(self._downlink.receipt(task, path, receipt))
 
     def _put_model(self, job: Job, *, new: bool = False) -> None:
-        if not new:
-            self._downlink.put_chunks(job.task.name, 0, "graph", job.row.graph)
-            self._clear(job, job.model.version - 2)
-        self._downlink.put_chunks(job.task.name, job.model.version, "weights", job.model.weights)
+        name, version = job.task.name, job.model.version
+        now, *before = (Offer.of(self._journal, name, version - ago) for ago in range(3))
+        if now is None:
+            raise LocalError(f"{self._journal.path}: version {version} of {name} is missing; restore a backup")
         try:
-            self._downlink.put_manifest(job.task, job.row, job.model, job.shared.size)
+            if not new:
+                self._downlink.put_terms(name, job.row)
+            self._downlink.put_model(name, job.row, now, new=new)
         except ValueError as error:
             remedy = "shorten the task, or use a net with fewer arrays"
-            raise UserError(job.task.name, 0, "", f"its manifest does not fit: {error}", remedy) from error
-
-    def _clear(self, job: Job, version: int) -> None:
-        model = self._journal.model(job.task.name, version) if version >= 0 else None
-        if model:
-            self._downlink.clear_chunks(job.task.name, version, "weights", model.weights)
+            raise UserError(name, 0, "", f"its terms do not fit: {error}", remedy) from error
+        # Whoever fetches the version before may still end that; what only an older one led to goes.
+        last, older = (offer.objects() if offer else {} for offer in before)
+        self._downlink.clear(name, {key: data for key, data in older.items() if key not in now.objects() | last})
 
     def _put_plan(self, job: Job) -> None:
         self._downlink.put_plan(job.task, job.row.text, job.federation, job.model.digest, job.deadline_ms)

@@ -72,6 +72,7 @@ def _add_simulate(commands: Any) -> None:
     simulate.add_argument("--seed", type=int, default=0, help="seed of first weights and batches (default 0)")
     simulate.add_argument("--codec", choices=CODECS, help="codec of updates instead of the task's")
     simulate.add_argument("--keep", type=float, help="share of values that a sparse update keeps")
+    simulate.add_argument("--downlink", choices=("sparse", "float32"), help="how models go down instead of the task's")
     simulate.add_argument("--dropout", type=float, default=0.0, help="chance that a plant misses a round (default 0)")
     simulate.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     simulate.set_defaults(run=_simulate)
@@ -80,24 +81,10 @@ def _add_simulate(commands: Any) -> None:
 def _add_bench(commands: Any) -> None:
     bench = commands.add_parser("bench", help="measure this machine against a floor, in one run")
     kinds = bench.add_subparsers(metavar="WHAT", required=True)
-    footprint = kinds.add_parser(
-        "footprint",
-        help="resident memory of a scoring gateway beside that of its imports alone",
-        epilog="example: tundish bench footprint --json",
-    )
-    footprint.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    footprint.set_defaults(run=_footprint)
-    ingest = kinds.add_parser(
-        "ingest",
-        help="values per CPU-second of the drivers and the store beside raw clients of the same libraries",
-        epilog="example: tundish bench ingest --json",
-    )
-    ingest.add_argument("--seconds", type=float, default=4.0, help="length of one measurement (default 4)")
-    ingest.add_argument("--rounds", type=int, default=5, help="pairs of raw and ours (default 5)")
-    ingest.add_argument("--soak", type=float, default=0.0, metavar="SECONDS", help="instead, watch memory for so long")
-    ingest.add_argument("--data", type=Path, help="store this recorded data (.npz) instead of the simulated spindles")
-    ingest.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    ingest.set_defaults(run=_ingest)
+
+    from edge.lab.bench import add_kinds  # noqa: PLC0415 - the kinds and their options; no kind's own imports
+
+    add_kinds(kinds)
 
 
 def _add_edge(commands: Any) -> None:
@@ -356,18 +343,6 @@ def _simulate(args: argparse.Namespace) -> int:
     from edge.lab.simulate import main as simulate  # noqa: PLC0415
 
     return simulate(args)
-
-
-def _footprint(args: argparse.Namespace) -> int:
-    from edge.lab.footprint import main as footprint  # noqa: PLC0415
-
-    return footprint(as_json=args.json)
-
-
-def _ingest(args: argparse.Namespace) -> int:
-    from edge.lab.ingest import main as ingest  # noqa: PLC0415
-
-    return ingest(seconds=args.seconds, rounds=args.rounds, soak=args.soak, data=args.data, as_json=args.json)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,8 @@
-"""The way back of a global model: collect its chunks, check everything, hand over graph and weights.
+"""The way back of a global model: collect its pieces, check everything, hand over graph and weights.
 
-Nothing here trusts the broker: the manifest is signed, every chunk has its digest there, and every size is bounded
-before memory is taken. Chunks are content-addressed, so a fetch that was cut off goes on where it stood.
+Nothing here trusts the broker: the manifest is signed, every piece has its digest there, and every size is bounded
+before memory is taken. Pieces are content-addressed, so a fetch that was cut off goes on where it stood. A gateway that
+holds one of the versions before fetches the steps since; one that holds nothing, or other weights, fetches them whole.
 """
 
 import asyncio
@@ -15,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from broker.messages import CHUNK_BYTES, ModelManifest, Object
+from broker.downlink import GRAPH, STEP, TERMS, WEIGHTS
+from broker.messages import CHUNK_BYTES, MAX_PAYLOAD, Digest, ModelManifest, Terms, peek
+from broker.steps import apply
 from broker.topics import Chunk
 from models import codec
 from models.delta import Layout, Vector
@@ -35,6 +38,7 @@ class Model:
     """A verified model: what the federation offers as version `manifest.version`."""
 
     manifest: ModelManifest
+    terms: Terms
     task: Task
     layout: Layout
     graph: bytes
@@ -48,65 +52,117 @@ class Model:
 
 
 class Fetch:
-    """One model on its way. `topics` are what to subscribe to; `take` each message of theirs."""
+    """One model on its way. `topics` are what to subscribe to; `take` each message of theirs.
 
-    def __init__(self, federation: str, manifest: ModelManifest, graph: bytes | None) -> None:
-        """Check what the manifest declares; PeerError if it can't be right. `graph` is one that we have already."""
-        self.manifest = manifest
-        try:
-            self.task = parse_task(manifest.task_text, "published task")
-        except (UserError, RecursionError) as error:
-            raise PeerError("task", str(error)) from error
-        self.layout = Layout.from_wire(manifest.layout)
-        if self.layout.size > MAX_PARAMETERS:
-            raise PeerError("layout", f"{self.layout.size} parameters, at most {MAX_PARAMETERS}")
-        if manifest.weights.size != self.layout.size * _FLOAT:
-            raise PeerError("layout", f"weights of {manifest.weights.size} bytes for {self.layout.size} parameters")
-        if manifest.graph.size > MAX_GRAPH_BYTES:
-            raise PeerError("graph", f"{manifest.graph.size} bytes, at most {MAX_GRAPH_BYTES}")
-        self.graph = graph if graph and hashlib.sha256(graph).digest() == manifest.graph.digest else None
-        self._due: dict[str, tuple[str, int, bytes]] = {}
+    What is due grows once the terms are there. `held` is the newest model that we have already.
+    """
+
+    def __init__(self, federation: str, task: str, manifest: ModelManifest, held: Model | None) -> None:
+        """Check what the manifest declares; PeerError if it can't be right."""
+        self.manifest, self.held = manifest, held
+        self._federation, self._name = federation, task
+        if not 0 <= manifest.version - manifest.whole.version <= len(manifest.steps) <= manifest.version:
+            raise PeerError("manifest", f"no way from version {manifest.whole.version} to {manifest.version}")
+        self._due: dict[str, tuple[str, int, Digest]] = {}
         self._have: dict[tuple[str, int], bytes] = {}
-        for thing in (manifest.weights, *([] if self.graph else [manifest.graph])):
-            # Random float32 does not compress: a chunk or two more than the raw bytes need is all there can be.
-            if len(thing.chunks) > -(-thing.size // CHUNK_BYTES) + _SLACK:
-                raise PeerError("size", f"{thing.name} in {len(thing.chunks)} chunks for {thing.size} bytes")
-            for i, digest in enumerate(thing.chunks):
-                topic = Chunk(federation, self.task.name, thing.version, f"{thing.name}{i}").topic
-                self._due[topic] = thing.name, i, digest
+        if held and held.manifest.terms == manifest.terms:
+            self.terms, self.task, self.layout = held.terms, held.task, held.layout
+            self._want_model()
+        else:
+            self._want(TERMS, 0, (manifest.terms,))
+
+    def fall_back(self) -> bool:
+        """Begin again with the whole weights, where ours were to lead on; False if they were not."""
+        if self.since is None:
+            return False
+        self._want_model(lead_on=False)
+        return True
 
     @property
     def topics(self) -> list[str]:
-        """Topics of the chunks that are still missing."""
+        """Topics of the pieces that are still missing."""
         return list(self._due)
 
     def take(self, topic: str, payload: bytes) -> bool:
-        """Take one message; False if it is none of ours, PeerError("chunk") if it is not what was signed."""
+        """Take one message; False if it is none of ours, PeerError if it is not what was signed, or can't be."""
         if topic not in self._due:
             return False
         name, i, digest = self._due[topic]
         if not payload:
-            return False  # an older version's chunk being cleared
-        if len(payload) > CHUNK_BYTES or hashlib.sha256(payload).digest() != digest:
+            return False  # an older version's piece being cleared
+        most = MAX_PAYLOAD if name == TERMS else CHUNK_BYTES
+        if len(payload) > most or hashlib.sha256(payload).digest()[: len(digest)] != digest:
             raise PeerError("chunk", f"{topic} does not have the digest that the manifest gives")
-        self._have[name, i] = payload
         del self._due[topic]
+        if name == TERMS:
+            self._read_terms(payload)
+        else:
+            self._have[name, i] = payload
         return True
 
     def model(self) -> Model:
-        """Put the chunks together once none is missing; PeerError if they are not what was signed."""
-        weights = codec.decode(self._joined(self.manifest.weights), self.layout.size)
-        if hashlib.sha256(weights.astype("<f4").tobytes()).digest() != self.manifest.weights.digest:
+        """Put the pieces together once none is missing; PeerError if they are not what was signed."""
+        manifest, terms = self.manifest, self.terms
+        if self.since is None or self.held is None:
+            vector = codec.decode(self._joined(WEIGHTS, len(manifest.whole.chunks)), self.layout.size)
+            first = manifest.whole.version
+        else:
+            vector, first = self.held.vector, self.since
+        shared = self.layout.mask(self.task.personal)
+        for version in range(first + 1, manifest.version + 1):
+            vector = apply(self._have[STEP, version], vector, shared)
+        if hashlib.sha256(vector.astype("<f4").tobytes()).digest() != manifest.digest:
             raise PeerError("weights", "do not have the digest that the manifest gives")
-        graph = self.graph
-        if graph is None:
-            graph = codec.inflate(self._joined(self.manifest.graph), self.manifest.graph.size)
-            if hashlib.sha256(graph).digest() != self.manifest.graph.digest:
-                raise PeerError("graph", "does not have the digest that the manifest gives")
-        return Model(self.manifest, self.task, self.layout, graph, weights)
+        graph = self.held.graph if self._graph_held and self.held else b""
+        if not graph:
+            graph = codec.inflate(self._joined(GRAPH, len(terms.graph.chunks)), terms.graph.size)
+            if hashlib.sha256(graph).digest() != terms.graph.digest:
+                raise PeerError("graph", "does not have the digest that the terms give")
+        return Model(manifest, terms, self.task, self.layout, graph, vector)
 
-    def _joined(self, thing: Object) -> bytes:
-        return b"".join(self._have[thing.name, i] for i in range(len(thing.chunks)))
+    def _read_terms(self, payload: bytes) -> None:
+        self.terms = peek(payload, Terms)  # verified: the signed manifest has its digest
+        try:
+            self.task = parse_task(self.terms.task_text, "published task")
+        except (UserError, RecursionError) as error:
+            raise PeerError("task", str(error)) from error
+        if self.task.name != self._name:
+            raise PeerError("task", f"the terms of {self.task.name!r} on the topic of {self._name!r}")
+        self.layout = Layout.from_wire(self.terms.layout)
+        if self.layout.size > MAX_PARAMETERS:
+            raise PeerError("layout", f"{self.layout.size} parameters, at most {MAX_PARAMETERS}")
+        if self.terms.graph.size > MAX_GRAPH_BYTES:
+            raise PeerError("graph", f"{self.terms.graph.size} bytes, at most {MAX_GRAPH_BYTES}")
+        self._want_model()
+
+    def _want_model(self, *, lead_on: bool = True) -> None:
+        """Choose the way to the weights; `since` is the version of ours that it leads on from, None without."""
+        manifest, graph, held = self.manifest, self.terms.graph, self.held
+        self.since: int | None = None
+        if lead_on and held and held.layout == self.layout and held.task.personal == self.task.personal:
+            behind = manifest.version - held.manifest.version
+            same = behind > 0 or held.manifest.digest == manifest.digest
+            self.since = held.manifest.version if same and 0 <= behind <= len(manifest.steps) else None
+        self._graph_held = held is not None and held.terms.graph.digest == graph.digest
+        if not self._graph_held:
+            self._want(GRAPH, graph.version, graph.chunks, graph.size)
+        first = manifest.whole.version if self.since is None else self.since
+        if self.since is None:
+            self._want(WEIGHTS, first, manifest.whole.chunks, self.layout.size * _FLOAT)
+        for version in range(first + 1, manifest.version + 1):
+            self._want(STEP, version, (manifest.steps[manifest.version - version],))
+
+    def _want(self, name: str, version: int, digests: tuple[Digest, ...], size: int = 1) -> None:
+        # Random float32 does not compress: a chunk or two more than the raw bytes need is all there can be.
+        if len(digests) > -(-size // CHUNK_BYTES) + _SLACK:
+            raise PeerError("size", f"{name} in {len(digests)} chunks for {size} bytes")
+        for i, digest in enumerate(digests):
+            key = version if name == STEP else i
+            if (name, key) not in self._have:
+                self._due[Chunk(self._federation, self._name, version, f"{name}{i}").topic] = name, key, digest
+
+    def _joined(self, name: str, count: int) -> bytes:
+        return b"".join(self._have[name, i] for i in range(count))
 
 
 async def probe(model: Model, folder: Path) -> None:

@@ -84,23 +84,28 @@ class Scorer:
 
     def score(self, x: Windows) -> Verdict:
         """Judge one raw window (C, T)."""
-        inputs = np.nan_to_num(self.scale.inputs(self.task, x[None]), copy=False)
+        inputs = self.scale.inputs(self.task, x[None])
+        inputs[np.isnan(inputs)] = 0
         return self.judge(self.run(inputs)[0], inputs[0])
 
     def judge(self, out: NDArray[np.float32], inputs: Windows) -> Verdict:
         """Turn one row of outputs into a verdict, by the task's alarm; a score of NaN is `unknown`, and no alarm."""
         task, alarm = self.task, self.task.alarm
-        if not np.isfinite(out).all():
-            return Verdict(math.nan, "unknown", alarm=False)
         if task.kind == "anomaly":
-            ratio = float(np.mean((out.reshape(inputs.shape) - inputs) ** 2)) / self.threshold
+            error = out - inputs.ravel()
+            ratio = float(error @ error) / error.size / self.threshold
+            if not math.isfinite(ratio):
+                return Verdict(math.nan, "unknown", alarm=False)
             return Verdict(ratio, "anomaly" if ratio > 1 else "normal", ratio > 1)
+        # A handful of numbers: Python is through with them before numpy has begun.
+        values = out.tolist()
+        if not all(map(math.isfinite, values)):
+            return Verdict(math.nan, "unknown", alarm=False)
         if task.kind == "classification" and task.target:
-            p = np.exp(out - out.max())
-            best = int(p.argmax())
-            name = task.target.classes[best]
-            return Verdict(float(p[best] / p.sum()), name, name in alarm.classes)
-        number = float(out[0]) * self.scale.target_std + self.scale.target_mean
+            top = max(values)
+            name = task.target.classes[values.index(top)]
+            return Verdict(1 / sum(math.exp(value - top) for value in values), name, name in alarm.classes)
+        number = values[0] * self.scale.target_std + self.scale.target_mean
         high = alarm.above is not None and number > alarm.above
         low = alarm.below is not None and number < alarm.below
         return Verdict(number, "alarm" if high or low else "ok", high or low)

@@ -4,9 +4,10 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
-from broker.messages import ModelManifest, peek
+from broker.messages import ModelManifest, Terms, peek
 from edge.dataset import Dataset
 from edge.handback import Model
 from edge.store import State
@@ -33,17 +34,18 @@ class Memory:
 
     def model(self) -> Model | None:
         """The newest verified global model: the base of the next training."""
-        envelope, graph, vector = self._get("manifest"), self._get("graph"), self._get("weights")
-        if envelope is None or graph is None or vector is None:
+        envelope, packed = self._get("manifest"), self._get("terms")
+        graph, vector = self._get("graph"), self._get("weights")
+        if envelope is None or packed is None or graph is None or vector is None:
             return None
-        manifest = peek(envelope, ModelManifest)
-        task = parse_task(manifest.task_text, "stored task")
-        layout = Layout.from_wire(manifest.layout)
-        return Model(manifest, task, layout, graph, np.frombuffer(vector, np.float32))
+        terms = msgspec.msgpack.decode(packed, type=Terms)
+        task, layout = parse_task(terms.task_text, "stored task"), Layout.from_wire(terms.layout)
+        return Model(peek(envelope, ModelManifest), terms, task, layout, graph, np.frombuffer(vector, np.float32))
 
     def keep_model(self, model: Model, envelope: bytes) -> None:
         """Store a verified model with the manifest that it came by; the caller makes it one transaction."""
         self._put("manifest", envelope)
+        self._put("terms", msgspec.msgpack.encode(model.terms))
         self._put("graph", model.graph)
         self._put("weights", model.vector.tobytes())
 

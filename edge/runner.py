@@ -4,14 +4,12 @@ The participant decides, this carries out. Scoring is `edge.live` and never wait
 """
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from broker import messages as m
 from broker.topics import Local, Uplink
@@ -27,8 +25,8 @@ from edge.shop import Shop
 from edge.store import Outgoing
 from edge.tags import Sample
 from edge.train import NotEnoughError, Result, Trainer, job_for
+from edge.update import seal_update
 from edge.wiring import wire
-from models import codec
 from models.errors import LocalError, PeerError, UserError
 from models.scale import Scale
 from models.tomlfile import seconds
@@ -123,21 +121,27 @@ class Runner:
         # The newest by its signed time, not by its number: an aggregator restored from a backup counts lower again.
         if manifest.created_ms <= self._wanted_ms:
             return
-        fetch = Fetch(self.shop.federation, manifest, self.model.graph if self.model else None)
-        if fetch.task.name != self.name:
-            raise PeerError("task", f"a manifest of {fetch.task.name!r} on the topic of {self.name!r}")
-        if self.fetch:
-            self.shop.unsubscribe(*self.fetch.topics)
-        self.fetch, self._envelope, self._wanted_ms = fetch, envelope, manifest.created_ms
+        self._begin(Fetch(self.shop.federation, self.name, manifest, self.model), envelope)
+
+    def _begin(self, fetch: Fetch, envelope: bytes) -> None:
+        self.shop.unsubscribe(*(self.fetch.topics if self.fetch else ()))
+        self.fetch, self._envelope, self._wanted_ms = fetch, envelope, fetch.manifest.created_ms
         self.shop.subscribe(*fetch.topics)
+        self._complete()
 
     def on_chunk(self, topic: str, payload: bytes) -> None:
         """Take a piece of the model being fetched; the last one completes it."""
         fetch = self.fetch
+        due = fetch.topics if fetch else []
         if fetch is None or not fetch.take(topic, payload):
             return
         self.shop.unsubscribe(topic)
-        if not fetch.topics:
+        self.shop.subscribe(*(one for one in fetch.topics if one not in due))
+        self._complete()
+
+    def _complete(self) -> None:
+        fetch = self.fetch
+        if fetch and not fetch.topics:
             self.fetch = None
             self._spawn(self._install(fetch, self._envelope))
 
@@ -217,7 +221,7 @@ class Runner:
             return
         try:
             await asyncio.to_thread(self.shop.samples.flush)
-            text, folder = model.manifest.task_text, self.shop.folder
+            text, folder = model.terms.task_text, self.shop.folder
             job = job_for(self.shop.config, folder, text, live.wiring, model.layout, action.round)
             folder = self.shop.folder / f"training-{self.name}"
             result = await self._trainer.train(job, model.personalised(self.personal), folder, self.own)
@@ -237,39 +241,24 @@ class Runner:
 
     async def _send(self, action: p.StartTraining, model: Model, result: Result) -> None:
         """Put what was learnt into the outbox, with the state that belongs to it, in one commit; then send it."""
-        shared = model.layout.mask(model.task.personal)
-        delta = (result.vector - model.vector)[shared]
         residual = await self.shop.state.commit(lambda: self.memory.vector("residual"))
-        if residual is not None and residual.size == delta.size:
-            delta = delta + residual
-        encoded = await asyncio.to_thread(codec.encode, delta, action.bits, action.keep_ppm / 1e6)
-        tuned = build(self.shop.config.scoring, model, result.vector, result.scale)
-        metric = await asyncio.to_thread(tuned.metric, result.holdout)
-        topic, worth = Uplink(self.shop.config.path, self.name, "update").topic, metric if np.isfinite(metric) else None
-        update = m.Update(m.VERSION, action.round, action.base, result.samples, worth, encoded.data)
-        envelope = self.shop.signer.seal(update, topic)
-        digest = hashlib.sha256(envelope).digest()
-        body: dict[str, object] = {
-            "task": self.name, "round": action.round, "base": action.base, "samples": result.samples,
-            "digest": digest.hex(), "bytes": len(encoded.data), "message_bytes": len(envelope),
-            "metric": update.metric, "steps": result.steps, "device": result.device,
-            "seconds": round(result.seconds, 3),
-        }  # fmt: skip
+        out = await asyncio.to_thread(seal_update, self.shop, action, model, result, residual, self.personal)
+        personal = not model.layout.mask(model.task.personal).all()
 
         def work() -> None:
-            self.shop.state.send(Outgoing(digest, self.name, action.round, envelope))
+            self.shop.state.send(Outgoing(out.digest, self.name, action.round, out.envelope))
             self.memory.keep_handled(action.round, action.opened_ms)
-            self.memory.keep_result(result, delta - encoded.decoded, personal=not shared.all())
-            self.shop.state.record("update", body)
+            self.memory.keep_result(result, out.residual, personal=personal)
+            self.shop.state.record("update", out.body)
 
         await self.shop.state.commit(work)
         self.problem = ""
         self.scale, self.holdout, self.own = result.scale, result.holdout, result.own
-        if not shared.all():
+        if personal:
             self.personal = result.vector
-        log.info("%s: round %d: %d windows, %d bytes", self.name, action.round, result.samples, len(encoded.data))
+        log.info("%s: round %d: %d windows, %d bytes", self.name, action.round, result.samples, len(out.envelope))
         self._do(self.participant.handle(p.Trained(action.round)))
-        self.shop.publish(topic, envelope)
+        self.shop.publish(out.topic, out.envelope)
         await self._elect(model, result)
 
     async def _elect(self, model: Model, result: Result) -> None:
@@ -323,7 +312,7 @@ class Runner:
     def _adopt_stored(self, model: Model) -> None:
         """At start: the model that scored when the gateway went down."""
         self.model, self._wanted_ms = model, model.manifest.created_ms
-        self.participant.handle(p.ModelStored(model.manifest.version, model.manifest.weights.digest))
+        self.participant.handle(p.ModelStored(model.manifest.version, model.manifest.digest))
         scorer = stored(self.shop.config.scoring, self.memory, model, model.personalised(self.personal), self.scale)
         if self.holdout is not None and scorer.scale.mean:
             scorer.metric(self.holdout)
@@ -344,6 +333,8 @@ class Runner:
                 await self._take(fetch, envelope)
             except PeerError as error:
                 self.refuse(error, f"model {fetch.manifest.version}")
+                if fetch.manifest.created_ms == self._wanted_ms and fetch.fall_back():
+                    self._begin(fetch, envelope)
             except (LocalError, OSError) as error:
                 self.problem = f"model {fetch.manifest.version} can't be stored: {error}"
                 log.error("%s: %s", self.name, self.problem)
@@ -365,7 +356,7 @@ class Runner:
         self._wire(model)
         if changed:
             self.kept = {}
-        self._do(self.participant.handle(p.ModelStored(model.manifest.version, model.manifest.weights.digest)))
+        self._do(self.participant.handle(p.ModelStored(model.manifest.version, model.manifest.digest)))
         await self._offer(model, changed=changed)
 
     async def _offer(self, model: Model, *, changed: bool) -> None:

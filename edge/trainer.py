@@ -13,8 +13,8 @@ import numpy as np
 
 from edge.dataset import MAX_HOLDOUT, Dataset, split
 from edge.history import SampleReader
+from edge.stored import stored_windows
 from edge.train import DIVERGED, DONE, NOT_ENOUGH, Job, Result, lower_priority, write_result
-from edge.window import stored_windows
 from models.delta import Layout
 from models.scale import Scale
 from models.spec import Task, parse_task

@@ -2,16 +2,15 @@
 
 Time is the sources'. A row is the last value of every signal at one step of the grid; a row is closed once a later
 sample proves that nothing more is due for it (the watermark), so windows do not depend on the order in which
-concurrent sources deliver. The same rows come from stored samples (`stored_windows`), so what is trained on is what
+concurrent sources deliver. The same rows come from stored samples (`edge.stored`), so what is trained on is what
 was scored.
 """
 
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +32,6 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
-_PIECE = 4096
 _MOST_BEHIND = 64
 _CONDITION = re.compile(r"\s*(\S+)\s*(==|!=|<=|>=|<|>)\s*(-?\d+(?:\.\d+)?)\s*")
 
@@ -101,8 +99,8 @@ class Win(NamedTuple):
     label: float
 
 
-class _Rows:
-    """Turn closed rows into windows; the rows come one by one or by the thousand."""
+class Rows:
+    """Turns closed rows into windows; the rows come one by one or by the thousand. `index` is each tag's column."""
 
     def __init__(self, wiring: Wiring) -> None:
         self.wiring = wiring
@@ -137,7 +135,7 @@ class _Rows:
         self.wait = self.wiring.window.stride
         rows = self.buffer[self.fill - self.t : self.fill]
         x = self.convert(rows[:, : self.c].T)
-        return Win(end_ns, x, float(np.isfinite(x).mean()), self.gate(rows), self.segment, self.label(row))
+        return Win(end_ns, x, good_share(x), self.gate(rows), self.segment, self.label(row))
 
     def convert(self, x: NDArray[np.floating]) -> Float:
         """Mask what is out of range in signals (C, T), and bring them to the task's units."""
@@ -149,11 +147,13 @@ class _Rows:
 
     def gate(self, rows: Wide) -> bool:
         """Whether the machine-state gate held in all rows; a gate tag that is not good does not hold."""
-        return all(
-            bool(np.all(_OPERATORS[c.compare](rows[:, self.index[c.tag]], c.number)))  # type: ignore[arg-type]
-            and not bool(np.isnan(rows[:, self.index[c.tag]]).any())
-            for c in self.wiring.gate
-        )
+        for c in self.wiring.gate:
+            column = rows[:, self.index[c.tag]]
+            holds: NDArray[np.bool_] = _OPERATORS[c.compare](column, c.number)  # type: ignore[arg-type, assignment]
+            # Of all comparisons, NaN passes "is not" alone.
+            if not holds.all() or (c.compare == "!=" and np.isnan(column).any()):
+                return False
+        return True
 
     def label(self, row: Wide) -> float:
         """The target's value in a row, NaN without one."""
@@ -180,6 +180,11 @@ def _order(one: Sample | _Row) -> tuple[int, bool]:
     return one.time_ns, not isinstance(one, _Row) and not isinstance(one.value, float)
 
 
+def good_share(x: Float) -> float:
+    """Return the share of a window's values that are there."""
+    return int(np.count_nonzero(np.isfinite(x))) / x.size
+
+
 @dataclass
 class Windower:
     """The live half: feed it samples as they come, from any source, and take the windows.
@@ -198,7 +203,7 @@ class Windower:
     _done_ns: int = -1
 
     def __post_init__(self) -> None:
-        self._rows = _Rows(self.wiring)
+        self._rows = Rows(self.wiring)
         self._wanted = frozenset(self.wiring.tags)
         self._latest = np.full(len(self._rows.index), np.nan)
         self._step_ns = self.wiring.step_ns
@@ -312,7 +317,7 @@ class Windower:
         self._arrays.clear()
         row = self._latest
         segment = float(row[self._rows.index[self.wiring.segment]]) if self.wiring.segment else math.nan
-        quality = float(np.isfinite(x).mean())
+        quality = good_share(x)
         active = self._rows.gate(row[None])
         return [Win(times.pop(), x, quality, active, segment, self._rows.label(row))]
 
@@ -334,65 +339,3 @@ class Windower:
             window = self._rows.push(self._row * self._step_ns, self._latest)
             if window is not None:
                 out.append(window)
-
-
-def stored_windows(wiring: Wiring, columns: Mapping[str, Columns]) -> Iterable[Win]:
-    """Make the windows of stored samples, oldest first; tags without samples may be missing from `columns`.
-
-    The same windows as the live half gives for the same samples, but for stretches longer than two windows in which
-    nothing at all was reported: those are scored live with the values held, and are not trained on.
-    """
-    rows = _Rows(wiring)
-    if wiring.window.waveform:
-        yield from _stored_waveforms(rows, columns)
-        return
-    times = [columns[ref][0] for ref in wiring.tags if ref in columns and len(columns[ref][0])]
-    if not times:
-        return
-    step = wiring.step_ns
-    due = np.unique(-(-np.concatenate(times) // step))  # the row that each sample first counts in
-    last = (int(max(t[-1] for t in times)) - 1) // step
-    breaks = np.nonzero(np.diff(due) > rows.gap)[0] + 1
-    for first, after in pairwise([0, *breaks.tolist(), len(due)]):
-        rows.clear()
-        for start in range(int(due[first]), min(int(due[after - 1]), last) + 1, _PIECE):
-            numbers = np.arange(start, min(start + _PIECE, int(due[after - 1]) + 1, last + 1))
-            table = _held(rows, columns, numbers * step)
-            for number, row in zip(numbers.tolist(), table, strict=True):
-                window = rows.push(number * step, row)
-                if window is not None:
-                    yield window
-
-
-def _held(rows: _Rows, columns: Mapping[str, Columns], times: NDArray[np.int64]) -> Wide:
-    """The last value of every scalar tag at each time, NaN where it was not good: (len(times), tags)."""
-    out = np.full((len(times), len(rows.index)), np.nan)
-    for ref, i in rows.index.items():
-        if ref not in columns or columns[ref][1].ndim > 1:
-            continue
-        t, values, quality = columns[ref]
-        at = np.searchsorted(t, times, side="right") - 1
-        known = (at >= 0) & (quality[at] == Quality.GOOD) if len(t) else np.zeros(len(times), np.bool_)
-        out[known, i] = values[at[known]]
-    return out
-
-
-def _stored_waveforms(rows: _Rows, columns: Mapping[str, Columns]) -> Iterable[Win]:
-    signals = rows.wiring.signals
-    if any(ref not in columns for ref in signals):
-        return
-    good = [
-        (columns[r][0][columns[r][2] == Quality.GOOD], columns[r][1][columns[r][2] == Quality.GOOD]) for r in signals
-    ]
-    common = good[0][0]
-    for t, _ in good[1:]:
-        common = np.intersect1d(common, t)
-    for start in range(0, len(common), _PIECE):
-        times = common[start : start + _PIECE]
-        table = _held(rows, columns, times)
-        picks = [values[np.searchsorted(t, times)] for t, values in good]
-        for i, end_ns in enumerate(times.tolist()):
-            x = rows.convert(np.stack([p[i] for p in picks]))
-            segment = float(table[i, rows.index[rows.wiring.segment]]) if rows.wiring.segment else math.nan
-            quality = float(np.isfinite(x).mean())
-            yield Win(end_ns, x, quality, rows.gate(table[i : i + 1]), segment, rows.label(table[i]))

@@ -27,6 +27,7 @@ Not promised: bytes for the same vector may differ between zstd versions; the de
 
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import zstandard
@@ -54,6 +55,20 @@ class Encoded:
 
     data: bytes
     decoded: Vector
+
+
+class Sparse(NamedTuple):
+    """A vector of `size` values by those that are not zero: `places` rising, `values` as float32."""
+
+    size: int
+    places: sparse.Places
+    values: Vector
+
+    def dense(self) -> Vector:
+        """The vector (size,)."""
+        vector = np.zeros(self.size, np.float32)
+        vector[self.places] = self.values
+        return vector
 
 
 def encode(vector: Vector, bits: int = 8, keep: float = 1.0) -> Encoded:
@@ -85,7 +100,13 @@ def encode(vector: Vector, bits: int = 8, keep: float = 1.0) -> Encoded:
 
 
 def decode(data: bytes, count: int) -> Vector:
-    """Bytes from a peer to the float32 vector (count,); PeerError("codec") unless they are exactly that.
+    """Bytes from a peer to the float32 vector (count,); PeerError("codec") unless they are exactly that."""
+    decoded = decode_sparse(data, count)
+    return decoded.dense() if isinstance(decoded, Sparse) else decoded
+
+
+def decode_sparse(data: bytes, count: int) -> Sparse | Vector:
+    """Decode as `decode` does, but leave a sparse coding as it is: two values in a hundred are sooner added.
 
     `count` is what the receiver's own layout says; no memory is taken for any other number.
     """
@@ -107,7 +128,8 @@ def decode(data: bytes, count: int) -> Vector:
     ):
         raise PeerError("codec", f"step {step}")
     if bits == SPARSE:
-        return sparse.decode(data[HEADER.size :], count) * np.float32(step)
+        places, q = sparse.decode_places(data[HEADER.size :], count)
+        return Sparse(count, places, q * np.float32(step))
     raw = inflate(data[HEADER.size :], -(-count * bits // 8))
     if bits == EXACT:
         planes = np.frombuffer(raw, np.uint8).reshape(4, count)

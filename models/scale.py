@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from models.spec import Task
 
 Windows = NDArray[np.float32]
 _FLAT = 1e-6
+_FAR = 20
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,13 @@ class Scale:
             spread = np.sqrt((np.where(keep, x - mean, 0) ** 2).sum(-1, keepdims=True) / many)
             scaled: Windows = ((x - mean) / np.maximum(spread, _FLAT)).astype(np.float32)
             return scaled
-        mean_c = np.asarray(self.mean, np.float32)[:, None]
-        clipped: Windows = np.clip((x - mean_c) / np.asarray(self.std, np.float32)[:, None], -20, 20)
-        return clipped
+        mean_c, std_c = self._columns
+        scaled = (x - mean_c) / std_c
+        return scaled.clip(-_FAR, _FAR, out=scaled)
+
+    @cached_property
+    def _columns(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        return np.asarray(self.mean, np.float32)[:, None], np.asarray(self.std, np.float32)[:, None]
 
     def targets(self, task: Task, y: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scale targets (N,) to what the net learns."""

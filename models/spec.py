@@ -85,6 +85,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 # Of more, most of what is kept is small, and a sparse coding is none any more.
 MOST_KEPT = 0.5
 _WIDE, _NARROW, _NARROWING = 0.05, 0.02, 6
+_DOWN_WIDE, _DOWN_NARROW = 0.1, 0.065
 
 
 class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -99,6 +100,7 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     codec: Literal["sparse", "int2", "int4", "int8", "float32"] = "sparse"
     keep: float | None = None
     momentum: float = 0.0
+    downlink: Literal["sparse", "float32"] = "sparse"
 
     @property
     def bits(self) -> int:
@@ -112,6 +114,11 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         """
         narrowing = min(max(number - 1, 0), _NARROWING) / _NARROWING
         return self.keep if self.keep is not None else _WIDE * (_NARROW / _WIDE) ** narrowing
+
+    def down_in(self, version: int) -> float | None:
+        """Share of values that the step to `version` (1, 2, …) changes: wide first, then narrow; None: all of them."""
+        narrowing = min(max(version - 1, 0), _NARROWING) / _NARROWING
+        return _DOWN_WIDE * (_DOWN_NARROW / _DOWN_WIDE) ** narrowing if self.downlink == "sparse" else None
 
     @property
     def deadline_s(self) -> float:

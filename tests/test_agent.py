@@ -1,5 +1,7 @@
 """The gateway's real process between a real PLC simulator, a real broker and the real aggregator."""
 
+import hashlib
+import itertools
 import json
 import sqlite3
 import time
@@ -8,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
 from broker import ledger, topics
 from broker.journal import Journal
-from broker.messages import MAX_PAYLOAD, Birth, Death, ModelManifest, Object, Plan, Signer, open_envelope, peek
+from broker.messages import MAX_PAYLOAD, Birth, Death, ModelManifest, Plan, Signer, Terms, Whole, open_envelope, peek
 from edge.lab.stage import FEDERATION, Scenario, Stage, gateway_path
 from edge.store import State
 from models.errors import PeerError
@@ -269,16 +272,30 @@ def lie(p: Plant) -> None:
     # What it signs, but is no such message, nor a model that can be.
     sent("schema", (plan, signer.seal(Death(1, 1), plan)), (manifest, signer.seal(Death(1, 1), manifest)))
     real = open_envelope(signed[manifest], manifest, signer.public_key, ModelManifest)
-    weights = Object("weights", 9, real.weights.size, bytes(32), (bytes(32),))
     fields = {name: getattr(real, name) for name in real.__struct_fields__} | {
-        "version": 9, "weights": weights, "created_ms": real.created_ms + 1
+        "version": 9, "whole": Whole(9, (bytes(32),)), "steps": ()
     }  # fmt: skip
+    made = itertools.count(real.created_ms + 1)
+
+    def offer(**changes: object) -> bytes:
+        return signer.seal(ModelManifest(**fields | {"created_ms": next(made)} | changes), manifest)
+
     other = topics.Manifest(FEDERATION, "other").topic
     sent("signature", (manifest, signer.seal(ModelManifest(**fields), other)))
-    sent("layout", (manifest, signer.seal(ModelManifest(**fields | {"layout": (("w", (1 << 40,)),)}), manifest)))
-    sent("task", (manifest, signer.seal(ModelManifest(**fields | {"task_text": "no = "}), manifest)))
+    sent("manifest", (manifest, offer(whole=Whole(8, (bytes(32),)))))
+    terms = topics.Chunk(FEDERATION, TASK, 0, "terms0").topic
+    known = peek(p.last(terms), Terms)
+    for reason, changes in (("layout", {"layout": (("w", (1 << 40,)),)}), ("task", {"task_text": "no = "})):
+        envelope, before = signer.seal(msgspec.structs.replace(known, **changes), terms), refused(reason)
+        p.publish(manifest, offer(terms=hashlib.sha256(envelope).digest()))
+
+        def terms_refused(reason: str = reason, envelope: bytes = envelope, before: int = before) -> bool:
+            p.publish(terms, envelope)
+            return refused(reason) > before
+
+        p.until(terms_refused)
     # A manifest that verifies makes it wait for a chunk, which is not what was signed.
-    p.publish(manifest, signer.seal(ModelManifest(**fields), manifest))
+    p.publish(manifest, offer())
     before = refused("chunk")
 
     def chunk_refused() -> bool:

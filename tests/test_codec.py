@@ -18,6 +18,13 @@ from models.errors import PeerError
 VECTOR = np.array([0, 1, -1, 0.5, -0.25, 3, -3, 0.125], np.float32)
 # Bytes may differ between zstd versions; what they decode to may not.
 VECTORS = {
+    # By hand: 4 of 8 (0100), r 0 (0000), gaps 1 0 2 0 (01 1 001 1), signs + - + - (0101); of these 2 above 1 (010),
+    # r 0 (0000), gaps 2 0 (001 1); none above 2 (00). The step is a hair below 2.
+    0: (
+        "5444010008000000f0ffff3f4066a80c",
+        [0.0, 1.9999980926513672, -1.9999980926513672, 0.0, 0.0, 3.9999961853027344, -3.9999961853027344, 0.0],
+    ),
+    2: ("54440102080000000000404028b52ffd20021100000034", [0.0, 0.0, 0.0, 0.0, 0.0, 3.0, -3.0, 0.0]),
     4: (
         "5444010408000000b76ddb3e28b52ffd2004210000201e7f09",
         [0.0, 0.8571428656578064, -0.8571428656578064, 0.4285714328289032, -0.4285714328289032, 3.0, -3.0, 0.0],
@@ -79,7 +86,10 @@ def test_receivers_decode_what_the_sender_says(bits: int, vector: Vector) -> Non
 def test_vectors(bits: int) -> None:
     data, values = VECTORS[bits]
     assert codec.decode(bytes.fromhex(data), len(values)).tolist() == values
-    assert codec.encode(VECTOR, bits).decoded.tolist() == values
+    encoded = codec.encode(VECTOR, bits, 0.5 if bits == codec.SPARSE else 1.0)
+    assert encoded.decoded.tolist() == values
+    if bits == codec.SPARSE:  # no zstd in it: the bytes are promised too
+        assert encoded.data.hex() == data
 
 
 @pytest.mark.parametrize("bits", codec.BITS)
@@ -90,6 +100,28 @@ def test_truncated_at_every_byte(bits: int) -> None:
             codec.decode(data[:end], 200)
     with pytest.raises(PeerError, match="codec"):
         codec.decode(data + b"\0", 200)
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.5])
+def test_a_small_sparse_stream_cut_or_flipped_anywhere(keep: float) -> None:
+    """Every cut is refused; every flipped bit is refused or gives finite values of the due shape, dense and sparse."""
+    vector = np.random.default_rng(4).standard_t(3, 120).astype(np.float32)
+    data = codec.encode(vector, codec.SPARSE, keep).data
+    for end in range(len(data)):
+        assert decode_or_none(data[:end], 120) is None
+    for position in range(len(data) * 8):
+        bad = bytearray(data)
+        bad[position // 8] ^= 1 << position % 8
+        try:
+            found = codec.decode_sparse(bytes(bad), 120)
+        except PeerError:
+            continue
+        assert isinstance(found, codec.Sparse)
+        assert found.size == 120
+        assert np.isfinite(found.values).all()
+        assert (np.diff(found.places) > 0).all()
+        assert found.places.size == 0 or (found.places[0] >= 0 and found.places[-1] < 120)
+        assert np.array_equal(found.dense(), codec.decode(bytes(bad), 120))
 
 
 @pytest.mark.parametrize("bits", codec.BITS)

@@ -174,6 +174,35 @@ def test_refuses_an_unknown_schema(tmp_path: Path) -> None:
         Journal(tmp_path)
 
 
+def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path) -> None:
+    row = ModelRow(0, 0, b"weights", bytes(32), 0, 0, 1)
+    journal = Journal(tmp_path)
+    with journal.transaction():
+        journal.put_task("wear", TaskRow("", "[]", b"", 0, b""))
+        journal.put_model("wear", row)
+    journal.close()
+    db = sqlite3.connect(tmp_path / "journal.db")
+    db.executescript("ALTER TABLE tasks DROP COLUMN residual; ALTER TABLE models DROP COLUMN step;")
+    db.execute("PRAGMA user_version = 1")
+    db.close()
+    for _ in range(2):
+        journal = Journal(tmp_path)
+        assert (journal.residual("wear"), journal.model("wear"), journal.steps("wear", 0, 8)) == (b"", row, [])
+        with journal.transaction():
+            journal.put_residual("wear", b"")
+        journal.close()
+
+
+def test_steps_lead_to_a_version_without_a_gap(journal: Journal) -> None:
+    with journal.transaction():
+        for version, step in enumerate((None, b"1", None, b"3", b"4", b"5")):
+            journal.put_model("wear", ModelRow(version, version, b"", bytes(32), 0, 0, 1, step))
+    assert journal.steps("wear", 5, 8) == [b"5", b"4", b"3"]
+    assert journal.steps("wear", 5, 2) == [b"5", b"4"]
+    assert journal.steps("wear", 1, 8) == [b"1"]
+    assert journal.steps("wear", 2, 8) == []
+
+
 def test_refuses_what_is_no_database(tmp_path: Path) -> None:
     (tmp_path / "journal.db").write_bytes(b"not a database" * 100)
     with pytest.raises(LocalError, match="not a database"):

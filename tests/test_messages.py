@@ -19,7 +19,9 @@ from broker.messages import (
     Plan,
     Receipt,
     Signer,
+    Terms,
     Update,
+    Whole,
     open_envelope,
     peek,
 )
@@ -31,9 +33,10 @@ UPDATE = Update(1, 7, 6, 128, 0.25, b"payload")
 # RFC 8032: the public key of the private key 00 01 … 1f. Ed25519 signs without randomness, so envelopes are vectors.
 PUBLIC = "03a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b8"
 ENVELOPE = (
-    "d28443a10127a0581e87667570646174650107061880fb3fd0000000000000477061796c6f61645840"
-    "4e078a6dbda192352aa28ebb3ccf07630046e2406fe4e368cddd4210aa647342"
-    "109b9556a5071ee6e0132c468c62bcadca23b33e3d6aa17590b50114162a8907"
+    "d28443a10127a0581f88667570646174650107061880fb3fd000000000000047"
+    "7061796c6f6164f658405bd0b4a5d8b17a6856352fe8212c96517f194b3edd72"
+    "bad9db277ad16662817cd75d091e5af7c0fafb589288f66012b3c1b99454f090"
+    "dc3b54f92ed986c1ba0f"
 )
 DIGEST = bytes(32)
 OBJECT = Object("weights", 3, 12, DIGEST, (DIGEST,))
@@ -42,11 +45,12 @@ MESSAGES: list[AnyMessage] = [
     Death(1, 1_700_000_000_000),
     Answer(1, 3, "declined", "too-few", "12 windows, 64 are needed", 9),
     UPDATE,
-    Update(1, 7, 6, 128, None, b""),
+    Update(1, 7, 6, 128, None, b"", 0.5),
     FederationBirth(1, 5, DIGEST, "up"),
     Plan(1, DIGEST, 1, 0, DIGEST, "open", 1, 2, 3, 8, secure_aggregation=False),
     Receipt(1, 7, DIGEST, "refused-codec", "why", 1),
-    ModelManifest(1, "text", 3, 3, 1, 3, 600, (("a", (1, 3)), ("steps", None)), OBJECT, OBJECT),
+    Terms(1, "text", (("a", (1, 3)), ("steps", None)), OBJECT),
+    ModelManifest(1, 3, 3, 1, 3, 600, DIGEST, DIGEST, Whole(2, (DIGEST,)), (bytes(8),)),
 ]
 
 
@@ -127,7 +131,7 @@ def test_bytes_after_the_envelope() -> None:
         ["updat", 1, 7, 6, 128, 0.25, b"p"],
         ["birth", 1, 7, 6, 128, 0.25, b"p"],
         ["update", 1, 7, 6, 128, 0.25],
-        ["update", 1, 7, 6, 128, 0.25, b"p", 1],
+        ["update", 1, 7, 6, 128, 0.25, b"p", 1, 1],
         ["update", 1, -1, 6, 128, 0.25, b"p"],
         ["update", 1, 7, 6, 0, 0.25, b"p"],
         ["update", 1, 7, 6, 2**60, 0.25, b"p"],
@@ -204,7 +208,7 @@ def test_any_other_shape_reaches_no_decoder(envelope: bytes, monkeypatch: pytest
         peek(envelope, Birth)
 
 
-@pytest.mark.parametrize("length", ["581e", "59001e", "5a0000001e", "5b000000000000001e"])
+@pytest.mark.parametrize("length", ["581f", "59001f", "5a0000001f", "5b000000000000001f"])
 def test_every_length_of_the_payload_is_read(length: str) -> None:
     """The signature is over the payload, not over how its length is written."""
     payload = bytes.fromhex(ENVELOPE)[9:-66]

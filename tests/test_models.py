@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from broker.messages import ModelManifest, Object
+from broker.messages import ModelManifest, Object, Terms, Whole
 from edge.handback import Model, probe
 from models import evaluate, fit
 from models.delta import MAX_DIMENSIONS, MAX_ENTRIES, MAX_PARAMETERS, Layout
@@ -514,11 +514,9 @@ PROBED = parse_task(
 
 
 def offered(graph: bytes) -> Model:
-    manifest = ModelManifest(
-        1, "", 0, 0, 0, 0, 0, (("w", (4, 2)),),
-        Object("graph", 0, 1, bytes(32), (bytes(32),)), Object("weights", 0, 1, bytes(32), (bytes(32),)),
-    )  # fmt: skip
-    return Model(manifest, PROBED, LAYOUT, graph, np.zeros(8, np.float32))
+    manifest = ModelManifest(1, 0, 0, 0, 0, 0, bytes(32), bytes(32), Whole(0, (bytes(32),)))
+    terms = Terms(1, "", (("w", (4, 2)),), Object("graph", 0, 1, bytes(32), (bytes(32),)))
+    return Model(manifest, terms, PROBED, LAYOUT, graph, np.zeros(8, np.float32))
 
 
 def test_a_tiny_model_that_asks_for_gigabytes_dies_alone(tmp_path: Path) -> None:

@@ -1,13 +1,13 @@
 """The aggregator against both real brokers, with gateways built from the real messages and a real link."""
 
 import asyncio
-import hashlib
 import json
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from broker import intake, ledger, topics
 from broker.config import load_federation
-from broker.genesis import put_first_model
+from broker.genesis import put_first_model, weights_digest
 from broker.journal import Journal
 from broker.link import Inbound, Link, MqttSettings
 from broker.messages import (
@@ -38,6 +38,7 @@ from broker.messages import (
     peek,
 )
 from broker.service import Service
+from edge.handback import Fetch, Model
 from models import codec
 from models.delta import Layout, Vector
 from models.errors import PeerError, UserError
@@ -65,6 +66,7 @@ min_gateways = {min_gateways}
 deadline = "1h"
 every = "0s"
 rounds = {rounds}
+downlink = "{downlink}"
 """
 
 
@@ -86,7 +88,14 @@ class Plant:
     """A federation's files and memory, with version 0 already made, as after the first start."""
 
     def __init__(
-        self, folder: Path, url: str, *, min_gateways: int = 3, rounds: int = 1, join: str = "first-seen"
+        self,
+        folder: Path,
+        url: str,
+        *,
+        min_gateways: int = 3,
+        rounds: int = 1,
+        join: str = "first-seen",
+        downlink: str = "float32",
     ) -> None:
         self.config = folder / "federation.toml"
         self.state = folder / "state"
@@ -94,7 +103,7 @@ class Plant:
             f'[federation]\nname = "press"\nroots = ["acme"]\njoin = "{join}"\n'
             f'[mqtt]\nurl = "{url}"\n[[task]]\nfile = "wear.toml"\n'
         )
-        (folder / "wear.toml").write_text(TASK.format(min_gateways=min_gateways, rounds=rounds))
+        (folder / "wear.toml").write_text(TASK.format(min_gateways=min_gateways, rounds=rounds, downlink=downlink))
         task, text = load_task(folder / "wear.toml")
         self.first = np.linspace(-1, 1, LAYOUT.size, dtype=np.float32)
         journal = Journal(self.state)
@@ -135,6 +144,8 @@ class Gateway:
         self.session = time.time_ns() // 1_000_000
         self.heard: dict[str, list[bytes]] = {}
         self.ups = 0
+        self.held: Model | None = None
+        self.ways: list[list[str]] = []
         self.status = topics.Status(self.path).topic
         self.receipt_topic = topics.ReceiptFor("press", "wear", self.path).topic
         self.link = Link(
@@ -180,20 +191,27 @@ class Gateway:
         return [r.outcome for r in self.receipts()]
 
     def model(self) -> Vector | None:
-        """The newest weights, put together from the retained chunks and checked."""
+        """The newest weights, fetched as a gateway does from what was heard; `ways` says by which pieces."""
         manifest = self.manifest()
         if not manifest:
             return None
-        chunks = []
-        for i, digest in enumerate(manifest.weights.chunks):
-            got = self.heard.get(topics.Chunk("press", "wear", manifest.version, f"weights{i}").topic)
-            if not got or hashlib.sha256(got[-1]).digest() != digest:
-                return None
-            chunks.append(got[-1])
-        vector = codec.decode(b"".join(chunks), LAYOUT.size)
-        assert hashlib.sha256(vector.tobytes()).digest() == manifest.weights.digest
-        assert manifest.weights.size == vector.nbytes
-        return vector
+        if self.held and self.held.manifest == manifest:
+            return self.held.vector
+        fetch, way = Fetch("press", "wear", manifest, self.held), list[str]()
+        while fetch.topics:
+            topic = fetch.topics[0]
+            try:
+                if not fetch.take(topic, self.heard.get(topic, [b""])[-1]):
+                    return None
+            except PeerError:
+                return None  # it is not heard yet
+            way.append("/".join(topic.split("/")[-2:]))
+        self.held = fetch.model()
+        self.ways.append(way)
+        return self.held.vector
+
+    def has(self, version: int) -> bool:
+        return self.model() is not None and self.held is not None and self.held.manifest.version == version
 
     def weights(self) -> Vector:
         vector = self.model()
@@ -243,11 +261,8 @@ async def test_a_full_round(broker: BrokerProcess, tmp_path: Path) -> None:
         assert (plan.round, plan.base, plan.min_gateways) == (1, 0, 3)
         await until(lambda: all(g.model() is not None for g in there))
         assert np.array_equal(there[0].weights(), plant.first)
-        manifest = there[0].manifest()
-        assert manifest
-        graph = there[0].heard[topics.Chunk("press", "wear", 0, "graph0").topic][-1]
-        assert codec.inflate(graph, manifest.graph.size) == GRAPH
-        assert manifest.graph.digest == hashlib.sha256(GRAPH).digest()
+        assert there[0].held
+        assert there[0].held.graph == GRAPH
         for i, g in enumerate(there):
             g.answer(1, "joined")
             g.send(plan, delta(i), samples=100 * (i + 1))
@@ -277,6 +292,67 @@ async def test_a_full_round(broker: BrokerProcess, tmp_path: Path) -> None:
     assert kinds.count("model") == 3
     assert kinds.count("pinned") == 3
     journal.close()
+
+
+def lesson(number: int, i: int) -> Vector:
+    return np.random.default_rng([number, i]).normal(size=SHARED).astype(np.float32)
+
+
+async def test_steps_down_over_a_kill_9_and_an_empty_broker(broker: BrokerProcess, tmp_path: Path) -> None:
+    """Two federations learn the same; the aggregator of one is killed, its broker emptied: their models are equal."""
+    (tmp_path / "calm").mkdir()
+    (tmp_path / "rough").mkdir()
+    digests: list[list[bytes]] = []
+    for folder in (tmp_path / "calm", tmp_path / "rough"):
+        rough, made = folder.name == "rough", list[bytes]()
+        plant = Plant(folder, broker.url, min_gateways=2, rounds=6, downlink="sparse")
+        async with gateways(broker.url, 2) as there:
+            process = await plant.process()
+            try:
+                for number in range(1, 7):
+                    plan = await open_plan(there, number)
+                    for g in there[: 2 if number in (1, 4) else 1]:  # the other one looks seldom
+                        await until(partial(g.has, plan.base))
+                    made.append(weights_digest(there[0].weights()))
+                    if rough and number == 3:
+                        there[0].send(plan, lesson(number, 0))
+                        await until(lambda: there[0].outcomes()[-1:] == ["counted"] and len(there[0].outcomes()) == 3)
+                        process.send_signal(signal.SIGKILL)
+                        await process.wait()
+                        broker.stop()
+                        for g in there:
+                            g.heard.clear()
+                        broker.start()
+                        process = await plant.process()
+                        plan = await open_plan(there, number)
+                    for i, g in enumerate(there):
+                        g.send(plan, lesson(number, i))
+                await until(lambda: all((p := g.plan()) and p.state == "done" for g in there))
+                await until(partial(there[0].has, 6))
+                made.append(weights_digest(there[0].weights()))
+            finally:
+                process.send_signal(signal.SIGTERM)
+                await process.wait()
+            assert there[0].ways[1:] == [[f"{version}/step0"] for version in range(1, 7)]
+            assert there[1].ways[1] == ["1/step0", "2/step0", "3/step0"]
+            late = Gateway(broker.url, "late")
+            late.link.start()
+            await until(partial(late.has, 6))
+            steps = [f"{version}/step0" for version in range(1, 7)]
+            assert late.ways == [["0/terms0", "0/graph0", "0/weights0", *steps]]
+            await late.link.stop()
+        journal = Journal(plant.state)
+        waiting = np.frombuffer(journal.residual("wear"), np.float32)
+        journal.close()
+        # Nothing is lost: what was published and what waits are all that was learnt.
+        learnt = sum(((lesson(n, 0) + lesson(n, 1)) / 2 for n in range(1, 7)), np.zeros(SHARED, np.float32))
+        assert np.allclose(there[0].weights()[:SHARED] + waiting, plant.first[:SHARED] + learnt, atol=1e-4)
+        assert np.abs(waiting).max() > 0.1
+        digests.append(made)
+        broker.stop()
+        broker.start()
+    assert digests[0] == digests[1]
+    assert len(set(digests[0])) == 7
 
 
 async def test_who_declines_or_dies_is_not_waited_for(broker: BrokerProcess, tmp_path: Path) -> None:

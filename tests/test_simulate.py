@@ -97,6 +97,14 @@ def test_numbers_are_judged_by_their_error_and_a_codec_can_be_chosen(tmp_path: P
         min(exact["centralised"], exact["silo_own"]) / exact["final"], abs=1e-3
     )
     assert exact["ratio_up"] < 1.5
+    whole = figures(tmp_path, data, "--rounds", "3", "--downlink", "float32")
+    assert whole["ratio_down"] < 1.5
+    steps = figures(tmp_path, data, "--rounds", "3")
+    # Manifest and step together, of a net so small that the manifest is most of it.
+    assert steps["bytes_down_manifest"] < 320
+    assert steps["bytes_down_per_round"] < whole["bytes_down_per_round"] / 10
+    assert steps["bytes_down_first"] > whole["bytes_down_per_round"]
+    assert steps["curve"] != whole["curve"]
 
 
 def test_anomalies_need_no_labels(tmp_path: Path) -> None:

@@ -56,6 +56,18 @@ def test_fedavg_weights_by_samples() -> None:
     assert out.tolist() == [3.0, 0.0, 1.0]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sparse_delta_counts_as_the_vector_that_it_is(name: str) -> None:
+    rows = [np.where(np.arange(400) % 7 == i, 0.5 - i, 0).astype(np.float32) for i in range(3)]
+    payloads = [codec.encode(row, codec.SPARSE, 0.2).data for row in rows]
+    sparse = [(codec.decode_sparse(data, 400), i + 1) for i, data in enumerate(payloads)]
+    dense = [(codec.decode(data, 400), i + 1) for i, data in enumerate(payloads)]
+    assert all(isinstance(delta, codec.Sparse) for delta, _ in sparse)
+    _, out = strategy(name)({}, iter(sparse), momentum=0.0)
+    assert np.array_equal(out, strategy(name)({}, iter(dense), momentum=0.0)[1])
+    assert out.any()
+
+
 def test_fedavg_momentum_is_kept_in_the_state() -> None:
     state: State = {}
     velocity = np.zeros(3)

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edge.stored import stored_windows
 from edge.tags import Quality, Sample, Scan
-from edge.window import Columns, Condition, Win, Windower, Wiring, parse_gate, stored_windows
+from edge.window import Columns, Condition, Win, Windower, Wiring, parse_gate
 from models.spec import Window
 
 SECOND = 1_000_000_000

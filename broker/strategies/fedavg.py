@@ -9,22 +9,26 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from models.codec import Sparse
 from models.delta import Vector
 
 State = Mapping[str, NDArray[np.float64]]
 
 
-def aggregate(state: State, updates: Iterator[tuple[Vector, int]], *, momentum: float) -> tuple[State, Vector]:
+def aggregate(state: State, updates: Iterator[tuple[Vector | Sparse, int]], *, momentum: float) -> tuple[State, Vector]:
     """Return the new state and the delta (n,) float32 to add to the model.
 
-    `updates` yields (delta (n,), samples >= 1). With momentum m, the delta is v = m * v_before + mean, and v is the
-    state; without, the state is empty. ValueError if there is no update.
+    `updates` yields (delta (n,), dense or sparse, samples >= 1). With momentum m, the delta is v = m * v_before + mean,
+    and v is the state; without, the state is empty. ValueError if there is no update.
     """
     total, weight = None, 0
     for delta, samples in updates:
         if total is None:
-            total = np.zeros(delta.shape, np.float64)
-        total += np.multiply(delta, float(samples), dtype=np.float64)
+            total = np.zeros(delta.size)
+        if isinstance(delta, Sparse):
+            total[delta.places] += np.multiply(delta.values, float(samples), dtype=np.float64)
+        else:
+            total += np.multiply(delta, float(samples), dtype=np.float64)
         weight += samples
     if total is None:
         raise ValueError("no update to average")

@@ -26,6 +26,7 @@ from edge import participant as p
 from edge.choose import GLOBAL, MIX, OWN, TUNED, choose, mixed
 from edge.config import Policy
 from edge.infer import Scorer
+from edge.lab.down import Down
 from edge.lab.fleet import ALL, Site, Workers, complete_task, load_sites, metric_of
 from models import codec, evaluate
 from models.delta import Layout, Vector
@@ -53,8 +54,9 @@ class Gateway:
 class Fleet:
     """Aggregator and gateways joined by function calls."""
 
-    def __init__(self, task: Task, layout: Layout, vector: Vector, sites: list[Site], count: int, seed: int) -> None:
-        self.task, self.layout, self.vector, self.seed = task, layout, vector, seed
+    def __init__(self, task: Task, layout: Layout, down: Down, sites: list[Site], count: int, seed: int) -> None:
+        self.task, self.layout, self.down, self.seed = task, layout, down, seed
+        self.vector = vector = codec.decode(down.rows[0].weights, layout.size)
         self.shared = layout.mask(task.personal)
         self.personal = [vector.copy() for _ in sites]
         self.random = np.random.default_rng(seed)
@@ -159,11 +161,11 @@ class Fleet:
     def _close(self) -> None:
         r, order = self.task.round, sorted(self.payloads)
         updates = iter([self.payloads[path] for path in order])
-        self.state, self.vector = next_model(
-            r.strategy, self.state, self.vector, self.shared, updates, momentum=r.momentum
-        )
-        self.payloads.clear()
+        self.state, goal = next_model(r.strategy, self.state, self.vector, self.shared, updates, momentum=r.momentum)
         self.version += 1
+        samples = [count for _, count in self.payloads.values()]
+        self.vector = self.down.publish(goal, self.shared, r.down_in(self.version), samples)
+        self.payloads.clear()
 
 
 class Judge:
@@ -228,12 +230,14 @@ class Scenario(NamedTuple):
     dropout: float = 0.0
     codec: str | None = None
     keep: float | None = None
+    downlink: str | None = None
 
     def task(self, text: str, place: str) -> tuple[str, Task]:
         """The task as this scenario runs it."""
         text = complete_task(text, self.data)
         task = parse_task(text, place)
         more: dict[str, Any] = {"codec": self.codec or task.round.codec, "rounds": self.rounds}
+        more["downlink"] = self.downlink or task.round.downlink
         more["keep"] = task.round.keep if self.keep is None else self.keep
         if more["keep"] is not None and not 0 < more["keep"] <= MOST_KEPT:
             raise UserError("--keep", 0, "", f"{more['keep']:g} is no share", "write 0.001 to 0.5")
@@ -258,7 +262,7 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
             print(told, end="\n" if number == count else "", file=sys.stderr, flush=True)
 
     with Workers(text, layout, sites) as workers:
-        fleet = Fleet(task, layout, first, sites, count, seed)
+        fleet = Fleet(task, layout, Down(text, graph, layout, first), sites, count, seed)
         fleet.run(workers, scenario.dropout, after)
         plants = list(fleet.gateways.values())
         tuning = [max(1, gateway.steps // _TUNE) for gateway in plants]
@@ -279,15 +283,13 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
         "final": [worth for _, worth in chosen],
     }
     sent = [n for gateway in plants for n in gateway.sent]
-    down = len(codec.encode(fleet.vector, codec.EXACT).data)
     return _figures(judge.metric, result, curve, [s.name for s in sites], [c for c, _ in chosen]) | {
         "bytes_up_per_update": round(mean(sent), 1),
         "bytes_up_last": round(mean(gateway.sent[-1] for gateway in plants if gateway.sent), 1),
         "bytes_up": sum(sent),
-        "bytes_down_per_round": down,
+        **fleet.down.figures(),
         "float32_bytes": 4 * int(fleet.shared.sum()),
         "ratio_up": round(4 * int(fleet.shared.sum()) / mean(sent), 1),
-        "ratio_down": round(4 * layout.size / down, 2),
         "parameters": layout.size,
         "rounds": count,
         "seed": seed,
@@ -338,7 +340,7 @@ def main(args: argparse.Namespace) -> int:
         text = args.task.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(str(args.task), 0, "", f"can't be read: {error}", "give a task.toml in UTF-8") from None
-    scenario = Scenario(args.data, args.rounds, args.seed, args.dropout, args.codec, args.keep)
+    scenario = Scenario(args.data, args.rounds, args.seed, args.dropout, args.codec, args.keep, args.downlink)
     found = simulate(scenario, text, str(args.task))
     if args.json:
         print(json.dumps(found))

@@ -1,0 +1,57 @@
+"""What a training becomes: a delta with error feedback, encoded, signed, and what the gateway keeps of it."""
+
+import hashlib
+import math
+from typing import NamedTuple
+
+from broker import messages as m
+from broker.topics import Uplink
+from edge.candidates import build
+from edge.handback import Model
+from edge.participant import StartTraining
+from edge.shop import Shop
+from edge.train import Result
+from models import codec
+from models.delta import Vector
+
+
+class Sealed(NamedTuple):
+    """An update as it will be sent, and what stays: the residual (shared positions) and the ledger's entry."""
+
+    topic: str
+    envelope: bytes
+    digest: bytes
+    residual: Vector
+    body: dict[str, object]
+
+
+def seal_update(
+    shop: Shop, action: StartTraining, model: Model, result: Result, residual: Vector | None, personal: Vector | None
+) -> Sealed:
+    """Encode and sign what was learnt from `model`; `personal` is what this gateway's own positions were before."""
+    name, shared = model.task.name, model.layout.mask(model.task.personal)
+    delta = (result.vector - model.vector)[shared]
+    if residual is not None and residual.size == delta.size:
+        delta = delta + residual
+    encoded = codec.encode(delta, action.bits, action.keep_ppm / 1e6)
+    metric, before = (
+        build(shop.config.scoring, model, vector, result.scale).metric(result.holdout)
+        for vector in (result.vector, model.personalised(personal))
+    )
+    update = m.Update(
+        m.VERSION, action.round, action.base, result.samples, _finite(metric), encoded.data, _finite(before)
+    )
+    topic = Uplink(shop.config.path, name, "update").topic
+    envelope = shop.signer.seal(update, topic)
+    digest = hashlib.sha256(envelope).digest()
+    body: dict[str, object] = {
+        "task": name, "round": action.round, "base": action.base, "samples": result.samples,
+        "digest": digest.hex(), "bytes": len(encoded.data), "message_bytes": len(envelope),
+        "metric": update.metric, "base_metric": update.base_metric, "steps": result.steps, "device": result.device,
+        "seconds": round(result.seconds, 3),
+    }  # fmt: skip
+    return Sealed(topic, envelope, digest, delta - encoded.decoded, body)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
