@@ -78,8 +78,10 @@ class Scorer:
         return self.run(np.nan_to_num(self.scale.inputs(self.task, x), copy=False))
 
     def run(self, inputs: Windows) -> NDArray[np.float32]:
-        """Scaled windows (N, C, T) without NaN -> the net's outputs (N, outputs)."""
-        out: NDArray[np.float32] = self.session.run(None, {"x": inputs})[0]
+        """Scaled windows (N, C, T) without NaN -> the net's outputs (N, outputs), so many at once as memory allows."""
+        many = batch_of(*self.task.input_shape)
+        parts = [self.session.run(None, {"x": inputs[i : i + many]})[0] for i in range(0, max(len(inputs), 1), many)]
+        out: NDArray[np.float32] = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return mixed(self.task.kind, out, self.partner.run(inputs)) if self.partner else out
 
     def score(self, x: Windows) -> Verdict:
@@ -128,8 +130,7 @@ class Scorer:
         if not len(data):
             return float("nan")
         inputs = np.nan_to_num(self.scale.inputs(self.task, data.x), copy=False)
-        many = batch_of(*self.task.input_shape)
-        out = np.concatenate([self.run(inputs[i : i + many]) for i in range(0, len(inputs), many)])
+        out = self.run(inputs)
         if data.y is None:
             errors = ((out - inputs.reshape(len(inputs), -1)) ** 2).mean(1)
             self.threshold = max(float(np.quantile(errors, self.task.alarm.quantile)), 1e-9)

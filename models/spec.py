@@ -5,6 +5,7 @@ one refuse the same mistakes. No torch.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -251,8 +252,10 @@ def _check(file: TomlFile, task: Task) -> None:
         task.net != "autoencoder" or task.kind == "anomaly",
         ["net"],
         "autoencoder learns no target",
-        "write tcn or mlp",
+        "write tcn, mlp or cnn2d",
     )
+    square = task.net != "cnn2d" or math.isqrt(w.length) ** 2 == w.length
+    need(square, ["window", "length"], f"{w.length} values are no square picture", "write a square, such as 4096")
     need(
         task.kind != "anomaly" or task.net == "autoencoder",
         ["net"],

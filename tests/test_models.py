@@ -22,7 +22,7 @@ from broker.messages import ModelManifest, Object
 from edge.handback import Model, probe
 from models import evaluate, fit
 from models.delta import MAX_DIMENSIONS, MAX_ENTRIES, MAX_PARAMETERS, Layout
-from models.errors import PeerError
+from models.errors import PeerError, UserError
 from models.export import export
 from models.graph import LOCATION, MAX_GRAPH_BYTES, OPSET, make_session
 from models.graphcheck import MAX_CONSTANT_BYTES, MAX_NODES, check_graph, first_run
@@ -282,6 +282,19 @@ def test_a_long_waveform_exports_too() -> None:
     graph, layout, vector = export(long, 0)
     first_run(graph, layout, (1, 1024, 3))
     assert vector.size < 60_000
+
+
+def test_pictures_of_any_size_have_one_number_of_weights() -> None:
+    _, small, _ = export(task(net="cnn2d", channels=1, length=48 * 48), 0)
+    graph, large, _ = export(task(net="cnn2d", channels=1, length=64 * 64), 0)
+    first_run(graph, large, (1, 64 * 64, 3))
+    assert small == large
+    assert large.size < 150_000
+
+
+def test_a_picture_is_square() -> None:
+    with pytest.raises(UserError, match=r"length: 4000 values are no square picture; write a square"):
+        task(net="cnn2d", channels=1, length=4000)
 
 
 # -- fit ---------------------------------------------------------------------------------------------------------------
