@@ -337,6 +337,23 @@ def test_fit_of_numbers_and_of_nothing() -> None:
     assert fit.fit(anomaly, layout, base, np.full_like(x, NAN), None, seed=0, steps=2).loss == 0
 
 
+def test_a_proximal_term_keeps_close_to_the_base() -> None:
+    one = task("regression", epochs=5, batch=24, lr=5e-3)
+    _, layout, base = export(one, 0)
+    x, y = toy("regression")
+    free, held, tight = (fit.fit(one, layout, base, x, y, seed=0, proximal=mu).vector for mu in (0.0, 1.0, 50.0))
+    far = [float(np.linalg.norm(vector - base)) for vector in (free, held, tight)]
+    assert far[0] > far[1] > far[2] > 0
+
+
+def test_a_small_set_makes_steps_too() -> None:
+    one = task(epochs=1, batch=64)
+    _, layout, base = export(one, 0)
+    x, y = toy()
+    for count, steps in ((240, 8), (100, 8), (64, 8), (20, 2), (8, 1), (1, 1)):
+        assert fit.fit(one, layout, base, x[:count], y[:count], seed=0).steps == steps
+
+
 def test_divergence_raises() -> None:
     one = task("regression", epochs=2)
     one = msgspec.structs.replace(one, training=msgspec.structs.replace(one.training, lr=1e36))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from broker.strategies._mean import mean
 from models.delta import Vector
 
 State = Mapping[str, NDArray[np.float64]]
@@ -20,15 +21,7 @@ def aggregate(state: State, updates: Iterator[tuple[Vector, int]], *, momentum: 
     `updates` yields (delta (n,), samples >= 1). With momentum m, the delta is v = m * v_before + mean, and v is the
     state; without, the state is empty. ValueError if there is no update.
     """
-    total, weight = None, 0
-    for delta, samples in updates:
-        if total is None:
-            total = np.zeros(delta.shape, np.float64)
-        total += np.multiply(delta, float(samples), dtype=np.float64)
-        weight += samples
-    if total is None:
-        raise ValueError("no update to average")
-    total /= weight
+    total = mean(updates)
     if momentum == 0:
         return {}, total.astype(np.float32)
     before = state.get("velocity")

@@ -27,7 +27,7 @@ from models.spec import Task, parse_task
 
 ALL = -1
 _RARE = 0.1
-# Windows of one stretch of time resemble each other, so those without a group are held out by stretches.
+# Windows of one stretch of time resemble each other, so those without a group are held out by stretches; rows are not.
 _STRETCH = 20
 _NETS = {"rows": "mlp", "series": "tcn", "waveform": "tcn", "picture": "cnn2d"}
 
@@ -56,6 +56,9 @@ def complete_task(text: str, data: Path) -> str:
         head += f'kind = "{kind}"\n'
     if "net" not in said:
         head += f'net = "{"autoencoder" if kind == "anomaly" else _NETS[layout.kind]}"\n'
+    if "personal" not in said:
+        # Plants differ in condition; with a head of its own each learns from the others what they have in common.
+        head += 'personal = ["head"]\n'
     if "window" not in said:
         # A long waveform of one channel is normalised by itself: its level is the machine's, its shape the fault's.
         # So is a picture: its level is the lamp's.
@@ -134,7 +137,8 @@ def carve(y: NDArray[np.float32], groups: NDArray[Any] | None, task: Task) -> ND
     stretches, count = np.empty(len(y), np.int64), 0
     for label in np.unique(classes):
         rows = np.flatnonzero(classes == label)
-        pieces = -(-len(rows) // max(1, min(_STRETCH, round(share * len(rows)))))
+        size = _STRETCH if task.window.length > 1 else 1
+        pieces = -(-len(rows) // max(1, min(size, round(share * len(rows)))))
         stretches[rows] = count + np.arange(len(rows)) * pieces // len(rows)
         count += pieces
     return _take(stretches, classes, share)
@@ -187,9 +191,12 @@ class Workers:
         arguments = text, layout.to_wire(), scaled
         self._pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, _prepare, arguments)
 
-    def fit(self, site: int, base: Vector, seed: int, steps: int | None = None) -> Future[tuple[Vector, int]]:
-        """Train on one plant's data (ALL: everybody's) from `base`; gives the new weights and the steps taken."""
-        return self._pool.submit(_fit, site, base, seed, steps)
+    def fit(self, site: int, base: Vector, seed: int, **much: float) -> Future[tuple[Vector, int]]:
+        """Train on one plant's data (ALL: everybody's) from `base`; gives the new weights and the steps taken.
+
+        `much` is `steps` or `epochs`, instead of the task's, and `proximal`.
+        """
+        return self._pool.submit(_fit, site, base, seed, much)
 
     def __enter__(self) -> Self:
         return self
@@ -208,7 +215,7 @@ def _prepare(text: str, wire: Any, scaled: list[tuple[NDArray[np.float32], NDArr
     _WORK.update(task=parse_task(text), layout=Layout.from_wire(wire), scaled=scaled)
 
 
-def _fit(site: int, base: Vector, seed: int, steps: int | None) -> tuple[Vector, int]:
+def _fit(site: int, base: Vector, seed: int, much: dict[str, Any]) -> tuple[Vector, int]:
     from models.fit import fit  # noqa: PLC0415 - in a worker
 
     scaled = _WORK["scaled"]
@@ -217,5 +224,5 @@ def _fit(site: int, base: Vector, seed: int, steps: int | None) -> tuple[Vector,
         y = None if scaled[0][1] is None else np.concatenate([one for _, one in scaled])
     else:
         x, y = scaled[site]
-    fitted = fit(_WORK["task"], _WORK["layout"], base, x, y, seed=seed, steps=steps)
+    fitted = fit(_WORK["task"], _WORK["layout"], base, x, y, seed=seed, **much)
     return fitted.vector, fitted.steps

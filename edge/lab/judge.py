@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from edge.choose import MIX, OWN, TUNED, choose, mixed
-from edge.infer import Scorer
+from edge.candidates import kinds
+from edge.infer import Scorer, elect
 from edge.lab.fleet import Site, metric_of
 from models import evaluate
 from models.delta import Layout, Vector
@@ -55,18 +55,18 @@ class Judge:
         return self.worth(self.outputs(vector, i, "test"), i, "test")
 
 
-def final(judge: Judge, i: int, candidates: dict[str, Vector]) -> tuple[str, float]:
-    """Let the plant choose on its own holdout; return the choice and its worth on the test."""
+def final(judge: Judge, i: int, weights: dict[str, Vector]) -> tuple[dict[str, float], float]:
+    """Let the plant choose as a gateway does, on its own holdout; return the shares by kind, and the worth on its test.
 
-    def outputs(part: str) -> dict[str, Any]:
-        found = {name: judge.outputs(vector, i, part) for name, vector in candidates.items()}
-        return {MIX: mixed(judge.task.kind, found[TUNED], found[OWN]), **found}
-
-    held = judge.sites[i].holdout
-    metric = "error" if judge.task.kind == "anomaly" else judge.metric
-    worths = {name: judge.worth(out, i, "holdout") for name, out in outputs("holdout").items()} if len(held) else {}
-    chosen = choose(metric, worths or {MIX: 0.0}, len(held))
-    return chosen, judge.worth(outputs("test")[chosen], i, "test")
+    `weights` are those of each kind of model; version 1 says that the global one has seen data.
+    """
+    site, task = judge.sites[i], judge.task
+    scorers = [
+        replace(Scorer.build(task, 1, judge.graph, judge.layout, weights[kind], site.scale), kind=kind)
+        for kind in kinds(task, 1, alone=task.training.alone)
+    ]
+    chosen, body = elect(scorers, site.holdout)
+    return body["shares"], judge.worth(chosen.outputs(site.test.x), i, "test")
 
 
 def mean_of(values: list[float]) -> float:
@@ -75,7 +75,11 @@ def mean_of(values: list[float]) -> float:
 
 
 def figures(
-    metric: str, result: dict[str, list[float]], curve: list[list[float]], names: list[str], chosen: list[str]
+    metric: str,
+    result: dict[str, list[float]],
+    curve: list[list[float]],
+    names: list[str],
+    chosen: list[dict[str, float]],
 ) -> dict[str, Any]:
     """Means over plants, ratios of which more is better, and the plants one by one."""
     lower = metric in evaluate.LOWER_IS_BETTER

@@ -55,8 +55,12 @@ class Fleet:
         rules = federation.Rules(1, 1000, 0, count)
         self.federation = federation.Federation(rules, version=0, past=None)
 
+    def at(self, i: int) -> Vector:
+        """The global model as plant `i` holds it, with its own values where the task keeps some there."""
+        return self.vector if self.shared.all() else np.where(self.shared, self.vector, self.personal[i])
+
     def run(self, workers: Workers, dropout: float, after: Any) -> None:
-        """Run every round; `after(number, vector)` sees each new model."""
+        """Run every round; `after(number)` is called when each new model is there."""
         rules, actions = self.federation.rules, list[rounds.Action]()
         for path in self.gateways:
             # The first round waits until everybody is there.
@@ -70,7 +74,7 @@ class Fleet:
                     actions += self._round(action, workers, dropout)
                 case rounds.Close(number, _):
                     self._close()
-                    after(number, self.vector)
+                    after(number)
                     self.now += 1
                     actions += self.federation.handle(federation.Aggregated(self.version), self.now)
                 case rounds.Extend() | rounds.Outcome() | federation.Finish():
@@ -94,10 +98,9 @@ class Fleet:
             away = self.random.random() < dropout
             for one in said:
                 if isinstance(one, p.StartTraining) and not away:
-                    base = np.where(self.shared, self.vector, self.personal[self._index(gateway)])
-                    training.append(
-                        (gateway, one, workers.fit(self._index(gateway), base, self._seed(one.round, path)))
-                    )
+                    i = self._index(gateway)
+                    seed, pull = self._seed(one.round, path), self.task.training.proximal
+                    training.append((gateway, one, workers.fit(i, self.at(i), seed, proximal=pull)))
                 elif isinstance(one, p.Answer):
                     event = federation.Answered(path, one.round, one.verdict == "joined")
                     actions += self.federation.handle(event, self.now)

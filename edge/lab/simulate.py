@@ -14,19 +14,15 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
 
+from broker.aggregate import strategy_names
 from edge.choose import GLOBAL, OWN, TUNED
 from edge.lab.fleet import ALL, Workers, complete_task, load_sites
 from edge.lab.judge import Judge, figures, final, mean_of
 from edge.lab.rounds import Fleet
 from models import codec
-from models.delta import Vector
 from models.errors import LocalError, UserError
 from models.spec import MOST_KEPT, Task, parse_task
-
-# Tuning at each plant after the last round takes this part of the passes of all rounds.
-_TUNE = 5
 
 
 class Scenario(NamedTuple):
@@ -38,12 +34,17 @@ class Scenario(NamedTuple):
     dropout: float = 0.0
     codec: str | None = None
     keep: float | None = None
+    strategy: str | None = None
 
     def task(self, text: str, place: str) -> tuple[str, Task]:
         """The task as this scenario runs it."""
         text = complete_task(text, self.data)
         task = parse_task(text, place)
         more: dict[str, Any] = {"codec": self.codec or task.round.codec, "rounds": self.rounds}
+        if self.strategy is not None and self.strategy not in strategy_names():
+            remedy = f"write one of: {', '.join(strategy_names())}"
+            raise UserError("--strategy", 0, "", f"no strategy {self.strategy!r}", remedy)
+        more["strategy"] = self.strategy or task.round.strategy
         more["keep"] = task.round.keep if self.keep is None else self.keep
         if more["keep"] is not None and not 0 < more["keep"] <= MOST_KEPT:
             raise UserError("--keep", 0, "", f"{more['keep']:g} is no share", "write 0.001 to 0.5")
@@ -60,9 +61,10 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
     graph, layout, first = export(task, seed)
     judge = Judge(task, graph, layout, sites)
     curve: list[list[float]] = []
+    every = range(len(sites))
 
-    def after(number: int, vector: Vector) -> None:
-        curve.append([judge.test(vector, i) for i in range(len(sites))])
+    def after(number: int) -> None:
+        curve.append([judge.test(fleet.at(i), i) for i in every])
         if sys.stderr.isatty():
             told = f"\rround {number} of {count}: {judge.metric} {mean_of(curve[-1]):.4f} "
             print(told, end="\n" if number == count else "", file=sys.stderr, flush=True)
@@ -71,21 +73,19 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
         fleet = Fleet(task, layout, first, sites, count, seed)
         fleet.run(workers, scenario.dropout, after)
         plants = list(fleet.gateways.values())
-        tuning = [max(1, gateway.steps // _TUNE) for gateway in plants]
-        budget = [gateway.steps + more for gateway, more in zip(plants, tuning, strict=True)]
-        base = [np.where(fleet.shared, fleet.vector, own) for own in fleet.personal]
-        jobs = [workers.fit(i, first, seed, steps) for i, steps in enumerate(budget)]
-        tuned = [workers.fit(i, base[i], seed, steps) for i, steps in enumerate(tuning)]
-        together = workers.fit(ALL, first, seed, sum(budget)).result()[0]
-        alone, own = [job.result()[0] for job in jobs], [job.result()[0] for job in tuned]
-    every = range(len(sites))
-    chosen = [final(judge, i, {TUNED: own[i], OWN: alone[i], GLOBAL: fleet.vector}) for i in every]
+        tuning = [workers.fit(i, fleet.at(i), seed, epochs=max(1, task.training.tune)).result() for i in every]
+        budget = [gateway.steps + steps for gateway, (_, steps) in zip(plants, tuning, strict=True)]
+        whole = workers.fit(ALL, first, seed, steps=sum(budget))
+        jobs = [workers.fit(i, first, seed, steps=steps) for i, steps in enumerate(budget)]
+        tuned, alone = [vector for vector, _ in tuning], [job.result()[0] for job in jobs]
+        together = whole.result()[0]
+    chosen = [final(judge, i, {TUNED: tuned[i], OWN: alone[i], GLOBAL: fleet.at(i)}) for i in every]
     result = {
         "centralised": [judge.test(together, i) for i in every],
         "silo_own": [judge.test(alone[i], i) for i in every],
         "silo_all": [mean_of([judge.test(alone[i], j) for j in every]) for i in every],
         "federated": curve[-1],
-        "personalised": [judge.test(own[i], i) for i in every],
+        "personalised": [judge.test(tuned[i], i) for i in every],
         "final": [worth for _, worth in chosen],
     }
     sent = [n for gateway in plants for n in gateway.sent]
@@ -117,7 +117,7 @@ def main(args: argparse.Namespace) -> int:
         text = args.task.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(str(args.task), 0, "", f"can't be read: {error}", "give a task.toml in UTF-8") from None
-    scenario = Scenario(args.data, args.rounds, args.seed, args.dropout, args.codec, args.keep)
+    scenario = Scenario(args.data, args.rounds, args.seed, args.dropout, args.codec, args.keep, args.strategy)
     found = simulate(scenario, text, str(args.task))
     if args.json:
         print(json.dumps(found))

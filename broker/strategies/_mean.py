@@ -1,0 +1,22 @@
+"""The weighted mean that every strategy begins with."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.delta import Vector
+
+
+def mean(updates: Iterator[tuple[Vector, int]]) -> NDArray[np.float64]:
+    """Mean (n,) of deltas (n,) by samples, summed in float64 one at a time; ValueError if there is none."""
+    total, weight = None, 0
+    for delta, samples in updates:
+        if total is None:
+            total = np.zeros(delta.shape, np.float64)
+        total += np.multiply(delta, float(samples), dtype=np.float64)
+        weight += samples
+    if total is None:
+        raise ValueError("no update to average")
+    total /= weight
+    return total
