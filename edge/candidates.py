@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from edge.choose import GLOBAL, MIX, OWN, TUNED
+from edge.choose import GLOBAL, OWN, TUNED
 from edge.config import ScoringTable
 from edge.handback import Model
 from edge.infer import Scorer
@@ -10,16 +10,17 @@ from edge.memory import Memory
 from edge.train import Result
 from models.delta import Vector
 from models.scale import Scale
+from models.spec import Task
 
 _UNSCALED = Scale((), ())
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Scorers in the order of preference, and the weights of each kind, to be stored with it."""
+    """A scorer of each kind, and its weights, to be stored with it."""
 
     scorers: list[Scorer]
-    weights: dict[str, list[Vector]]
+    weights: dict[str, Vector]
 
 
 def build(table: ScoringTable, model: Model, vector: Vector, scale: Scale | None, kind: str = GLOBAL) -> Scorer:
@@ -32,17 +33,21 @@ def build(table: ScoringTable, model: Model, vector: Vector, scale: Scale | None
     return made
 
 
+def kinds(task: Task, version: int, *, alone: bool) -> list[str]:
+    """What a plant may score with after a training, by kind.
+
+    The global model is none of them before anybody's data was seen, nor for an anomaly: what is normal somewhere else
+    it would forgive here.
+    """
+    found = [TUNED, OWN] if alone else [TUNED]
+    return found if version == 0 or task.kind == "anomaly" else [*found, GLOBAL]
+
+
 def after_training(table: ScoringTable, model: Model, vector: Vector, result: Result) -> Candidates:
     """What a training leaves to choose from; `vector` is the global model as this gateway scores with it."""
-    tuned = build(table, model, result.vector, result.scale, TUNED)
-    scorers, weights = [tuned], {TUNED: [result.vector], GLOBAL: [vector]}
-    if result.own is not None:
-        own = build(table, model, result.own, result.scale, OWN)
-        scorers = [replace(tuned, kind=MIX, partner=own), tuned, own]
-        weights |= {OWN: [result.own], MIX: [result.vector, result.own]}
-    if model.manifest.version > 0:  # the first one has seen nobody's data
-        scorers.append(build(table, model, vector, result.scale))
-    return Candidates(scorers, weights)
+    weights = {TUNED: result.tuned, GLOBAL: vector} | ({} if result.own is None else {OWN: result.own})
+    found = kinds(model.task, model.manifest.version, alone=result.own is not None)
+    return Candidates([build(table, model, weights[kind], result.scale, kind) for kind in found], weights)
 
 
 def stored(table: ScoringTable, memory: Memory, model: Model, vector: Vector, scale: Scale | None) -> Scorer:
@@ -50,8 +55,6 @@ def stored(table: ScoringTable, memory: Memory, model: Model, vector: Vector, sc
     kept = memory.scoring(model.layout.size)
     if kept is None:
         return build(table, model, vector, scale)
-    version, kind, (weights, *more) = kept
-    scorer = build(table, model, weights, scale, kind)
-    scorer.version = version
-    scorer.partner = build(table, model, more[0], scale, OWN) if more else None
-    return scorer
+    version, kind, parts = kept
+    first, *others = (replace(build(table, model, weights, scale, kind), share=share) for share, weights in parts)
+    return replace(first, version=version, partners=tuple(others))

@@ -1,9 +1,9 @@
-"""Which model a plant scores with: the global one, the one tuned on its own data, one learnt alone, or two together.
+"""What a plant scores with: the federated model, the one tuned on its own data, one learnt alone, or them together.
 
-Pure: what the candidates are worth on the plant's own holdout goes in, a name comes out.
+Pure: what the models lose on each window of the plant's own holdout goes in, how far each is trusted comes out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,26 +13,46 @@ from models import evaluate
 Outputs = NDArray[np.float32]
 
 GLOBAL, TUNED, OWN, MIX = "global", "tuned", "own", "mix"
+# A model that is trusted less than this is not worth the time that it takes to score.
+_LEAST = 0.1
+_STEPS = 50
 
 
-def mixed(task_kind: str, one: Outputs, other: Outputs) -> Outputs:
-    """Mean of two models' outputs (N, outputs): of probabilities for classes, of the numbers else."""
+def mixed(task_kind: str, outputs: Sequence[Outputs], shares: Sequence[float]) -> Outputs:
+    """Mean of models' outputs (N, outputs) by their shares: of probabilities for classes, of the numbers else."""
+    if len(outputs) == 1:
+        return outputs[0]
     if task_kind != "classification":
-        return ((one + other) / 2).astype(np.float32)
-    return np.log((_softmax(one) + _softmax(other)) / 2 + 1e-9).astype(np.float32)
+        return np.asarray(sum(share * one for one, share in zip(outputs, shares, strict=True)), np.float32)
+    both = sum(share * _softmax(one) for one, share in zip(outputs, shares, strict=True))
+    return np.log(both + 1e-9).astype(np.float32)
 
 
-def choose(metric: str, worths: Mapping[str, float], count: int) -> str:
-    """Name the candidate to score with, by what each is worth on a holdout of `count` windows.
+def trust(losses: NDArray[np.float64], *, likelihood: bool) -> NDArray[np.float64]:
+    """Shares (K,) of K models, by what each loses on each of N windows (K, N): they add up to 1.
 
-    The first candidate stays unless a later one is better by more than the holdout's noise: a small holdout knows
-    little, and the best of several by chance is often not the best.
+    The weights of a mixture, by expectation maximisation (Dempster et al. 1977) with one window's worth of prior for
+    each model: a small holdout leaves all of them in, a large one those that foresaw it, and no choice hangs on a
+    thin difference. `likelihood` says that a loss is -log p; else it is a squared error, of Gaussian residuals as
+    wide as those of the best model. A model that gives no number gets nothing.
     """
-    best, *others = worths
-    for name in others if count else ():
-        if not evaluate.not_worse(metric, worths[best], worths[name], count):
-            best = name
-    return best
+    valid: NDArray[np.bool_] = np.asarray(np.isfinite(losses).all(1))
+    shares: NDArray[np.float64] = valid / max(int(valid.sum()), 1)
+    if losses.shape[1] == 0 or not valid.any():
+        return shares
+    width = 1.0 if likelihood else 2 * max(float(losses[valid].mean(1).min()), 1e-12)
+    found = np.where(valid[:, None], losses, np.inf)
+    seen = np.exp(-(found - found.min(0)) / width)  # (K, N)
+    for _ in range(_STEPS):
+        parts = shares[:, None] * seen
+        shares = ((parts / parts.sum(0)).sum(1) + valid) / (losses.shape[1] + valid.sum())
+    shares = np.where(shares < min(_LEAST, shares.max()), 0, shares)
+    return shares / float(shares.sum())
+
+
+def choose(metric: str, worth: float, other: float, count: int) -> bool:
+    """Say whether another model is better than what scores by more than the noise of `count` windows."""
+    return not evaluate.not_worse(metric, worth, other, count)
 
 
 def _softmax(out: Outputs) -> Outputs:

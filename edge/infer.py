@@ -6,14 +6,14 @@ new Scorer built beside the old one; the agent swaps them between two windows.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edge.choose import GLOBAL, choose, mixed
+from edge.choose import GLOBAL, MIX, choose, mixed, trust
 from edge.dataset import Dataset
 from models import evaluate
 from models.delta import Layout, Vector
@@ -38,7 +38,7 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Scorer:
-    """One model of one task, ready to score; with a `partner`, the mean of two.
+    """One model of one task, ready to score; with `partners`, the mean of several, each by its `share`.
 
     `version` is the global model's that it comes from, `kind` what the plant made of it (see `edge.choose`).
     """
@@ -49,7 +49,8 @@ class Scorer:
     scale: Scale
     threshold: float = 1.0
     kind: str = GLOBAL
-    partner: "Scorer | None" = None
+    share: float = 1.0
+    partners: "tuple[Scorer, ...]" = ()
 
     @property
     def learnt(self) -> bool:
@@ -78,9 +79,14 @@ class Scorer:
         return self.run(np.nan_to_num(self.scale.inputs(self.task, x), copy=False))
 
     def run(self, inputs: Windows) -> NDArray[np.float32]:
-        """Scaled windows (N, C, T) without NaN -> the net's outputs (N, outputs)."""
-        out: NDArray[np.float32] = self.session.run(None, {"x": inputs})[0]
-        return mixed(self.task.kind, out, self.partner.run(inputs)) if self.partner else out
+        """Scaled windows (N, C, T) without NaN -> the net's outputs (N, outputs), so many at once as memory allows."""
+        many = batch_of(*self.task.input_shape)
+        parts = [self.session.run(None, {"x": inputs[i : i + many]})[0] for i in range(0, max(len(inputs), 1), many)]
+        out: NDArray[np.float32] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if not self.partners:
+            return out
+        outputs = [out, *(one.run(inputs) for one in self.partners)]
+        return mixed(self.task.kind, outputs, [self.share, *(one.share for one in self.partners)])
 
     def score(self, x: Windows) -> Verdict:
         """Judge one raw window (C, T)."""
@@ -133,8 +139,7 @@ class Scorer:
         if not len(data):
             return float("nan")
         inputs = np.nan_to_num(self.scale.inputs(self.task, data.x), copy=False)
-        many = batch_of(*self.task.input_shape)
-        out = np.concatenate([self.run(inputs[i : i + many]) for i in range(0, len(inputs), many)])
+        out = self.run(inputs)
         if data.y is None:
             errors = ((out - inputs.reshape(len(inputs), -1)) ** 2).mean(1)
             self.threshold = max(float(np.quantile(errors, self.task.alarm.quantile)), 1e-9)
@@ -142,6 +147,19 @@ class Scorer:
         if self.task.kind == "classification":
             return evaluate.accuracy(data.y, out.argmax(1))
         return evaluate.rmse(data.y, out[:, 0] * self.scale.target_std + self.scale.target_mean)
+
+    def losses(self, data: Dataset) -> NDArray[np.float64]:
+        """What this model loses on each window (N,): -log p of the class, or the squared error, normalised."""
+        inputs = np.nan_to_num(self.scale.inputs(self.task, data.x), copy=False)
+        out = self.run(inputs).astype(np.float64)[: len(data)]
+        if data.y is None:
+            lost = ((out - inputs.reshape(len(inputs), -1)) ** 2).mean(1)
+        elif self.task.kind == "classification":
+            out -= out.max(1, keepdims=True)
+            lost = np.log(np.exp(out).sum(1)) - out[np.arange(len(out)), data.y.astype(np.int64)]
+        else:
+            lost = (out[:, 0] - self.scale.targets(self.task, data.y)) ** 2
+        return np.asarray(lost, np.float64)
 
 
 def contest(new: Scorer, old: Scorer | None, holdout: Dataset | None) -> tuple[bool, dict[str, object]]:
@@ -165,14 +183,27 @@ def contest(new: Scorer, old: Scorer | None, holdout: Dataset | None) -> tuple[b
         if old.kind == GLOBAL:
             adopt = adopt and evaluate.not_worse(name, worth, was, len(holdout))
         else:
-            adopt = choose(name, {old.kind: was, GLOBAL: worth}, len(holdout)) == GLOBAL
+            adopt = choose(name, was, worth, len(holdout))
     return adopt, body
 
 
-def elect(candidates: Sequence[Scorer], holdout: Dataset) -> tuple[Scorer, dict[str, object]]:
-    """Let a plant choose, after a training, which of several models scores from now on; the first is preferred."""
-    name = evaluate.metric_name(candidates[0].task)
-    worths = {one.kind: one.metric(holdout) for one in candidates}
-    chosen = choose(name, worths, len(holdout))
-    body = {kind: worth if math.isfinite(worth) else None for kind, worth in worths.items()}
-    return next(one for one in candidates if one.kind == chosen), {"metric": name, "chosen": chosen, "worth": body}
+def elect(candidates: Sequence[Scorer], holdout: Dataset) -> tuple[Scorer, dict[str, Any]]:
+    """After a training: what this plant scores with from now on, by how far its holdout lets it trust each model.
+
+    Returns the models together, or the one that is left, and what the ledger notes: `shares` by kind, and `worth`, the
+    metric of each and of all together.
+    """
+    task = candidates[0].task
+    losses = np.stack([one.losses(holdout) for one in candidates])
+    shares = trust(losses, likelihood=task.kind == "classification")
+    if not shares.any():
+        shares[0] = 1.0
+    kept = [replace(one, share=float(w)) for one, w in zip(candidates, shares, strict=True) if w]
+    chosen = kept[0] if len(kept) == 1 else replace(kept[0], kind=MIX, partners=tuple(kept[1:]))
+    worths = {one.kind: one.metric(holdout) for one in [*candidates, chosen]}
+    return chosen, {
+        "metric": evaluate.metric_name(task),
+        "chosen": chosen.kind,
+        "shares": {one.kind: round(one.share, 3) for one in kept},
+        "worth": {kind: worth if math.isfinite(worth) else None for kind, worth in worths.items()},
+    }

@@ -16,7 +16,8 @@ from models.delta import Layout, Vector
 from models.scale import Scale
 from models.spec import parse_task
 
-_HEAD = 16  # version and kind of what scores, before its weights
+_HEAD = 16  # version and kind of what scores, before the share and the weights of each of its nets
+_MOST_NETS = 3
 
 
 @dataclass
@@ -49,19 +50,20 @@ class Memory:
         self._put("graph", model.graph)
         self._put("weights", model.vector.tobytes())
 
-    def scoring(self, size: int) -> tuple[int, str, list[Vector]] | None:
-        """Version, kind and weights (size,) of what scores: one net, or two for a mean; None if it is not of them."""
+    def scoring(self, size: int) -> tuple[int, str, list[tuple[float, Vector]]] | None:
+        """Version and kind of what scores, and of each of its nets the share and weights (size,); None if unknown."""
         data = self._get("scoring")
-        if data is None or len(data) not in (_HEAD + 4 * size, _HEAD + 8 * size):
+        count, over = divmod(len(data or b"") - _HEAD, 4 * (size + 1))
+        if data is None or over or not 1 <= count <= _MOST_NETS:
             return None
         version, kind = int.from_bytes(data[:8], "big"), data[8:_HEAD].rstrip(b"\0").decode()
-        weights = np.frombuffer(data[_HEAD:], np.float32)
-        return version, kind, [weights[start : start + size] for start in range(0, weights.size, size)]
+        rows = np.frombuffer(data[_HEAD:], np.float32).reshape(count, size + 1)
+        return version, kind, [(float(row[0]), row[1:]) for row in rows]
 
-    def keep_scoring(self, version: int, kind: str, weights: Sequence[Vector]) -> None:
+    def keep_scoring(self, version: int, kind: str, parts: Sequence[tuple[float, Vector]]) -> None:
         """Store what scores."""
         head = version.to_bytes(8, "big") + kind.encode().ljust(_HEAD - 8, b"\0")
-        self._put("scoring", head + b"".join(one.tobytes() for one in weights))
+        self._put("scoring", head + b"".join(np.float32(share).tobytes() + one.tobytes() for share, one in parts))
 
     def vector(self, name: str) -> Vector | None:
         """`residual` (shared positions, error feedback), `personal` or `own` (full layout) of the last training."""

@@ -272,9 +272,10 @@ class Runner:
             chosen, body = await asyncio.to_thread(elect, found.scorers, result.holdout)
             self._swap(chosen, model)
             self.kept = body | {"task": self.name, "version": chosen.version}
+            parts = [(share, found.weights[kind]) for kind, share in body["shares"].items()]
 
             def work() -> None:
-                self.memory.keep_scoring(chosen.version, chosen.kind, found.weights[chosen.kind])
+                self.memory.keep_scoring(chosen.version, chosen.kind, parts)
                 self.shop.state.record("model-chosen", self.kept)
 
             await self.shop.state.commit(work)
@@ -374,7 +375,7 @@ class Runner:
 
         def work() -> None:
             if adopt:
-                self.memory.keep_scoring(new.version, GLOBAL, [vector])
+                self.memory.keep_scoring(new.version, GLOBAL, [(1.0, vector)])
             self.shop.state.record("model-adopted" if adopt else "model-kept", body)
 
         await self.shop.state.commit(work)

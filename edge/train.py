@@ -68,7 +68,8 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 class Result:
     """What the child learnt: weights (layout.size,), the windows and optimiser steps it took, scale and holdout.
 
-    `own` (layout.size,) are the weights of the net that learns alone, None where the task wants none.
+    `tuned` (layout.size,) are those weights after further passes that are sent to nobody; `own` are the weights of the
+    net that learns alone, None where the task wants none.
     """
 
     vector: Vector
@@ -79,6 +80,7 @@ class Result:
     device: str
     scale: Scale
     holdout: Dataset
+    tuned: Vector
     own: Vector | None = None
 
 
@@ -251,7 +253,7 @@ def write_result(folder: Path, result: Result) -> None:
         np.savez(
             file, vector=result.vector, numbers=numbers, device=np.array(result.device),
             scale=np.frombuffer(result.scale.to_json(), np.uint8), holdout_x=result.holdout.x, holdout_y=y,
-            own=np.empty(0, np.float32) if result.own is None else result.own,
+            tuned=result.tuned, own=np.empty(0, np.float32) if result.own is None else result.own,
         )  # fmt: skip
     (folder / "partial").rename(folder / _RESULT)
 
@@ -262,8 +264,9 @@ def _read(path: Path, size: int) -> Result:
         holdout = Dataset(z["holdout_x"], z["holdout_y"] if len(z["holdout_y"]) or not len(z["holdout_x"]) else None)
         scale = Scale.from_json(z["scale"].tobytes())
         own = z["own"] if z["own"].size else None
-        result = Result(z["vector"], int(samples), int(steps), loss, took, str(z["device"]), scale, holdout, own)
-    learnt = [result.vector] if own is None else [result.vector, own]
+        what = int(samples), int(steps), loss, took, str(z["device"]), scale, holdout
+        result = Result(z["vector"], *what, z["tuned"], own)
+    learnt = [result.vector, result.tuned, *([] if own is None else [own])]
     if any(vector.shape != (size,) or not np.isfinite(vector).all() for vector in learnt):
         raise TrainingError("the training process gave weights of another shape, or not finite")
     return result

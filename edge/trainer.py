@@ -47,7 +47,10 @@ def run(folder: Path) -> tuple[int, str]:
     set_threads(job.threads)
     layout, x, own = Layout.from_wire(job.layout), scale.inputs(task, train.x), None
     try:
-        fitted = fit(task, layout, base, x, y, seed=job.seed)
+        fitted = fit(task, layout, base, x, y, seed=job.seed, proximal=task.training.proximal)
+        tuned, passes = fitted.vector, task.training.tune
+        if passes:
+            tuned = fit(task, layout, tuned, x, y, seed=job.seed, epochs=passes).vector
         if task.training.alone:
             before = folder / "own.npy"
             start = np.load(before, allow_pickle=False) if before.exists() else first_weights(task, layout, job.seed)
@@ -57,7 +60,16 @@ def run(folder: Path) -> tuple[int, str]:
     write_result(
         folder,
         Result(
-            fitted.vector, len(train), fitted.steps, fitted.loss, fitted.seconds, fitted.device, scale, holdout, own
+            fitted.vector,
+            len(train),
+            fitted.steps,
+            fitted.loss,
+            fitted.seconds,
+            fitted.device,
+            scale,
+            holdout,
+            tuned,
+            own,
         ),
     )
     return DONE, f"{fitted.steps} steps"

@@ -43,6 +43,7 @@ def export(task: Task, seed: int) -> tuple[bytes, Layout, Vector]:
     with warnings.catch_warnings():
         # The TorchScript exporter is deprecated; its successor brings onnxscript and renames the weights.
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "Converting a tensor to a Python boolean")  # GroupNorm looks at the shape
         torch.onnx.export(
             net,
             (example,),

@@ -13,6 +13,8 @@ from torch.nn import functional
 from models.delta import Layout, Vector
 from models.spec import Task
 
+# The least batch that a small set is cut down to, so that one pass makes so many steps.
+_SMALLEST_BATCH, _STEPS = 8, 8
 _BETA1, _BETA2, _EPSILON, _CLIP = 0.9, 0.999, 1e-8, 5.0
 
 
@@ -67,11 +69,16 @@ def fit(
     *,
     seed: int,
     steps: int | None = None,
+    epochs: int | None = None,
+    proximal: float = 0.0,
 ) -> Fitted:
     """Train from `base` on normalised windows.
 
     x (N, C, T) with NaN where a sample was masked; y (N,) class indices or normalised numbers, None for anomaly.
-    `steps` overrides the number of optimiser steps that epochs give. Runs on CUDA when there is one.
+    `epochs` overrides the task's, `steps` the number of optimiser steps that they give. A small set is trained on in
+    batches smaller than the task's, so that a pass over it makes some steps too. `proximal` times half the squared
+    distance from `base` is added to the loss (FedProx, Li et al. 2020, arXiv:1812.06127). Runs on CUDA when there is
+    one.
     Raises FloatingPointError when the weights do not stay finite, so that they never leave the box.
     """
     start = time.perf_counter()
@@ -84,10 +91,11 @@ def fit(
     present = torch.from_numpy(np.isfinite(x)).to(device)
     targets = None if y is None else torch.from_numpy(y).to(device)
     adam = _Adam(list(net.parameters()), task.training.lr)
-    batch = min(task.training.batch, len(x))
+    batch = min(task.training.batch, max(_SMALLEST_BATCH, len(x) // _STEPS), len(x))
     per_epoch = len(x) // batch
-    total = steps or task.training.epochs * per_epoch
+    total = steps or (epochs or task.training.epochs) * per_epoch
     losses: list[Tensor] = []
+    anchor = [p.detach().clone() for p in net.parameters()] if proximal else []
     order, generator = torch.empty(0), torch.Generator().manual_seed(seed)
     for step in range(total):
         if step % per_epoch == 0:
@@ -95,6 +103,9 @@ def fit(
         rows = order[step % per_epoch * batch :][:batch].to(device)
         loss = _loss(task, net(inputs[rows]), inputs[rows], present[rows], None if targets is None else targets[rows])
         loss.backward()  # type: ignore[no-untyped-call]
+        for p, start_at in zip(net.parameters(), anchor, strict=False):
+            if p.grad is not None:
+                p.grad += proximal * (p.detach() - start_at)
         adam.step()
         losses.append(loss.detach())
     vector = layout.join(arrays_of(net))

@@ -5,6 +5,7 @@ one refuse the same mistakes. No torch.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ MAX_TASK_BYTES = 64 * 1024
 MAX_RATE_HZ = 1e6
 # What a task may ask of a gateway at most; a slip of a digit or two ends here and not on the plant's machines.
 MAX_EPOCHS = 1000
+MAX_PROXIMAL = 100.0
 MAX_BATCH = 65_536
 MAX_WINDOW_VALUES = 4_000_000
 MAX_STRIDE = 1_000_000
@@ -70,10 +72,14 @@ class Alarm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The local training of one round. `min_windows` good windows are needed before a gateway takes part.
 
-    `alone`: also train a net that only ever saw this gateway's data, and score with both where that is better.
+    `proximal`: pulls the training of a round towards the global model. `tune`: passes after those of each round, whose
+    result is sent to nobody. `alone`: also train a net that only ever saw this gateway's data. What scores is all of
+    them together, as far as the holdout lets the gateway trust each.
     """
 
     epochs: int = 1
+    tune: int = 8
+    proximal: float = 0.0
     batch: int = 64
     lr: float = 1e-3
     min_windows: int = 64
@@ -258,8 +264,10 @@ def _check(file: TomlFile, task: Task) -> None:
         task.net != "autoencoder" or task.kind == "anomaly",
         ["net"],
         "autoencoder learns no target",
-        "write tcn or mlp",
+        "write tcn, mlp or cnn2d",
     )
+    square = task.net != "cnn2d" or math.isqrt(w.length) ** 2 == w.length
+    need(square, ["window", "length"], f"{w.length} values are no square picture", "write a square, such as 4096")
     need(
         task.kind != "anomaly" or task.net == "autoencoder",
         ["net"],
@@ -275,6 +283,8 @@ def _check(file: TomlFile, task: Task) -> None:
 def _check_training(need: _Need, t: Training) -> None:
     need(0 < t.holdout < 1, ["training", "holdout"], "out of range", "write a part, such as 0.2")
     need(1 <= t.epochs <= MAX_EPOCHS, ["training", "epochs"], "out of range", f"write 1 to {MAX_EPOCHS}")
+    need(0 <= t.proximal <= MAX_PROXIMAL, ["training", "proximal"], "out of range", "write 0.0 (none) to 100")
+    need(0 <= t.tune <= MAX_EPOCHS, ["training", "tune"], "out of range", f"write 0 to {MAX_EPOCHS}")
     need(1 <= t.batch <= MAX_BATCH, ["training", "batch"], "out of range", f"write 1 to {MAX_BATCH}")
     need(0 < t.lr <= 1, ["training", "lr"], "out of range", "write a number above 0, at most 1")
     need(1 <= t.min_windows <= t.max_windows, ["training", "min_windows"], "out of range", "1 to max_windows")

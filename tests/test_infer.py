@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from edge.choose import MIX, OWN, TUNED
+from edge.choose import GLOBAL, MIX, OWN, TUNED
 from edge.dataset import Dataset
 from edge.history import Score
 from edge.infer import Scorer, contest, elect
@@ -173,34 +173,46 @@ class Floor:
             self.live.feed(samples)
 
 
+def together(one: Scorer, other: Scorer) -> Scorer:
+    return replace(one, kind=MIX, share=0.5, partners=(replace(other, share=0.5),))
+
+
 def test_two_models_score_with_the_mean_of_their_probabilities_and_of_their_numbers() -> None:
     one, other = build(CLASSES, edit=bias(2, 0, 0)), build(CLASSES, edit=bias(0, 4, 0))
     x = np.zeros(CLASSES.input_shape, np.float32)
-    both = replace(one, kind=MIX, partner=other)
+    both = together(one, other)
     mean = {"ok": (0.7870 + 0.0177) / 2, "worn": (0.1065 + 0.9647) / 2}
     verdict = both.score(x)
     assert verdict.score == pytest.approx(mean["worn"], abs=1e-3)
     assert (verdict.verdict, verdict.alarm) == ("worn", True)
     assert one.score(x).verdict == "ok"
     low, high = build(NUMBER, edit=bias(10)), build(NUMBER, edit=bias(30))
-    assert replace(low, kind=MIX, partner=high).score(x).score == pytest.approx(20)
+    assert together(low, high).score(x).score == pytest.approx(20)
     noise = build(ANOMALY)
-    twice = replace(noise, kind=MIX, partner=noise)
+    twice = together(noise, noise)
     data = Dataset(RANDOM.normal(size=(40, 3, 4)).astype(np.float32), None)
     assert twice.metric(data) == pytest.approx(noise.metric(data))
     assert twice.threshold == pytest.approx(noise.threshold)
 
 
-def test_a_plant_chooses_by_its_holdout_and_keeps_its_choice_within_the_noise() -> None:
+def test_a_plant_trusts_models_by_what_they_lose_on_its_holdout() -> None:
     data = Dataset(np.zeros((200, 3, 4), np.float32), np.zeros(200, np.float32))
     right, wrong = build(NUMBER, edit=bias(0.5)), build(NUMBER, edit=bias(5))
     tuned, own = replace(right, kind=TUNED), replace(wrong, kind=OWN)
-    mix = replace(tuned, kind=MIX, partner=own)
-    chosen, body = elect([mix, tuned, own], data)
-    assert chosen is tuned
-    assert body["chosen"] == TUNED
-    assert body["worth"] == {MIX: pytest.approx(2.75), TUNED: pytest.approx(0.5), OWN: pytest.approx(5)}
-    assert elect([mix, tuned, own], Dataset(data.x[:0], np.zeros(0, np.float32)))[0] is mix
+    chosen, body = elect([tuned, own], data)
+    assert chosen.kind == TUNED
+    assert chosen.partners == ()
+    assert body["shares"] == {TUNED: 1}
+    assert body["worth"] == {TUNED: pytest.approx(0.5), OWN: pytest.approx(5)}
+    # Errors to both sides: the mean of both models is better than either.
+    y = np.where(np.arange(200) % 2, 1, -1).astype(np.float32)
+    low, high = (replace(build(NUMBER, edit=bias(b)), kind=k) for b, k in ((-1, TUNED), (1, OWN)))
+    chosen, body = elect([low, high], Dataset(data.x, y))
+    assert chosen.kind == body["chosen"] == MIX
+    assert body["shares"] == {TUNED: 0.5, OWN: 0.5}
+    assert body["worth"][MIX] == pytest.approx(1)
+    nothing = elect([tuned, own, replace(right, kind=GLOBAL)], Dataset(data.x[:0], np.zeros(0, np.float32)))[1]
+    assert nothing["shares"] == {TUNED: 0.333, OWN: 0.333, GLOBAL: 0.333}
     # A global model takes over from the plant's choice when it is better by more than noise, and not before.
     slightly, clearly = build(NUMBER, edit=bias(0.49)), build(NUMBER, edit=bias(0.2))
     assert not contest(slightly, tuned, data)[0]

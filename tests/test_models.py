@@ -22,7 +22,7 @@ from broker.messages import ModelManifest, Object, Terms, Whole
 from edge.handback import Model, probe
 from models import evaluate, fit
 from models.delta import MAX_DIMENSIONS, MAX_ENTRIES, MAX_PARAMETERS, Layout
-from models.errors import PeerError
+from models.errors import PeerError, UserError
 from models.export import export
 from models.graph import LOCATION, MAX_GRAPH_BYTES, OPSET, make_session
 from models.graphcheck import MAX_CONSTANT_BYTES, MAX_NODES, check_graph, first_run
@@ -284,6 +284,19 @@ def test_a_long_waveform_exports_too() -> None:
     assert vector.size < 60_000
 
 
+def test_pictures_of_any_size_have_one_number_of_weights() -> None:
+    _, small, _ = export(task(net="cnn2d", channels=1, length=48 * 48), 0)
+    graph, large, _ = export(task(net="cnn2d", channels=1, length=64 * 64), 0)
+    first_run(graph, large, (1, 64 * 64, 3))
+    assert small == large
+    assert large.size < 150_000
+
+
+def test_a_picture_is_square() -> None:
+    with pytest.raises(UserError, match=r"length: 4000 values are no square picture; write a square"):
+        task(net="cnn2d", channels=1, length=4000)
+
+
 # -- fit ---------------------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +335,23 @@ def test_fit_of_numbers_and_of_nothing() -> None:
     masked[:, 1] = NAN  # what was not measured has no error
     assert fit.fit(anomaly, layout, base, masked, None, seed=0).loss < 0.2
     assert fit.fit(anomaly, layout, base, np.full_like(x, NAN), None, seed=0, steps=2).loss == 0
+
+
+def test_a_proximal_term_keeps_close_to_the_base() -> None:
+    one = task("regression", epochs=5, batch=24, lr=5e-3)
+    _, layout, base = export(one, 0)
+    x, y = toy("regression")
+    free, held, tight = (fit.fit(one, layout, base, x, y, seed=0, proximal=mu).vector for mu in (0.0, 1.0, 50.0))
+    far = [float(np.linalg.norm(vector - base)) for vector in (free, held, tight)]
+    assert far[0] > far[1] > far[2] > 0
+
+
+def test_a_small_set_makes_steps_too() -> None:
+    one = task(epochs=1, batch=64)
+    _, layout, base = export(one, 0)
+    x, y = toy()
+    for count, steps in ((240, 8), (100, 8), (64, 8), (20, 2), (8, 1), (1, 1)):
+        assert fit.fit(one, layout, base, x[:count], y[:count], seed=0).steps == steps
 
 
 def test_divergence_raises() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge.choose import MIX, OWN, TUNED, choose, mixed
+from edge.choose import choose, mixed, trust
 from edge.lab.fleet import complete_task, load_sites
 from models.spec import parse_task
 
@@ -119,6 +119,7 @@ def test_anomalies_need_no_labels(tmp_path: Path) -> None:
         (("--rounds", "0"), "--rounds: 0 rounds; write 1 or more"),
         (("--dropout", "1"), "--dropout: 1 is no chance below 1"),
         (("--keep", "0"), "--keep: 0 is no share"),
+        (("--strategy", "best"), "--strategy: no strategy 'best'; write one of: fedadam, fedavg"),
         (("--data", "/nowhere.npz"), "/nowhere.npz: can't be read as a recorded set"),
     ],
 )
@@ -147,15 +148,31 @@ def test_a_plants_holdout_is_no_part_of_what_it_trains_on(tmp_path: Path) -> Non
         assert not any(row.tobytes() in seen for row in site.holdout.x)
 
 
-def test_the_first_candidate_stays_unless_another_is_better_by_more_than_noise() -> None:
-    assert choose("accuracy", {MIX: 0.97, OWN: 1.0}, 400) == OWN
-    assert choose("accuracy", {MIX: 0.97, OWN: 1.0}, 0) == MIX
-    assert choose("accuracy", {MIX: 0.97, OWN: 0.975}, 100) == MIX
-    assert choose("rmse", {MIX: 2.0, TUNED: 1.5, OWN: 1.9}, 400) == TUNED
-    assert choose("rmse", {MIX: 2.0, TUNED: float("nan")}, 400) == MIX
+def test_trust_follows_the_evidence_and_a_small_holdout_has_little() -> None:
+    good, bad = np.full(200, 0.2), np.full(200, 2.0)
+    assert trust(np.stack([good, bad]), likelihood=True).tolist() == [1, 0]
+    assert trust(np.stack([good, good]), likelihood=True).tolist() == [0.5, 0.5]
+    few = trust(np.stack([good, bad])[:, :2], likelihood=True)
+    assert 0.6 < few[0] < 0.9
+    assert few.sum() == pytest.approx(1)
+    # Each knows half of the windows: both are needed.
+    half = np.arange(200) % 2 > 0
+    both = trust(np.stack([np.where(half, good, bad), np.where(half, bad, good)]), likelihood=True)
+    assert both == pytest.approx([0.5, 0.5])
+    assert trust(np.stack([good, np.full(200, np.nan)]), likelihood=False).tolist() == [1, 0]
+    assert trust(np.empty((3, 0)), likelihood=True).tolist() == pytest.approx([1 / 3] * 3)
 
 
-def test_two_models_together_are_the_mean_of_their_probabilities() -> None:
+def test_another_model_takes_over_when_it_is_better_by_more_than_noise() -> None:
+    assert choose("accuracy", 0.97, 1.0, 400)
+    assert not choose("accuracy", 0.97, 0.975, 100)
+    assert choose("rmse", 2.0, 1.5, 400)
+    assert not choose("rmse", 2.0, float("nan"), 400)
+
+
+def test_models_together_are_the_mean_of_their_probabilities() -> None:
     one, other = np.log(np.array([[0.9, 0.1]], np.float32)), np.log(np.array([[0.3, 0.7]], np.float32))
-    np.testing.assert_allclose(np.exp(mixed("classification", one, other)), np.array([[0.6, 0.4]]), rtol=1e-5)
-    np.testing.assert_allclose(mixed("regression", np.array([[1.0]], np.float32), np.array([[3.0]], np.float32)), 2)
+    shared = np.exp(mixed("classification", [one, other], [0.75, 0.25]))
+    np.testing.assert_allclose(shared, np.array([[0.75, 0.25]]), rtol=1e-5)
+    numbers = [np.array([[1.0]], np.float32), np.array([[3.0]], np.float32)]
+    np.testing.assert_allclose(mixed("regression", numbers, [0.5, 0.5]), 2)

@@ -107,7 +107,7 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
     "wrong kind": ('"classification"', '"forecast"', 2, "kind", "forecast", 'write one of: "anomaly"'),
     "a name that is no topic": ("spindle-wear", "spindle/wear", 1, "name", "can't be a topic level", "use A-Z a-z 0-9"),
     "no such net": ('"tcn"', '"lstm"', 3, "net", "no net 'lstm'", "write one of: autoencoder"),
-    "a net for another kind": ('"tcn"', '"autoencoder"', 3, "net", "learns no target", "write tcn or mlp"),
+    "a net for another kind": ('"tcn"', '"autoencoder"', 3, "net", "learns no target", "write tcn, mlp or cnn2d"),
     "no length": ("length = 30", "length = 0", 7, "window.length", "out of range", "write 1 to 65536"),
     "a length too large": ("length = 30", "length = 65537", 7, "window.length", "out of range", "write 1 to 65536"),
     "no stride": ("stride = 2", "stride = 0", 8, "window.stride", "out of range", "write 1 to 1000000"),

@@ -42,12 +42,35 @@ def test_order_does_not_matter(name: str, rows: list[tuple[list[float], int]], d
 
 @pytest.mark.parametrize("name", NAMES)
 @given(row=updates_strategy.map(lambda rows: rows[:1]))
-def test_one_gateway_is_its_delta(name: str, row: list[tuple[list[float], int]]) -> None:
+def test_one_gateway_gives_the_direction(name: str, row: list[tuple[list[float], int]]) -> None:
     ((delta, samples),) = as_updates(row)
     state, out = strategy(name)({}, iter([(delta, samples)]), momentum=0.0)
     assert out.dtype == np.float32
+    assert out.shape == delta.shape
+    large = np.abs(delta) > 1e-6
+    assert np.array_equal(np.sign(out[large]), np.sign(delta[large]))
+    kept = load_state(dump_state(state))
+    assert kept.keys() == state.keys()
+    assert all(np.array_equal(kept[key], state[key]) for key in kept)
+
+
+@given(row=updates_strategy.map(lambda rows: rows[:1]))
+def test_fedavg_of_one_gateway_is_its_delta(row: list[tuple[list[float], int]]) -> None:
+    ((delta, samples),) = as_updates(row)
+    state, out = strategy("fedavg")({}, iter([(delta, samples)]), momentum=0.0)
     assert np.array_equal(out, delta)
     assert dict(state) == {}
+
+
+def test_fedadam_is_adam_on_the_means() -> None:
+    """By hand, beta 1 of 0.9 and beta 2 of 0.99: a steady delta moves by the rate, whatever its size."""
+    state: State = {}
+    for _ in range(5):
+        state, out = strategy("fedadam")(state, iter(as_updates([([4, -0.5, 0], 7)])), momentum=0.9)
+        assert np.allclose(out, [0.01 * 4 / 4.001, -0.01 * 0.5 / 0.501, 0])
+    state, out = strategy("fedadam")(state, iter(as_updates([([-4, -0.5, 0], 7)])), momentum=0.9)
+    first = (0.9 * 4 * (1 - 0.9**5) - 0.1 * 4) / (1 - 0.9**6)
+    assert out[0] == pytest.approx(0.01 * first / 4.001)
 
 
 def test_fedavg_weights_by_samples() -> None:

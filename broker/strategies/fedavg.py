@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from broker.strategies._mean import mean
 from models.codec import Sparse
 from models.delta import Vector
 
@@ -21,18 +22,7 @@ def aggregate(state: State, updates: Iterator[tuple[Vector | Sparse, int]], *, m
     `updates` yields (delta (n,), dense or sparse, samples >= 1). With momentum m, the delta is v = m * v_before + mean,
     and v is the state; without, the state is empty. ValueError if there is no update.
     """
-    total, weight = None, 0
-    for delta, samples in updates:
-        if total is None:
-            total = np.zeros(delta.size)
-        if isinstance(delta, Sparse):
-            total[delta.places] += np.multiply(delta.values, float(samples), dtype=np.float64)
-        else:
-            total += np.multiply(delta, float(samples), dtype=np.float64)
-        weight += samples
-    if total is None:
-        raise ValueError("no update to average")
-    total /= weight
+    total = mean(updates)
     if momentum == 0:
         return {}, total.astype(np.float32)
     before = state.get("velocity")

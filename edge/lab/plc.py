@@ -89,6 +89,7 @@ class DataLayout(NamedTuple):
 
     `names` are the channels as served (`[A-Za-z0-9_-]`, unique), the last `modbus` of them by Modbus. `target` is
     Double (regression) or Int32 (classes), `classes` how many of them, 0 for a regression; `clients` their names.
+    Pictures (kind `picture`) are made square; T is then the pixels of one.
     """
 
     channels: int
@@ -109,17 +110,17 @@ class Step(NamedTuple):
     channels: Sequence[float]
 
 
-def data_layout(path: Path) -> DataLayout:
-    """Return how a recorded set is served; UserError for a file that is none, or holds pictures."""
+def data_layout(path: Path, *, pictures: bool = False) -> DataLayout:
+    """Return how a recorded set is served; UserError for a file that is none, or holds pictures unless they may be."""
     with _open(path) as file:
         shape = file["x_train"].shape
-        if len(shape) not in {2, 3}:
+        if len(shape) not in ({2, 3, 4} if pictures else {2, 3}):
             problem = f"x_train is {shape}: pictures come from no PLC tag"
             raise UserError(str(path), 0, "x_train", problem, "use a set of (N, C, T) windows or (N, F) rows")
         y, given = file["y_train"], file.get("feature_names")
-        length = shape[2] if len(shape) == 3 else 1  # noqa: PLR2004 - (N, C, T)
+        length = shape[2] if len(shape) == 3 else max(shape[2:], default=1) ** 2  # noqa: PLR2004 - (N, C, T)
         channels = shape[1]
-        kind = "rows" if len(shape) == 2 else "series"  # noqa: PLR2004 - (N, F)
+        kind = {2: "rows", 3: "series", 4: "picture"}[len(shape)]
         if kind == "series" and channels == 1 and length > _LONGEST_SERIES:
             kind = "waveform"
         names = [str(name) for name in given] if given is not None and len(given) == channels else []
@@ -134,7 +135,7 @@ def data_layout(path: Path) -> DataLayout:
             length=length,
             kind=kind,
             modbus=0 if kind == "waveform" else min(_MOST_MODBUS, channels - 1),
-            classes=0 if regression else int(max(y.max(), file["y_test"].max())) + 1,
+            classes=0 if regression else max(2, int(max(y.max(), file["y_test"].max())) + 1),
             clients=tuple(map(str, clients if clients is not None else range(count))),
             target="Double" if regression else "Int32",
         )

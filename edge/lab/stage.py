@@ -114,6 +114,7 @@ classes = ["outer", "inner", "ball"]
 epochs = 4
 batch = 32
 lr = 2e-3
+tune = 2
 min_windows = 40
 {tail}"""
     return _recorded_task(scenario, layout) + tail
@@ -144,6 +145,7 @@ waveform = {"true" if layout.kind == "waveform" else "false"}
 epochs = 6
 batch = 32
 lr = 2e-3
+tune = 2
 min_windows = 60
 """
 

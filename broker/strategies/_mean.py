@@ -1,0 +1,29 @@
+"""The weighted mean that every strategy begins with."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.codec import Sparse
+from models.delta import Vector
+
+
+def mean(updates: Iterator[tuple[Vector | Sparse, int]]) -> NDArray[np.float64]:
+    """Mean (n,) of deltas (n,), dense or sparse, by samples, summed in float64 one at a time.
+
+    ValueError if there is none.
+    """
+    total, weight = None, 0
+    for delta, samples in updates:
+        if total is None:
+            total = np.zeros(delta.size)
+        if isinstance(delta, Sparse):
+            total[delta.places] += np.multiply(delta.values, float(samples), dtype=np.float64)
+        else:
+            total += np.multiply(delta, float(samples), dtype=np.float64)
+        weight += samples
+    if total is None:
+        raise ValueError("no update to average")
+    total /= weight
+    return total

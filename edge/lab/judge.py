@@ -1,0 +1,114 @@
+"""What models are worth at the plants of a simulation, what each plant would score with, and the figures of both."""
+
+from dataclasses import replace
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from edge.candidates import kinds
+from edge.infer import Scorer, elect
+from edge.lab.fleet import Site, metric_of
+from models import evaluate
+from models.delta import Layout, Vector
+from models.spec import Task
+
+_FRACTIONS = (0.92, 0.95, 0.98)
+
+
+class Judge:
+    """Metrics of weights at the plants, through ONNX Runtime as a gateway scores."""
+
+    def __init__(self, task: Task, graph: bytes, layout: Layout, sites: list[Site]) -> None:
+        self.task, self.graph, self.layout, self.sites = task, graph, layout, sites
+        self.metric = metric_of(task, sites)
+        self._last: tuple[Vector, Scorer] | None = None
+
+    def outputs(self, vector: Vector, i: int, part: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The net's outputs on the plant's holdout or test (N, outputs)."""
+        site = self.sites[i]
+        if self._last is None or self._last[0] is not vector:
+            self._last = vector, Scorer.build(self.task, 0, self.graph, self.layout, vector, site.scale)
+        return replace(self._last[1], scale=site.scale).outputs(getattr(site, part).x)
+
+    def worth(self, out: np.ndarray[Any, np.dtype[np.float32]], i: int, part: str) -> float:
+        """The metric of outputs on that part; for anomaly without labels, the negative error."""
+        site = self.sites[i]
+        data = getattr(site, part)
+        if not len(data):
+            return float("nan")
+        if self.task.kind == "anomaly":
+            inputs = np.nan_to_num(site.scale.inputs(self.task, data.x)).reshape(len(data), -1)
+            error = ((out - inputs) ** 2).mean(1)
+            if data.y is None:
+                return float(error.mean())
+            return evaluate.auroc(data.y, error) if 0 < data.y.sum() < len(data) else float("nan")
+        if self.metric == "rmse":
+            return evaluate.rmse(data.y, out[:, 0] * site.scale.target_std + site.scale.target_mean)
+        if self.metric in {"auprc", "auroc"}:
+            area = evaluate.auprc if self.metric == "auprc" else evaluate.auroc
+            return area(data.y, out[:, 1] - out[:, 0])
+        return evaluate.accuracy(data.y, out.argmax(1))
+
+    def test(self, vector: Vector, i: int) -> float:
+        """The metric of weights on a plant's fixed test."""
+        return self.worth(self.outputs(vector, i, "test"), i, "test")
+
+
+def final(judge: Judge, i: int, weights: dict[str, Vector]) -> tuple[dict[str, float], float]:
+    """Let the plant choose as a gateway does, on its own holdout; return the shares by kind, and the worth on its test.
+
+    `weights` are those of each kind of model; version 1 says that the global one has seen data.
+    """
+    site, task = judge.sites[i], judge.task
+    scorers = [
+        replace(Scorer.build(task, 1, judge.graph, judge.layout, weights[kind], site.scale), kind=kind)
+        for kind in kinds(task, 1, alone=task.training.alone)
+    ]
+    chosen, body = elect(scorers, site.holdout)
+    return body["shares"], judge.worth(chosen.outputs(site.test.x), i, "test")
+
+
+def mean_of(values: list[float]) -> float:
+    """Mean over the plants that have one (a test without anomalies has no AUROC)."""
+    return mean([value for value in values if np.isfinite(value)] or [float("nan")])
+
+
+def figures(
+    metric: str,
+    result: dict[str, list[float]],
+    curve: list[list[float]],
+    names: list[str],
+    chosen: list[dict[str, float]],
+) -> dict[str, Any]:
+    """Means over plants, ratios of which more is better, and the plants one by one."""
+    lower = metric in evaluate.LOWER_IS_BETTER
+
+    def over(value: float, other: float) -> float:
+        return (other / value if value else float("inf")) if lower else (value / other if other else float("inf"))
+
+    means = {key: mean_of(values) for key, values in result.items()}
+    best = (min if lower else max)(means["centralised"], means["silo_own"])
+    by_plant = [
+        {"plant": name, "model": chosen[i], **{key: _rounded(values[i], 5) for key, values in result.items()}}
+        for i, name in enumerate(names)
+    ]
+    versus = [over(f, own) for f, own in zip(result["final"], result["silo_own"], strict=True)]
+    reached = {
+        str(f): next((n for n, row in enumerate(curve, 1) if over(mean_of(row), means["centralised"]) >= f), None)
+        for f in _FRACTIONS
+    }
+    return {
+        "metric": metric,
+        **{key: _rounded(value, 5) for key, value in means.items()},
+        "final_vs_best": _rounded(over(means["final"], best), 4),
+        "worst_plant_vs_alone": _rounded(min([v for v in versus if np.isfinite(v)] or [float("nan")]), 4),
+        "rounds_to": reached,
+        "plants": by_plant,
+        "curve": [_rounded(mean_of(row), 5) for row in curve],
+    }
+
+
+def _rounded(value: float, digits: int) -> float | None:
+    """A figure for JSON; None where there is none, such as the AUROC of a test of one class."""
+    return round(value, digits) if np.isfinite(value) else None

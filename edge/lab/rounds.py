@@ -1,0 +1,152 @@
+"""Aggregator and gateways of a simulation, joined by function calls: their real state machines, codec and messages."""
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from broker import federation, messages, topics
+from broker import round as rounds
+from broker.aggregate import next_model
+from broker.genesis import weights_digest
+from edge import participant as p
+from edge.config import Policy
+from edge.lab.down import Down
+from edge.lab.fleet import Site, Workers
+from models import codec
+from models.delta import Layout, Vector
+from models.spec import Task
+
+
+@dataclass
+class Gateway:
+    """One plant's half: its state machine, its key, and the error that its last updates left."""
+
+    site: Site
+    path: str
+    signer: messages.Signer
+    machine: p.Participant
+    residual: Vector
+    steps: int = 0
+    sent: list[int] = field(default_factory=list)
+
+
+class Fleet:
+    """Aggregator and gateways joined by function calls."""
+
+    def __init__(self, task: Task, layout: Layout, down: Down, sites: list[Site], count: int, seed: int) -> None:
+        self.task, self.layout, self.down, self.seed = task, layout, down, seed
+        self.vector = vector = codec.decode(down.rows[0].weights, layout.size)
+        self.shared = layout.mask(task.personal)
+        self.personal = [vector.copy() for _ in sites]
+        self.random = np.random.default_rng(seed)
+        self.now, self.version, self.state = 0, 0, b""
+        self.payloads: dict[str, tuple[bytes, int]] = {}
+        self.gateways = {
+            path: Gateway(
+                site,
+                path,
+                messages.Signer.from_bytes(bytes([i % 256, i // 256]) * 16),
+                p.Participant(Policy(), 1, windows=len(site.train)),
+                np.zeros(int(self.shared.sum()), np.float32),
+            )
+            for i, site in enumerate(sites)
+            for path in [f"lab/site{i}/a/l/c"]
+        }
+        rules = federation.Rules(1, 1000, 0, count)
+        self.federation = federation.Federation(rules, version=0, past=None)
+
+    def at(self, i: int) -> Vector:
+        """The global model as plant `i` holds it, with its own values where the task keeps some there."""
+        return self.vector if self.shared.all() else np.where(self.shared, self.vector, self.personal[i])
+
+    def run(self, workers: Workers, dropout: float, after: Any) -> None:
+        """Run every round; `after(number)` is called when each new model is there."""
+        rules, actions = self.federation.rules, list[rounds.Action]()
+        for path in self.gateways:
+            # The first round waits until everybody is there.
+            there = len(self.federation.gateways) + 1 == len(self.gateways)
+            self.federation.rules = rules if there else replace(rules, min_gateways=len(self.gateways))
+            actions += self.federation.handle(federation.Born(path, 1), self.now)
+        while actions:
+            action, *actions = actions
+            match action:
+                case federation.Open():
+                    actions += self._round(action, workers, dropout)
+                case rounds.Close(number, _):
+                    self._close()
+                    after(number)
+                    self.now += 1
+                    actions += self.federation.handle(federation.Aggregated(self.version), self.now)
+                case rounds.Extend() | rounds.Outcome() | federation.Finish():
+                    pass
+
+    def _round(self, opened: federation.Open, workers: Workers, dropout: float) -> list[rounds.Action]:
+        """Let every gateway that is there answer the plan, train, and send."""
+        r = self.task.round
+        plan = messages.Plan(
+            messages.VERSION, bytes(32), opened.round, opened.base, weights_digest(self.vector), "open",
+            opened.opened_ms, opened.deadline_ms, r.min_gateways, r.bits,
+            secure_aggregation=False, keep_ppm=max(1, round(1e6 * r.keep_in(opened.round))),
+        )  # fmt: skip
+        actions: list[rounds.Action] = []
+        training: list[tuple[Gateway, p.StartTraining, Future[tuple[Vector, int]]]] = []
+        absent = self.random.random(len(self.gateways)) < dropout
+        absent[self.random.integers(len(absent))] &= not absent.all()  # somebody is there
+        for path, gateway in self.gateways.items():
+            said = gateway.machine.handle(p.ModelStored(opened.base, plan.base_digest))
+            said += gateway.machine.handle(p.PlanSeen(plan))
+            away = self.random.random() < dropout
+            for one in said:
+                if isinstance(one, p.StartTraining) and not away:
+                    i = self._index(gateway)
+                    seed, pull = self._seed(one.round, path), self.task.training.proximal
+                    training.append((gateway, one, workers.fit(i, self.at(i), seed, proximal=pull)))
+                elif isinstance(one, p.Answer):
+                    event = federation.Answered(path, one.round, one.verdict == "joined")
+                    actions += self.federation.handle(event, self.now)
+        for gateway, one, job in training:
+            vector, steps = job.result()
+            gateway.steps += steps
+            self.personal[self._index(gateway)] = vector
+            actions += self._send(gateway, one, vector)
+        if len(training) < len(self.gateways):
+            self.now = opened.deadline_ms
+            actions += self.federation.handle(federation.Tick(), self.now)
+        return actions
+
+    def _index(self, gateway: Gateway) -> int:
+        return list(self.gateways).index(gateway.path)
+
+    def _seed(self, number: int, path: str) -> int:
+        return (self.seed * 1_000_003 + number * 1009 + list(self.gateways).index(path)) % 2**31
+
+    def _send(self, gateway: Gateway, action: p.StartTraining, vector: Vector) -> list[rounds.Action]:
+        """Encode with error feedback, seal as the gateway does, and hand the update over."""
+        delta = (vector - self.vector)[self.shared] + gateway.residual
+        encoded = codec.encode(delta, action.bits, action.keep_ppm / 1e6)
+        gateway.residual = delta - encoded.decoded
+        count = len(gateway.site.train)
+        update = messages.Update(messages.VERSION, action.round, action.base, count, None, encoded.data)
+        topic = topics.Uplink(topics.GatewayPath.parse(gateway.path), self.task.name, "update").topic
+        envelope = gateway.signer.seal(update, topic)
+        gateway.sent.append(len(envelope))
+        gateway.machine.handle(p.Trained(action.round))
+        event = federation.Submitted(gateway.path, action.round, action.base, update.payload[:32])
+        actions = self.federation.handle(event, self.now)
+        for one in actions:
+            if isinstance(one, rounds.Outcome):
+                gateway.machine.handle(p.Settled(one.round, one.word))
+                if one.word == rounds.COUNTED:
+                    self.payloads[gateway.path] = (encoded.data, count)
+        return actions
+
+    def _close(self) -> None:
+        r, order = self.task.round, sorted(self.payloads)
+        updates = iter([self.payloads[path] for path in order])
+        self.state, goal = next_model(r.strategy, self.state, self.vector, self.shared, updates, momentum=r.momentum)
+        self.version += 1
+        samples = [count for _, count in self.payloads.values()]
+        self.vector = self.down.publish(goal, self.shared, r.down_in(self.version), samples)
+        self.payloads.clear()

@@ -1,0 +1,162 @@
+"""The bench that decides, on any data: pictures, odd plants, and the recorded sets where they are there."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edge.lab.fleet import carve, complete_task, load_sites, metric_of
+from edge.lab.simulate import Scenario, simulate
+from models.errors import UserError
+from models.spec import parse_task
+
+TASK = 'name = "lab"\n[training]\nbatch = 16\nlr = 5e-3\n'
+TASKS = sorted((Path(__file__).parent / "tasks").glob("*.toml"))
+RECORDED = Path(os.environ.get("TUNDISH_RECORDED", "/work/shared/data"))
+RANDOM = np.random.default_rng(3)
+
+
+def save(path: Path, x: NDArray[Any], y: NDArray[Any], client: NDArray[Any], **more: NDArray[Any]) -> Path:
+    """Every third sample is a test."""
+    train = np.arange(len(y)) % 3 > 0
+    parts = {"x": x, "y": y, "client": client}
+    arrays = {f"{k}_train": v[train] for k, v in parts.items()} | {f"{k}_test": v[~train] for k, v in parts.items()}
+    np.savez(path, **arrays, **more)  # type: ignore[arg-type]
+    return path
+
+
+def run(data: Path, rounds: int = 1, text: str = TASK) -> dict[str, Any]:
+    found = simulate(Scenario(data, rounds, 0), text, "task.toml")
+    json.dumps(found)
+    return found
+
+
+def pictures(count: int, height: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Grey noise; a defect is a bright spot of three by three pixels somewhere."""
+    y = RANDOM.integers(0, 2, count)
+    x = RANDOM.normal(0.5, 0.1, (count, 1, height, width)).astype(np.float32)
+    for i in np.flatnonzero(y):
+        row, column = RANDOM.integers(height - 3), RANDOM.integers(width - 3)
+        x[i, 0, row : row + 3, column : column + 3] = 1.5
+    return x, y
+
+
+def test_pictures_are_learnt_and_judged_by_auroc(tmp_path: Path) -> None:
+    x, y = pictures(240, 12, 12)
+    found = run(save(tmp_path / "p.npz", x, y, np.arange(240) % 2), rounds=8)
+    assert found["metric"] == "auroc"
+    assert found["final"] > 0.8
+
+
+def test_pictures_that_are_not_square_get_a_margin(tmp_path: Path) -> None:
+    x, y = pictures(60, 12, 20)
+    data = save(tmp_path / "p.npz", x, y, np.arange(60) % 2)
+    task = parse_task(complete_task(TASK, data))
+    assert (task.net, task.window.length, task.normalise) == ("cnn2d", 400, "window")
+    site = load_sites(task, data)[0]
+    folded = site.test.x.reshape(-1, 20, 20)
+    np.testing.assert_array_equal(folded[0, :12], x[0, 0])
+    np.testing.assert_array_equal(folded[0, 12:], np.repeat(x[0, 0, -1:], 8, 0))
+
+
+def rows(count: int = 120) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    x = RANDOM.normal(size=(count, 4)).astype(np.float32)
+    return x, (x[:, 0] > 0).astype(np.int64)
+
+
+def test_odd_plants_of_one_set(tmp_path: Path) -> None:
+    """Plant by plant what somebody may bring: one class, a class missing, no numbers, one sample, nothing at all."""
+    x, y = rows(400)
+    client = np.arange(400) // 3 % 4
+    y[client == 0] = 0
+    y[(client == 1) & (x[:, 1] > 1)] = 2
+    y[1] = 3  # the only one of its class
+    x[client == 2, 3] = np.nan
+    x[::7, 2], x[::5, 1] = np.inf, np.nan
+    client[301:306] = np.arange(5, 10)  # plants of one sample, some for the test alone
+    client[310] = 12
+    found = run(save(tmp_path / "odd.npz", x, y, client), rounds=2)
+    assert found["metric"] == "accuracy"
+    assert found["final"] > 0.5
+    assert found["worst_plant_vs_alone"] is not None
+    names = [row["plant"] for row in found["plants"]]
+    assert {"0", "1", "2", "3"} < set(names)
+    assert "4" not in names  # nobody's
+
+
+def test_numbers_that_do_not_move_or_are_none(tmp_path: Path) -> None:
+    x, _ = rows()
+    y, client = x[:, 0].copy(), np.arange(120) // 3 % 2
+    y[client == 1], y[::4] = 4, np.nan
+    found = run(save(tmp_path / "odd.npz", x, y, client))
+    assert found["metric"] == "rmse"
+    assert np.isfinite(found["final"])
+
+
+def test_labels_that_are_all_the_same_make_an_anomaly_task(tmp_path: Path) -> None:
+    x, y = rows()
+    found = run(save(tmp_path / "odd.npz", x, np.ones_like(y), np.arange(120) // 3 % 2))
+    assert found["metric"] == "auroc"
+    assert found["final"] is None  # without an anomaly in the test there is no such figure
+
+
+@pytest.mark.parametrize("shape", [(3, 300), (3, 9, 9)], ids=["waveforms", "pictures"])
+def test_several_channels_of_a_rare_fault(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    x, y = RANDOM.normal(size=(60, *shape)).astype(np.float32), np.zeros(60, np.int64)
+    y[[1, 12, 13, 33]] = 1
+    found = run(save(tmp_path / "odd.npz", x, y, np.arange(60) // 3 % 2))
+    assert found["metric"] == "auprc"
+    assert found["parameters"] < 150_000
+
+
+def test_fifty_plants(tmp_path: Path) -> None:
+    x, y = rows(600)
+    found = run(save(tmp_path / "many.npz", x, y, np.arange(600) // 3 % 50))
+    assert len(found["plants"]) == 50
+
+
+def test_labels_that_are_no_classes_are_named(tmp_path: Path) -> None:
+    x, y = rows()
+    with pytest.raises(UserError, match="y_train: labels that are none of the 2 classes; number the classes from 0"):
+        run(save(tmp_path / "odd.npz", x, y * 2 - 1, np.zeros(120, np.int64)))
+
+
+def test_a_holdout_is_of_whole_groups_and_of_every_class(tmp_path: Path) -> None:
+    x, y = rows()
+    task = parse_task(complete_task(TASK, save(tmp_path / "d.npz", x, y, np.zeros(120, np.int64))))
+    labels = np.repeat([0.0, 1.0, 1.0, 0.0], 30).astype(np.float32)
+    groups = np.arange(120) // 3
+    held = carve(labels, groups, task)
+    assert not set(groups[held]) & set(groups[~held])
+    assert np.bincount(labels[held].astype(int)).tolist() == [12, 12]
+    np.testing.assert_array_equal(held, carve(labels, groups, task))
+    # Two groups are too few to give one away: stretches of each class are taken instead.
+    few = carve(labels, np.arange(120) // 60, task)
+    assert np.bincount(labels[few].astype(int)).tolist() == [12, 12]
+    rare = np.zeros(120, np.float32)
+    rare[7] = 1
+    assert not carve(rare, None, task)[7]  # the only sample of a class is learnt
+    assert not carve(np.zeros(1, np.float32), None, task).any()
+
+
+@pytest.mark.parametrize("path", TASKS, ids=[path.stem for path in TASKS])
+def test_each_recorded_set_is_read(path: Path) -> None:
+    data = RECORDED / path.stem / f"{path.stem}.npz"
+    if not data.exists():
+        pytest.skip(f"no recorded data at {data}")
+    task = parse_task(complete_task(path.read_text(), data))
+    sites = load_sites(task, data)
+    metrics = {
+        "ai4i2020": "auprc",
+        "cmapss": "rmse",
+        "gasturbine_nox": "rmse",
+        "magnetic_tile": "auroc",
+        "skab": "auroc",
+    }
+    assert metric_of(task, sites) == metrics.get(path.stem, "accuracy")
+    for site in sites:
+        assert 0.1 < len(site.holdout) / (len(site.train) + len(site.holdout)) < 0.21
