@@ -33,7 +33,7 @@ CREATE TABLE rounds(task TEXT NOT NULL, round INTEGER NOT NULL, base INTEGER NOT
     PRIMARY KEY(task, round)) STRICT;
 CREATE TABLE updates(task TEXT NOT NULL, round INTEGER NOT NULL, path TEXT NOT NULL, digest BLOB NOT NULL,
     samples INTEGER NOT NULL, metric REAL, payload BLOB, counted_ms INTEGER NOT NULL,
-    UNIQUE(task, round, path)) STRICT;
+    base_metric REAL, UNIQUE(task, round, path)) STRICT;
 CREATE TABLE ledger(seq INTEGER PRIMARY KEY, hash TEXT NOT NULL, line TEXT NOT NULL) STRICT;
 """
 # What a journal of an earlier schema lacks, by that schema.
@@ -41,6 +41,7 @@ _UPGRADE = {
     1: """
 ALTER TABLE tasks ADD COLUMN residual BLOB NOT NULL DEFAULT x'';
 ALTER TABLE models ADD COLUMN step BLOB;
+ALTER TABLE updates ADD COLUMN base_metric REAL;
 """
 }
 
@@ -256,10 +257,11 @@ class Journal:
         metric: float | None,
         payload: bytes,
         now_ms: int,
+        base_metric: float | None = None,
     ) -> None:
         """Count an update; LocalError if the gateway was counted in this round before."""
-        values = (task, number, path, digest, samples, metric, payload, now_ms)
-        self._do("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *values)
+        values = (task, number, path, digest, samples, metric, payload, now_ms, base_metric)
+        self._do("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *values)
 
     def counted(self, task: str, number: int) -> dict[str, bytes]:
         """Path -> digest of a round's counted updates."""

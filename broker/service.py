@@ -236,6 +236,7 @@ class Service:
                     samples=update.samples,
                     metric=update.metric,
                     payload=update.payload,
+                    base_metric=update.base_metric,
                     now_ms=now_ms,
                 )
         self._act(job, actions, now_ms)

@@ -281,11 +281,14 @@ class Windower:
             self._pending = [s for s in self._pending if s.time_ns >= until_ns]
             due.sort(key=_order)
         out: list[Win] = []
+        closed_ns = None
         for sample in due:
             if sample.time_ns < self._done_ns:
                 self.late += _count(sample)
-            if not self.wiring.window.waveform:
-                out += self._close(sample.time_ns)
+            # Of a row's samples, which share their time, the first closes what is before them.
+            if not self.wiring.window.waveform and sample.time_ns != closed_ns:
+                closed_ns = sample.time_ns
+                out += self._close(closed_ns)
             self._apply(sample, out)
         if not self.wiring.window.waveform and self._row >= 0:
             out += self._close(until_ns)

@@ -182,7 +182,10 @@ def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path) -> None:
         journal.put_model("wear", row)
     journal.close()
     db = sqlite3.connect(tmp_path / "journal.db")
-    db.executescript("ALTER TABLE tasks DROP COLUMN residual; ALTER TABLE models DROP COLUMN step;")
+    db.executescript(
+        "ALTER TABLE tasks DROP COLUMN residual; ALTER TABLE models DROP COLUMN step;"
+        "ALTER TABLE updates DROP COLUMN base_metric;"
+    )
     db.execute("PRAGMA user_version = 1")
     db.close()
     for _ in range(2):
@@ -191,6 +194,10 @@ def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path) -> None:
         with journal.transaction():
             journal.put_residual("wear", b"")
         journal.close()
+    journal = Journal(tmp_path)
+    with journal.transaction():
+        count(journal, 1, "a")
+    journal.close()
 
 
 def test_steps_lead_to_a_version_without_a_gap(journal: Journal) -> None:
