@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge.choose import choose, mixed, trust
+from edge.choose import average, choose, mixed, trust
 from edge.lab.fleet import complete_task, load_sites
 from models.spec import parse_task
 
@@ -153,6 +153,16 @@ def test_trust_follows_the_evidence_and_a_small_holdout_has_little() -> None:
     assert both == pytest.approx([0.5, 0.5])
     assert trust(np.stack([good, np.full(200, np.nan)]), likelihood=False).tolist() == [1, 0]
     assert trust(np.empty((3, 0)), likelihood=True).tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_the_running_mean_follows_slowly() -> None:
+    one, other = np.zeros(3, np.float32), np.ones(3, np.float32)
+    assert average(None, other) is other
+    assert average(np.zeros(5, np.float32), other) is other  # another net
+    mean = average(one, other)
+    assert mean.dtype == np.float32
+    assert mean.tolist() == [0.25] * 3
+    assert average(mean, other).tolist() == [0.4375] * 3
 
 
 def test_another_model_takes_over_when_it_is_better_by_more_than_noise() -> None:

@@ -11,6 +11,7 @@ from broker import round as rounds
 from broker.aggregate import next_model
 from broker.genesis import weights_digest
 from edge import participant as p
+from edge.choose import average
 from edge.config import Policy
 from edge.lab.fleet import Site, Workers
 from models import codec
@@ -38,6 +39,7 @@ class Fleet:
         self.task, self.layout, self.vector, self.seed = task, layout, vector, seed
         self.shared = layout.mask(task.personal)
         self.personal = [vector.copy() for _ in sites]
+        self.average: Vector | None = None
         self.random = np.random.default_rng(seed)
         self.now, self.version, self.state = 0, 0, b""
         self.payloads: dict[str, tuple[bytes, int]] = {}
@@ -57,7 +59,14 @@ class Fleet:
 
     def at(self, i: int) -> Vector:
         """The global model as plant `i` holds it, with its own values where the task keeps some there."""
-        return self.vector if self.shared.all() else np.where(self.shared, self.vector, self.personal[i])
+        return self._personalised(self.vector, i)
+
+    def averaged(self, i: int) -> Vector:
+        """The running mean of the global models, as plant `i` holds it."""
+        return self._personalised(self.vector if self.average is None else self.average, i)
+
+    def _personalised(self, vector: Vector, i: int) -> Vector:
+        return vector if self.shared.all() else np.where(self.shared, vector, self.personal[i])
 
     def run(self, workers: Workers, dropout: float, after: Any) -> None:
         """Run every round; `after(number)` is called when each new model is there."""
@@ -146,5 +155,6 @@ class Fleet:
         self.state, self.vector = next_model(
             r.strategy, self.state, self.vector, self.shared, updates, momentum=r.momentum
         )
+        self.average = average(self.average, self.vector)
         self.payloads.clear()
         self.version += 1

@@ -79,7 +79,7 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
         jobs = [workers.fit(i, first, seed, steps=steps) for i, steps in enumerate(budget)]
         tuned, alone = [vector for vector, _ in tuning], [job.result()[0] for job in jobs]
         together = whole.result()[0]
-    chosen = [final(judge, i, {TUNED: tuned[i], OWN: alone[i], GLOBAL: fleet.at(i)}) for i in every]
+    chosen = [final(judge, i, {TUNED: tuned[i], OWN: alone[i], GLOBAL: fleet.averaged(i)}) for i in every]
     result = {
         "centralised": [judge.test(together, i) for i in every],
         "silo_own": [judge.test(alone[i], i) for i in every],
