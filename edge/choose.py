@@ -30,6 +30,17 @@ def mixed(task_kind: str, outputs: Sequence[Outputs], shares: Sequence[float]) -
     return np.log(both + 1e-9).astype(np.float32)
 
 
+def worst(outputs: Sequence[Outputs], inputs: NDArray[np.float32]) -> Outputs:
+    """Of models that rebuild windows, each window (N, C, T) by the one that rebuilds it worst (N, C * T).
+
+    What either finds unusual is: a mean of both would forgive what one has seen elsewhere.
+    """
+    stacked = np.stack(outputs)  # (K, N, C * T)
+    errors = ((stacked - inputs.reshape(len(inputs), -1)) ** 2).mean(2)
+    found: Outputs = stacked[errors.argmax(0), np.arange(len(inputs))]
+    return found
+
+
 def trust(losses: NDArray[np.float64], *, likelihood: bool) -> NDArray[np.float64]:
     """Shares (K,) of K models, by what each loses on each of N windows (K, N): they add up to 1.
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge.choose import average, choose, mixed, trust
+from edge.choose import average, choose, mixed, trust, worst
 from edge.lab.fleet import complete_task, load_sites
 from models.spec import parse_task
 
@@ -163,6 +163,12 @@ def test_the_running_mean_follows_slowly() -> None:
     assert mean.dtype == np.float32
     assert mean.tolist() == [0.25] * 3
     assert average(mean, other).tolist() == [0.4375] * 3
+
+
+def test_an_anomaly_is_what_either_model_finds_unusual() -> None:
+    inputs = np.array([[[1.0, 1.0]], [[2.0, 2.0]]], np.float32)
+    one, other = np.array([[1, 1], [0, 0]], np.float32), np.array([[3, 3], [2, 2]], np.float32)
+    assert worst([one, other], inputs).tolist() == [[3, 3], [0, 0]]
 
 
 def test_another_model_takes_over_when_it_is_better_by_more_than_noise() -> None:
