@@ -100,7 +100,12 @@ def test_numbers_are_judged_by_their_error_and_a_codec_can_be_chosen(tmp_path: P
 
 
 def test_anomalies_need_no_labels(tmp_path: Path) -> None:
-    found = figures(tmp_path, rows(tmp_path, "anomaly"), "--rounds", "3")
+    plot = tmp_path / "plot.html"
+    found = figures(tmp_path, rows(tmp_path, "anomaly"), "--rounds", "3", "--plot", str(plot))
+    text = plot.read_text()
+    assert f"<td>final_vs_best<td>{found['final_vs_best']}" in text
+    assert text.count("<polyline") == 4
+    assert "http" not in text
     assert found["metric"] == "auroc"
     assert found["federated"] > 0.6
 

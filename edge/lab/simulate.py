@@ -19,6 +19,7 @@ from broker.aggregate import strategy_names
 from edge.choose import GLOBAL, OWN, TUNED
 from edge.lab.fleet import ALL, Workers, complete_task, load_sites
 from edge.lab.judge import Judge, figures, final, mean_of
+from edge.lab.report import write_simulation
 from edge.lab.rounds import Fleet
 from models import codec
 from models.errors import LocalError, UserError
@@ -119,7 +120,17 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(str(args.task), 0, "", f"can't be read: {error}", "give a task.toml in UTF-8") from None
     scenario = Scenario(args.data, args.rounds, args.seed, args.dropout, args.codec, args.keep, args.strategy)
     found = simulate(scenario, text, str(args.task))
-    if args.json:
+    if args.plot:
+        try:
+            write_simulation(found, args.plot)
+        except OSError as error:
+            raise UserError("--plot", 0, "", f"{args.plot}: {error.strerror}", "name a file that can be made") from None
+    return _tell(found, as_json=args.json)
+
+
+def _tell(found: dict[str, Any], *, as_json: bool) -> int:
+    """Print the figures."""
+    if as_json:
         print(json.dumps(found))
         return 0
     for key, value in found.items():
