@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models import evaluate
+from models.delta import Vector
 
 Outputs = NDArray[np.float32]
 
@@ -16,6 +17,7 @@ GLOBAL, TUNED, OWN, MIX = "global", "tuned", "own", "mix"
 # A model that is trusted less than this is not worth the time that it takes to score.
 _LEAST = 0.1
 _STEPS = 50
+_NEWEST = 0.25
 
 
 def mixed(task_kind: str, outputs: Sequence[Outputs], shares: Sequence[float]) -> Outputs:
@@ -26,6 +28,17 @@ def mixed(task_kind: str, outputs: Sequence[Outputs], shares: Sequence[float]) -
         return np.asarray(sum(share * one for one, share in zip(outputs, shares, strict=True)), np.float32)
     both = sum(share * _softmax(one) for one, share in zip(outputs, shares, strict=True))
     return np.log(both + 1e-9).astype(np.float32)
+
+
+def worst(outputs: Sequence[Outputs], inputs: NDArray[np.float32]) -> Outputs:
+    """Of models that rebuild windows, each window (N, C, T) by the one that rebuilds it worst (N, C * T).
+
+    What either finds unusual is: a mean of both would forgive what one has seen elsewhere.
+    """
+    stacked = np.stack(outputs)  # (K, N, C * T)
+    errors = ((stacked - inputs.reshape(len(inputs), -1)) ** 2).mean(2)
+    found: Outputs = stacked[errors.argmax(0), np.arange(len(inputs))]
+    return found
 
 
 def trust(losses: NDArray[np.float64], *, likelihood: bool) -> NDArray[np.float64]:
@@ -48,6 +61,17 @@ def trust(losses: NDArray[np.float64], *, likelihood: bool) -> NDArray[np.float6
         shares = ((parts / parts.sum(0)).sum(1) + valid) / (losses.shape[1] + valid.sum())
     shares = np.where(shares < min(_LEAST, shares.max()), 0, shares)
     return shares / float(shares.sum())
+
+
+def average(before: Vector | None, new: Vector) -> Vector:
+    """The running mean (n,) of the global models that came, in which the newest counts a quarter.
+
+    Rounds with plants that differ swing about; the mean of the last few is steadier than any of them (Polyak & Juditsky
+    1992; for federated rounds Caldarola et al. 2022, arXiv:2203.11834).
+    """
+    if before is None or before.size != new.size:
+        return new
+    return (before + _NEWEST * (new - before)).astype(np.float32)
 
 
 def choose(metric: str, worth: float, other: float, count: int) -> bool:

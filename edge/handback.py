@@ -44,11 +44,15 @@ class Model:
     graph: bytes
     vector: Vector
 
-    def personalised(self, own: Vector | None) -> Vector:
-        """Return the weights (layout.size,), with a gateway's own values where the task keeps them personal."""
+    def personalised(self, own: Vector | None, average: Vector | None = None) -> Vector:
+        """Return the weights (layout.size,), with a gateway's own values where the task keeps them personal.
+
+        Where an `average` of models fits, it is that instead of this model.
+        """
+        shared = self.vector if average is None or average.size != self.vector.size else average
         if own is None or own.size != self.vector.size:
-            return self.vector
-        return np.where(self.layout.mask(self.task.personal), self.vector, own)
+            return shared
+        return np.where(self.layout.mask(self.task.personal), shared, own)
 
 
 class Fetch:

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edge.choose import GLOBAL, MIX, choose, mixed, trust
+from edge.choose import GLOBAL, MIX, choose, mixed, trust, worst
 from edge.dataset import Dataset
 from models import evaluate
 from models.delta import Layout, Vector
@@ -38,8 +38,9 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Scorer:
-    """One model of one task, ready to score; with `partners`, the mean of several, each by its `share`.
+    """One model of one task, ready to score; with `partners`, several together.
 
+    Together they give the mean, each by its `share`, or of an anomaly what rebuilds a window worst.
     `version` is the global model's that it comes from, `kind` what the plant made of it (see `edge.choose`).
     """
 
@@ -86,6 +87,8 @@ class Scorer:
         if not self.partners:
             return out
         outputs = [out, *(one.run(inputs) for one in self.partners)]
+        if self.task.kind == "anomaly":
+            return worst(outputs, inputs)
         return mixed(self.task.kind, outputs, [self.share, *(one.share for one in self.partners)])
 
     def score(self, x: Windows) -> Verdict:

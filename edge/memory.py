@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from broker.messages import ModelManifest, Terms, peek
+from edge.choose import average
 from edge.dataset import Dataset
 from edge.handback import Model
 from edge.store import State
@@ -43,12 +44,18 @@ class Memory:
         task, layout = parse_task(terms.task_text, "stored task"), Layout.from_wire(terms.layout)
         return Model(peek(envelope, ModelManifest), terms, task, layout, graph, np.frombuffer(vector, np.float32))
 
-    def keep_model(self, model: Model, envelope: bytes) -> None:
-        """Store a verified model with the manifest that it came by; the caller makes it one transaction."""
+    def keep_model(self, model: Model, envelope: bytes) -> Vector:
+        """Store a verified model with the manifest that it came by; the caller makes it one transaction.
+
+        Returns the running mean of the models (layout.size,), which the first that has seen data begins.
+        """
+        mean = average(self.vector("average") if model.manifest.version > 1 else None, model.vector)
+        self.keep_vector("average", mean)
         self._put("manifest", envelope)
         self._put("terms", msgspec.msgpack.encode(model.terms))
         self._put("graph", model.graph)
         self._put("weights", model.vector.tobytes())
+        return mean
 
     def scoring(self, size: int) -> tuple[int, str, list[tuple[float, Vector]]] | None:
         """Version and kind of what scores, and of each of its nets the share and weights (size,); None if unknown."""
@@ -66,7 +73,10 @@ class Memory:
         self._put("scoring", head + b"".join(np.float32(share).tobytes() + one.tobytes() for share, one in parts))
 
     def vector(self, name: str) -> Vector | None:
-        """`residual` (shared positions, error feedback), `personal` or `own` (full layout) of the last training."""
+        """A vector of the last training, or `average`, of the global models.
+
+        `residual` has the shared positions (error feedback); `personal`, `own` and `average` have the full layout.
+        """
         data = self._get(name)
         return None if data is None else np.frombuffer(data, np.float32)
 

@@ -57,6 +57,7 @@ class Runner:
         # What the memory holds, at hand for the event loop.
         self.scale, self.holdout = self.memory.scale(), self.memory.holdout()
         self.personal, self.own = self.memory.vector("personal"), self.memory.vector("own")
+        self.average = self.memory.vector("average")
         self.participant = p.Participant(shop.config.policy, 1, handled=self.memory.handled())
 
     def start(self) -> None:
@@ -263,7 +264,7 @@ class Runner:
 
     async def _elect(self, model: Model, result: Result) -> None:
         """After a training: choose by the holdout what scores here; the global model is one of the candidates."""
-        table, vector = self.shop.config.scoring, model.personalised(self.personal)
+        table, vector = self.shop.config.scoring, model.personalised(self.personal, self.average)
         async with self._installing:
             # Without the lock, or with a newer model here already, this would undo a choice made since.
             if self.live is None or not len(result.holdout) or self.model is not model:
@@ -352,7 +353,7 @@ class Runner:
         if self.model is None or model.graph != self.model.graph:
             await probe(model, self.shop.folder)
         changed = self.model is None or self.model.layout != model.layout
-        await self.shop.state.commit(lambda: self.memory.keep_model(model, envelope))
+        self.average = await self.shop.state.commit(lambda: self.memory.keep_model(model, envelope))
         self.model = model
         self._wire(model)
         if changed:

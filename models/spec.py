@@ -105,7 +105,7 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     rounds: int | None = None
     codec: Literal["sparse", "int2", "int4", "int8", "float32"] = "sparse"
     keep: float | None = None
-    momentum: float = 0.0
+    momentum: float = 0.7
     downlink: Literal["sparse", "float32"] = "sparse"
 
     @property

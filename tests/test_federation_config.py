@@ -74,7 +74,7 @@ def test_refuses(folder: Path, old: str, new: str, line: int, says: str) -> None
 @pytest.mark.parametrize(
     ("change", "line", "says"),
     [
-        ({"strategy": "fedmagic"}, 9, "write one of: fedavg"),
+        ({"strategy": "fedmagic"}, 9, "write one of: fedadam, fedavg"),
         ({"deadline": "0s"}, 10, "2h"),
         ({"name": "a b"}, 1, "name"),
     ],

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge.choose import choose, mixed, trust
+from edge.choose import average, choose, mixed, trust, worst
 from edge.lab.fleet import complete_task, load_sites
 from models.spec import parse_task
 
@@ -108,7 +108,12 @@ def test_numbers_are_judged_by_their_error_and_a_codec_can_be_chosen(tmp_path: P
 
 
 def test_anomalies_need_no_labels(tmp_path: Path) -> None:
-    found = figures(tmp_path, rows(tmp_path, "anomaly"), "--rounds", "3")
+    plot = tmp_path / "plot.html"
+    found = figures(tmp_path, rows(tmp_path, "anomaly"), "--rounds", "3", "--plot", str(plot))
+    text = plot.read_text()
+    assert f"<td>final_vs_best<td>{found['final_vs_best']}" in text
+    assert text.count("<polyline") == 4
+    assert "http" not in text
     assert found["metric"] == "auroc"
     assert found["federated"] > 0.6
 
@@ -161,6 +166,22 @@ def test_trust_follows_the_evidence_and_a_small_holdout_has_little() -> None:
     assert both == pytest.approx([0.5, 0.5])
     assert trust(np.stack([good, np.full(200, np.nan)]), likelihood=False).tolist() == [1, 0]
     assert trust(np.empty((3, 0)), likelihood=True).tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_the_running_mean_follows_slowly() -> None:
+    one, other = np.zeros(3, np.float32), np.ones(3, np.float32)
+    assert average(None, other) is other
+    assert average(np.zeros(5, np.float32), other) is other  # another net
+    mean = average(one, other)
+    assert mean.dtype == np.float32
+    assert mean.tolist() == [0.25] * 3
+    assert average(mean, other).tolist() == [0.4375] * 3
+
+
+def test_an_anomaly_is_what_either_model_finds_unusual() -> None:
+    inputs = np.array([[[1.0, 1.0]], [[2.0, 2.0]]], np.float32)
+    one, other = np.array([[1, 1], [0, 0]], np.float32), np.array([[3, 3], [2, 2]], np.float32)
+    assert worst([one, other], inputs).tolist() == [[3, 3], [0, 0]]
 
 
 def test_another_model_takes_over_when_it_is_better_by_more_than_noise() -> None:

@@ -1,4 +1,4 @@
-"""The demo's report: a table for the terminal, and one self-contained HTML file with plots in SVG."""
+"""Reports of a demo and of a simulation: a table for the terminal, self-contained HTML files with plots in SVG."""
 
 import html
 from pathlib import Path
@@ -134,5 +134,31 @@ def write_report(report: dict[str, Any], path: Path) -> None:
         f"<h1>Tundish demo: {html.escape(report['task'])}</h1><table>{cells}</table>{_plots(report)}"
         "<p class=note>Every figure is in report.json; the ledgers of the aggregator and of each gateway lie beside "
         "it.</p></html>\n",
+        encoding="utf-8",
+    )
+
+
+def write_simulation(found: dict[str, Any], path: Path) -> None:
+    """Write a simulation's figures, plants and curve as one HTML file; OSError if it can't be written."""
+    names = list(found["plants"][0])
+    head = "".join(f"<th>{html.escape(name)}" for name in names)
+    plants = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(row[name]))}" for name in names) for row in found["plants"]
+    )
+    figures = "".join(
+        f"<tr><td>{html.escape(key)}<td>{html.escape(str(value))}"
+        for key, value in found.items()
+        if key not in {"plants", "curve"}
+    )
+    curve = [(float(n), float(v)) for n, v in enumerate(found["curve"], 1) if v is not None]
+    lines = [Line("federated", curve)] if curve else []
+    levels = {name: found[name] for name in ("centralised", "silo_own", "final") if found[name] is not None}
+    last = float(found["rounds"])
+    lines += [Line(name, [(1.0, level), (last, level)], dashed=True) for name, level in levels.items()]
+    drawn = plot("metric by round", "rounds", found["metric"], lines) if lines else ""
+    path.write_text(
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Simulation</title><style>{_STYLE}</style>'
+        f"<h1>Simulation</h1>{drawn}<h2>Figures</h2><table>{figures}</table>"
+        f"<h2>Plants</h2><table><tr>{head}{plants}</table></html>\n",
         encoding="utf-8",
     )

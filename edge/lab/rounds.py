@@ -11,6 +11,7 @@ from broker import round as rounds
 from broker.aggregate import next_model
 from broker.genesis import weights_digest
 from edge import participant as p
+from edge.choose import average
 from edge.config import Policy
 from edge.lab.down import Down
 from edge.lab.fleet import Site, Workers
@@ -40,6 +41,7 @@ class Fleet:
         self.vector = vector = codec.decode(down.rows[0].weights, layout.size)
         self.shared = layout.mask(task.personal)
         self.personal = [vector.copy() for _ in sites]
+        self.average: Vector | None = None
         self.random = np.random.default_rng(seed)
         self.now, self.version, self.state = 0, 0, b""
         self.payloads: dict[str, tuple[bytes, int]] = {}
@@ -59,7 +61,14 @@ class Fleet:
 
     def at(self, i: int) -> Vector:
         """The global model as plant `i` holds it, with its own values where the task keeps some there."""
-        return self.vector if self.shared.all() else np.where(self.shared, self.vector, self.personal[i])
+        return self._personalised(self.vector, i)
+
+    def averaged(self, i: int) -> Vector:
+        """The running mean of the global models, as plant `i` holds it."""
+        return self._personalised(self.vector if self.average is None else self.average, i)
+
+    def _personalised(self, vector: Vector, i: int) -> Vector:
+        return vector if self.shared.all() else np.where(self.shared, vector, self.personal[i])
 
     def run(self, workers: Workers, dropout: float, after: Any) -> None:
         """Run every round; `after(number)` is called when each new model is there."""
@@ -149,4 +158,5 @@ class Fleet:
         self.version += 1
         samples = [count for _, count in self.payloads.values()]
         self.vector = self.down.publish(goal, self.shared, r.down_in(self.version), samples)
+        self.average = average(self.average, self.vector)
         self.payloads.clear()

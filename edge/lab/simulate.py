@@ -20,6 +20,7 @@ from edge.choose import GLOBAL, OWN, TUNED
 from edge.lab.down import Down
 from edge.lab.fleet import ALL, Workers, complete_task, load_sites
 from edge.lab.judge import Judge, figures, final, mean_of
+from edge.lab.report import write_simulation
 from edge.lab.rounds import Fleet
 from models.errors import LocalError, UserError
 from models.spec import MOST_KEPT, Task, parse_task
@@ -81,7 +82,7 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
         jobs = [workers.fit(i, first, seed, steps=steps) for i, steps in enumerate(budget)]
         tuned, alone = [vector for vector, _ in tuning], [job.result()[0] for job in jobs]
         together = whole.result()[0]
-    chosen = [final(judge, i, {TUNED: tuned[i], OWN: alone[i], GLOBAL: fleet.at(i)}) for i in every]
+    chosen = [final(judge, i, {TUNED: tuned[i], OWN: alone[i], GLOBAL: fleet.averaged(i)}) for i in every]
     result = {
         "centralised": [judge.test(together, i) for i in every],
         "silo_own": [judge.test(alone[i], i) for i in every],
@@ -121,7 +122,17 @@ def main(args: argparse.Namespace) -> int:
         args.data, args.rounds, args.seed, args.dropout, args.codec, args.keep, args.strategy, args.downlink
     )
     found = simulate(scenario, text, str(args.task))
-    if args.json:
+    if args.plot:
+        try:
+            write_simulation(found, args.plot)
+        except OSError as error:
+            raise UserError("--plot", 0, "", f"{args.plot}: {error.strerror}", "name a file that can be made") from None
+    return _tell(found, as_json=args.json)
+
+
+def _tell(found: dict[str, Any], *, as_json: bool) -> int:
+    """Print the figures."""
+    if as_json:
         print(json.dumps(found))
         return 0
     for key, value in found.items():
