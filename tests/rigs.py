@@ -9,7 +9,7 @@ import socket
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from pymodbus.constants import ExcCodes
 from pymodbus.server import ModbusSerialServer, ModbusTcpServer
 from pymodbus.simulator import DataType, SimData, SimDevice
 
-from edge.tags import Sample, Source, Tag
+from edge.tags import Driver, Sample, Source, Tag
 from tests.brokers import BrokerProcess
 from tests.sparkplug_node import SparkplugNode
 
@@ -34,6 +34,23 @@ def free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+def labels() -> list[Tag]:
+    """The tags of a source whose addresses are names: two that are scaled, and one that is not."""
+    scaled = [Tag(source="plc", name=name, address=name, scale=2.0, offset=1.0) for name in "ab"]
+    return [*scaled, Tag(source="plc", name="flag", address="flag")]
+
+
+@contextlib.asynccontextmanager
+async def running(driver: Driver) -> AsyncIterator[None]:
+    """Run a driver, and stop it."""
+    task = asyncio.create_task(driver.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 class Collector:
@@ -344,11 +361,7 @@ class ReplayRig:
         self._folder = tempfile.TemporaryDirectory()
         self.path = Path(self._folder.name) / "plant.csv"
         self.values: dict[str, float] = {"a": 1.5, "b": 2, "flag": 1}
-        tags = [
-            Tag(source="plc", name="a", address="a", scale=2.0, offset=1.0),
-            Tag(source="plc", name="b", address="b", scale=2.0, offset=1.0),
-            Tag(source="plc", name="flag", address="flag"),
-        ]
+        tags = labels()
         self.missing = Tag(source="plc", name="missing", address="missing")
         self.source = Source(
             name="plc",
@@ -388,9 +401,7 @@ class ImagesRig:
         self.values: dict[str, float] = {"a": 1.5, "b": 2, "flag": 1}
         tags = [
             Tag(source="plc", name="pixels", address="pixels", type="float32[64]", width=64),
-            Tag(source="plc", name="a", address="a", scale=2.0, offset=1.0),
-            Tag(source="plc", name="b", address="b", scale=2.0, offset=1.0),
-            Tag(source="plc", name="flag", address="flag"),
+            *labels(),
         ]
         self.missing = Tag(source="plc", name="missing", address="missing")
         self.source = Source(

@@ -18,6 +18,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from broker import ledger, topics
 from broker.journal import Journal
 from broker.messages import MAX_PAYLOAD, Birth, Death, ModelManifest, Plan, Signer, Terms, Whole, open_envelope, peek
+from edge.lab.physics import FEATURES
 from edge.lab.stage import FEDERATION, Scenario, Stage, gateway_path
 from edge.store import State
 from models.errors import PeerError
@@ -135,17 +136,7 @@ def test_a_round_completes_and_scores_say_by_which_model(tmp_path: Path, kind: s
         assert said["model"]["age_s"] > 0
         assert 0 < sum(one["share"] for one in said["top"]) <= 1.01
         signals = {one["signal"] for one in said["top"]}
-        assert signals <= {
-            "speed_rpm",
-            "torque_pct",
-            "current_a",
-            "vib_rms",
-            "crest",
-            "env_bpfo",
-            "env_bpfi",
-            "env_bsf",
-            "temp_c",
-        }
+        assert signals <= set(FEATURES)
         key = bytes.fromhex(p.status()["public_key"])
         birth = open_envelope(p.last(STATUS), STATUS, key, Birth)
         assert birth.tasks == (TASK,)

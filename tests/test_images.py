@@ -18,7 +18,7 @@ from edge.drivers._pictures import grey
 from edge.drivers.images import Driver
 from edge.tags import Quality, Source, Tag
 from models.errors import UserError
-from tests.rigs import Collector, until
+from tests.rigs import Collector, running, until
 
 PIXELS = Tag(source="c", name="pixels", address="pixels", type="float32[64]", width=64)
 LABEL = Tag(source="c", name="label", address="label")
@@ -42,12 +42,8 @@ async def watching(folder: Path, *tags: Tag, **options: object) -> AsyncIterator
         name="c", driver="images", url=folder.name, tags=tags, options=given | options, folder=str(folder.parent)
     )
     driver = Driver(source, sink)
-    task = asyncio.create_task(driver.run())
-    try:
+    async with running(driver):
         yield driver, sink
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_a_subfolder_is_the_label_and_comes_first_at_the_pictures_time(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """What is replay's alone: times, speeds, the layouts of npz and Parquet, and files larger than they may weigh."""
 
-import asyncio
 import contextlib
 import time
 import tracemalloc
@@ -18,7 +17,7 @@ from edge.drivers._recording import parse_time, read_csv, read_npz
 from edge.drivers.replay import Driver
 from edge.tags import Quality, Source, Tag
 from models.errors import UserError
-from tests.rigs import Collector, until
+from tests.rigs import Collector, running, until
 
 T0 = 1_600_000_000_000_000_000
 
@@ -35,12 +34,8 @@ def source(path: Path, *tags: Tag, **options: object) -> Source:
 async def playing(played: Source) -> AsyncIterator[tuple[Driver, Collector]]:
     sink = Collector()
     driver = Driver(played, sink)
-    task = asyncio.create_task(driver.run())
-    try:
+    async with running(driver):
         yield driver, sink
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 def found(sink: Collector, address: str) -> list[object]:

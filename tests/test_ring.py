@@ -36,13 +36,8 @@ def ring(folder: Path, max_bytes: int = PLENTY, max_days: int = 0) -> Iterator[S
         opened.close()
 
 
-@contextlib.contextmanager
-def reader(folder: Path) -> Iterator[SampleReader]:
-    opened = SampleReader(folder)
-    try:
-        yield opened
-    finally:
-        opened.close()
+def reader(folder: Path) -> contextlib.closing[SampleReader]:
+    return contextlib.closing(SampleReader(folder))
 
 
 def seconds(store: Samples, first: int, last: int, *tags: str) -> None:

@@ -38,13 +38,8 @@ def samples(tmp_path: Path) -> Iterator[Samples]:
     opened.close()
 
 
-@contextlib.contextmanager
-def reader(folder: Path) -> Iterator[SampleReader]:
-    opened = SampleReader(folder)
-    try:
-        yield opened
-    finally:
-        opened.close()
+def reader(folder: Path) -> contextlib.closing[SampleReader]:
+    return contextlib.closing(SampleReader(folder))
 
 
 def noise(number: int, tag: str = "a/w") -> Sample:

@@ -49,7 +49,7 @@ def measure(windows: int) -> dict[str, Any]:
         folder = Path(name)
         task, model = folder / "task.toml", folder / "model.npz"
         task.write_text(_TASK)
-        _run(Process("export", python("models.export", "--task", task, "--out", model), folder / "export.log"))
+        Process("export", python("models.export", "--task", task, "--out", model), folder / "export.log").complete()
         return asyncio.run(_measured(folder, windows))
 
 
@@ -171,14 +171,5 @@ def _training(folder: Path) -> Iterator[None]:
         wait_for("the training", lambda: "training" in child.log.read_text(errors="replace"), [child], _WAIT_S)
         yield
         child.check()
-    finally:
-        child.stop()
-
-
-def _run(child: Process) -> None:
-    child.start()
-    try:
-        if child.wait():
-            raise LocalError(f"{child.name} failed: {child.last_line()}")
     finally:
         child.stop()

@@ -16,7 +16,7 @@ from typing import Any
 from edge.lab.ingest_child import MODEL, RATE_HZ, TAGS, write_task
 from edge.lab.processes import Process, free_port, python, wait_for
 from edge.train import resident_bytes
-from models.errors import LocalError, UserError
+from models.errors import UserError
 
 _CHILD = "edge.lab.ingest_child"
 _SECONDS, _ROUNDS, _SOAK = (0.1, 600.0), (1, 100), (0, 10**6)
@@ -101,7 +101,7 @@ def _model(folder: Path) -> None:
     """Make the net whose scores are a part of our way in; torch is only in that child."""
     task = write_task(folder)
     child = Process("export", python("models.export", "--task", task, "--out", folder / MODEL), folder / "export.log")
-    _run(child)
+    child.complete()
 
 
 @contextlib.contextmanager
@@ -122,15 +122,6 @@ def _child(folder: Path, role: str, *arguments: object) -> dict[str, Any]:
     log = folder / f"{role}.log"
     log.unlink(missing_ok=True)
     child = Process(role, python(_CHILD, role, *arguments, "--folder", folder), log)
-    _run(child)
+    child.complete()
     found: dict[str, Any] = json.loads(_said(child).splitlines()[-1])
     return found
-
-
-def _run(child: Process) -> None:
-    child.start()
-    try:
-        if child.wait():
-            raise LocalError(f"{child.name} failed: {child.last_line()}")
-    finally:
-        child.stop()

@@ -50,11 +50,14 @@ class Process:
             raise LocalError(f"{self.name} is not running")
         return self._child.pid
 
-    def wait(self) -> int:
-        """Wait until the child has ended by itself; its exit code."""
-        if self._child is None:
-            raise LocalError(f"{self.name} is not running")
-        return self._child.wait()
+    def complete(self) -> None:
+        """Start the child and wait until it has ended by itself; LocalError, with its last line, if it failed."""
+        self.start()
+        try:
+            if self._child is not None and self._child.wait():
+                raise LocalError(f"{self.name} failed: {self.last_line()}")
+        finally:
+            self.stop()
 
     def check(self) -> None:
         """Raise LocalError, with the last line of the log, when the child has ended by itself."""
