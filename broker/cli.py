@@ -1,4 +1,4 @@
-"""`tundish broker run|status|enrol`: options in, an exit code out; the service is imported only when it runs."""
+"""`tundish broker run|status|init|enrol|acl`: options in, an exit code out; what a command needs it imports itself."""
 
 import argparse
 import asyncio
@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from broker.config import FederationConfig, load_federation
-from broker.messages import KEY_BYTES
-from broker.topics import GatewayPath
-from models.errors import LocalError, PeerError, TundishError, UserError
+from models.errors import LocalError, TundishError, UserError
 
 if TYPE_CHECKING:
     from broker.service import Service
@@ -27,7 +25,7 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `run`, `status` and `enrol` to the sub-parsers of `tundish broker`; each sets `run` to its function.
+    """Add the commands to the sub-parsers of `tundish broker`; each sets `run` to its function.
 
     The function takes the parsed arguments and returns an exit code; it may raise TundishError, which the caller
     prints in one line and turns into exit code 2.
@@ -36,10 +34,47 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     run.add_argument("-v", "--verbose", action="store_true", help="log more to standard error")
     status = _command(subparsers, "status", status_command, "show rounds, gateways and refusals", "-c federation.toml")
     status.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    example = f"-c federation.toml --path acme/lyon/press/line4/cell2 --key {'a1' * 4}…"
-    enrol = _command(subparsers, "enrol", enrol_command, "let a gateway take part, by its public key", example)
+    init = _command(
+        subparsers, "init", _identity("init"), "make the federation's certificate authority", "--host mqtt.acme.example"
+    )
+    init.add_argument("--host", action="append", default=[], help="name or address that the broker is reached by")
+    example = "-c federation.toml --path acme/lyon/press/line4/cell2 --request cell2.request --out cell2.admission"
+    enrol = _command(subparsers, "enrol", _identity("enrol"), "let a gateway take part, or no more", example)
     enrol.add_argument("--path", required=True, help="enterprise/site/area/line/cell")
-    enrol.add_argument("--key", required=True, help="the gateway's Ed25519 public key, 64 hex digits")
+    what = enrol.add_mutually_exclusive_group(required=True)
+    what.add_argument("--key", help="the gateway's Ed25519 public key, 64 hex digits")
+    what.add_argument("--request", type=Path, metavar="FILE", help="what tundish edge export wrote on the gateway")
+    what.add_argument("--revoke", action="store_true", help="take the gateway out, and its certificate back")
+    enrol.add_argument("--out", type=Path, metavar="FILE", help="(with --request) the admission for the gateway")
+    acl = _command(
+        subparsers,
+        "acl",
+        _identity("acl"),
+        "write the MQTT broker's configuration and access list",
+        "--out /etc/mosquitto/tundish",
+    )
+    acl.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that the broker reads")
+    acl.add_argument("--port", type=int, default=8883, help="port of the broker (8883)")
+    acl.add_argument(
+        "--operator",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="certify a person who reads scores and gives feedback",
+    )
+
+
+def _identity(verb: str) -> Command:
+    """The commands about keys, whose libraries no other command loads."""
+
+    def run(args: argparse.Namespace) -> int:
+        from broker import identity  # noqa: PLC0415
+
+        config = load_federation(_config_path(args))
+        function: Callable[..., int] = getattr(identity, verb)
+        return function(args, config, _state(args, config))
+
+    return run
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -72,36 +107,6 @@ def status_command(args: argparse.Namespace) -> int:
     else:
         print("\n".join(_report(status, age_s, running=running)))
     return 0 if running else 1
-
-
-def enrol_command(args: argparse.Namespace) -> int:
-    """Put a gateway's key into the roster; a running aggregator sees it within a second."""
-    config = load_federation(_config_path(args))
-    try:
-        path = GatewayPath.parse(args.path)
-    except PeerError as error:
-        raise UserError("--path", 0, "", error.detail, "write acme/lyon/press/line4/cell2") from error
-    if path.enterprise not in config.roots:
-        roots = ", ".join(config.roots)
-        raise UserError("--path", 0, "", f"{path.enterprise!r} does not take part", f"roots are: {roots}")
-    try:
-        key = bytes.fromhex(args.key)
-    except ValueError:
-        key = b""
-    if len(key) != KEY_BYTES:
-        remedy = "write the 64 hex digits that the gateway prints"
-        raise UserError("--key", 0, "", "not an Ed25519 public key", remedy)
-    from broker.journal import Journal  # noqa: PLC0415 - status and help need no database
-
-    journal, now_ms = Journal(_state(args, config)), time.time_ns() // 1_000_000
-    try:
-        with journal.transaction():
-            journal.add_to_roster(str(path), key, now_ms, "enrolled")
-            journal.note(now_ms, "enrolled", {"path": str(path), "key": key.hex()})
-    finally:
-        journal.close()
-    print(f"{path} may take part with key {key.hex()} (state: {_state(args, config)})")
-    return 0
 
 
 def default_state(federation: str) -> Path:

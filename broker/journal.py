@@ -161,6 +161,10 @@ class Journal:
         """Remember a gateway's key (`how`: `first-seen` or `enrolled`); an earlier one is replaced."""
         self._do("INSERT OR REPLACE INTO roster VALUES (?, ?, ?, ?)", path, public_key, now_ms, how)
 
+    def remove_from_roster(self, path: str) -> None:
+        """Forget a gateway's key: from now on it is a stranger."""
+        self._do("DELETE FROM roster WHERE path = ?", path)
+
     # Tasks and models.
 
     def task(self, task: str) -> TaskRow | None:

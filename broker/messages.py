@@ -190,7 +190,27 @@ class ModelManifest(Message, frozen=True, tag="manifest"):
     steps: Annotated[tuple[StepDigest, ...], msgspec.Meta(max_length=MAX_STEPS)] = ()
 
 
-AnyMessage = Birth | Death | Answer | Update | FederationBirth | Plan | Receipt | Terms | ModelManifest
+class Request(Message, frozen=True, tag="request"):
+    """A gateway's file for the operator: its path, its Ed25519 key, and a certificate request (DER) for TLS."""
+
+    path: Text
+    public_key: PublicKey
+    request: Annotated[bytes, msgspec.Meta(max_length=16 * 1024)]
+
+
+class Admission(Message, frozen=True, tag="admission"):
+    """The operator's answer: the federation and its key, this path's TLS certificate, and the CA's (both PEM)."""
+
+    path: Text
+    public_key: PublicKey
+    federation: Text
+    certificate: Annotated[bytes, msgspec.Meta(max_length=16 * 1024)]
+    authority: Annotated[bytes, msgspec.Meta(max_length=16 * 1024)]
+
+
+AnyMessage = (
+    Birth | Death | Answer | Update | FederationBirth | Plan | Receipt | Terms | ModelManifest | Request | Admission
+)
 M = TypeVar("M", bound=Message)
 
 

@@ -31,6 +31,7 @@ from broker.topics import (
 )
 from edge.config import Config
 from edge.health import Watch
+from edge.identity import own_signer, with_own_tls
 from edge.reload import Plan, plan
 from edge.ring import Samples
 from edge.runner import Runner
@@ -64,13 +65,13 @@ class Agent:
         self.watch = Watch(config.tags)
         self.samples = Samples(folder, config.store_bytes, config.store_days, self.watch.take)
         self.stopped, self._hangup = asyncio.Event(), asyncio.Event()
-        signer = self._signer()
+        signer = own_signer(self.state)
         self.session = self._next_session()
         self.status = Status(config.path).topic
         will = signer.seal(m.Death(m.VERSION, self.session), self.status)
         client = f"tundish-{signer.public_key.hex()[:16]}"
         self.link = Link(
-            config.mqtt, client_id=client, will=(self.status, will),
+            with_own_tls(config.mqtt, folder), client_id=client, will=(self.status, will),
             on_message=self._message, on_up=self._up, on_down=self._down,
         )  # fmt: skip
         self.shop = Shop(
@@ -83,18 +84,6 @@ class Agent:
         self.problem, self._unread, self._restart = "", "", tuple[str, ...]()
         self._health_at, self._tags = 0.0, dict[str, dict[str, dict[str, object]]]()
         self._resend_at, self._resend_s, self._aggregator = 0.0, _RESEND_S[0], 0
-
-    def _signer(self) -> m.Signer:
-        """This gateway's key, made on its first start; it never leaves state.db."""
-        stored = self.state.get("key")
-        if stored is not None:
-            return m.Signer.from_bytes(stored)
-        signer = m.Signer.generate()
-        with self.state.transaction():
-            self.state.put("key", signer.to_bytes())
-            self.state.record("key-made", {"public_key": signer.public_key.hex()})
-        log.info("made this gateway's key: %s", signer.public_key.hex())
-        return signer
 
     def _next_session(self) -> int:
         """A number that grows with every start, even if the clock was set back."""

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,18 +118,32 @@ def _add_edge(commands: Any) -> None:
         help="propose which tags are the signals of a task; written only when you accept it",
         epilog="example: tundish edge wire spindle-wear.toml -c gateway.toml --source plc1",
     )
+    export = verbs.add_parser(
+        "export",
+        help="write the request by which the operator enrols this gateway, to go by file",
+        epilog="example: tundish edge export -c gateway.toml --request /media/stick/cell2.request",
+    )
+    export.add_argument("--request", type=Path, required=True, metavar="FILE", help="the file to write")
+    admit = verbs.add_parser(
+        "import",
+        help="take up the operator's answer: certificate, authority and federation",
+        epilog="example: tundish edge import /media/stick/cell2.admission -c gateway.toml",
+    )
+    admit.add_argument("file", type=Path, help="what tundish broker enrol wrote")
     _add_wire(wire)
     _add_browse(verbs)
-    for verb in (run, check, status, doctor, wire):
+    for verb in (run, check, status, doctor, wire, export, admit):
         verb.add_argument("-c", "--config", type=Path, required=verb is not check, help="gateway.toml")
         verb.add_argument("--profile", help="board in firmware-configs/ whose caps apply where the file says nothing")
-    for verb in (run, status, doctor, wire):
+    for verb in (run, status, doctor, wire, export, admit):
         verb.add_argument("--state", type=Path, help="state folder (default: the platform's state directory)")
     for verb in (check, status, doctor, wire):
         verb.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     check.add_argument("--task", type=Path, action="append", default=[], help="task.toml to check the wiring of")
     check.add_argument("--schema", action="store_true", help="print the JSON Schema of gateway.toml, for editors")
     run.set_defaults(run=_run)
+    export.set_defaults(run=_identity("export_request"))
+    admit.set_defaults(run=_identity("import_admission"))
     check.set_defaults(run=_check)
     doctor.add_argument("--source", metavar="NAME", help="look at this source alone")
     doctor.set_defaults(run=_doctor)
@@ -207,6 +222,18 @@ def _run(args: argparse.Namespace) -> int:
 
     asyncio.run(run())
     return 0
+
+
+def _identity(function: str) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        from edge import identity  # noqa: PLC0415
+        from edge.config import state_folder  # noqa: PLC0415
+
+        config = _load(args)
+        work: Callable[..., int] = getattr(identity, function)
+        return work(args, config, state_folder(config, args.state))
+
+    return run
 
 
 def _wire(args: argparse.Namespace) -> int:

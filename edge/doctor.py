@@ -25,6 +25,7 @@ from broker.diagnose import Step, fail, look, note, ok
 from broker.topics import FederationStatus, downlink_filters
 from edge.config import Config
 from edge.drivers import registry
+from edge.identity import with_own_tls
 from edge.status import STATUS_FILE
 from edge.tags import Source
 from models.errors import UserError
@@ -224,7 +225,7 @@ async def federation(config: Config, state: Path) -> AsyncIterator[Step]:
     for task in config.tasks:
         filters += downlink_filters(name, task, config.path)
     # Under the gateway's own area, and no topic that an aggregator reads.
-    async for step in look(config.mqtt, filters, f"{config.path}/_fl/doctor/probe"):
+    async for step in look(with_own_tls(config.mqtt, state), filters, f"{config.path}/_fl/doctor/probe"):
         yield step
 
 

@@ -1,0 +1,161 @@
+"""`tundish broker init`, `enrol` and `acl`: the operator's hand on keys, roster and the MQTT broker's files."""
+
+import argparse
+import shutil
+import time
+from contextlib import closing
+from pathlib import Path
+
+from broker import admission
+from broker.acl import acl as access_list
+from broker.acl import mosquitto_conf
+from broker.config import FederationConfig
+from broker.journal import Journal
+from broker.messages import KEY_BYTES, VERSION, Admission, Request
+from broker.pki import AGGREGATOR, MOST_NAME, Authority, requested_key
+from broker.topics import GatewayPath, segment
+from models.errors import LocalError, PeerError, UserError
+
+_BROKERS_FILES = ("ca.pem", "broker.pem", "broker.key", "crl.pem")
+_MOST_PORT = 65_535
+
+
+def folder(state: Path) -> Path:
+    """Where the authority is."""
+    return state / "pki"
+
+
+def init(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
+    """Make the authority; say what comes next."""
+    made = Authority.create(folder(state), config.name, args.host or ["localhost"])
+    print(f"the authority of {config.name} is {made.folder / 'ca.pem'}; its key {made.folder / 'ca.key'} stays here")
+    print("[mqtt] of federation.toml:")
+    for key, name in (("ca", "ca.pem"), ("cert", f"{AGGREGATOR}.pem"), ("key", f"{AGGREGATOR}.key")):
+        print(f'  {key} = "{made.folder / name}"')
+    print("then: tundish broker enrol for each gateway, and tundish broker acl for the MQTT broker")
+    return 0
+
+
+def enrol(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
+    """Put a gateway into the roster by its key or its request, or take it out."""
+    path = _path(args.path, config)
+    if args.request is not None and args.out is None:
+        raise UserError("--out", 0, "", "missing", "name the file that goes back to the gateway")
+    with closing(Journal(state)) as journal:
+        if args.revoke and config.join != "enrolled":
+            remedy = 'write join = "enrolled" first, or its key is taken when it is next seen'
+            raise UserError("--revoke", 0, "", f'join = "{config.join}" lets anybody in', remedy)
+        if args.revoke:
+            return _revoke(journal, str(path), state)
+        if args.key is not None:
+            return _admit(journal, str(path), _key(args.key), state)
+        request = admission.read(args.request, Request)
+        if request.path != str(path):
+            problem = f"is of {request.path}, not of {path}"
+            raise UserError(str(args.request), 0, "", problem, "write the gateway's own path, or give its own file")
+        try:
+            key = requested_key(request.request)
+        except PeerError as error:
+            raise UserError(str(args.request), 0, "", error.detail, "make it again on the gateway") from error
+        if len(str(path)) > MOST_NAME:
+            raise UserError("--path", 0, "", f"{len(str(path))} characters", f"a certificate takes {MOST_NAME} at most")
+        authority, signer = Authority(folder(state)), journal.signer()
+        certificate = authority.issue(key, str(path), "client")
+        root = (authority.folder / "ca.pem").read_bytes()
+        answer = Admission(VERSION, str(path), signer.public_key, config.name, certificate, root)
+        admission.write(args.out, signer, answer)
+        _admit(journal, str(path), request.public_key, state)
+    print(f"{args.out} goes back to the gateway: tundish edge import {args.out.name} -c gateway.toml")
+    print("tundish broker acl writes the access list anew")
+    return 0
+
+
+def acl(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
+    """Write what Mosquitto reads: certificates, revocations, access list, and its configuration."""
+    if not 0 < args.port <= _MOST_PORT:
+        raise UserError("--port", 0, "", f"{args.port} is no port", f"write 1 to {_MOST_PORT}")
+    authority = Authority(folder(state))
+    for name in args.operator:
+        _certify_operator(authority, name)
+    with closing(Journal(state)) as journal:
+        gateways = sorted(journal.roster())
+    operators = sorted(p.stem for p in (authority.folder / "operators").glob("*.pem"))
+    out: Path = args.out.absolute()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in _BROKERS_FILES:
+            shutil.copy(authority.folder / name, out / name)
+        (out / "acl").write_text(access_list(config.name, gateways, operators), encoding="ascii")
+        (out / "mosquitto.conf").write_text(mosquitto_conf(out, args.port, len(gateways)), encoding="utf-8")
+    except OSError as error:
+        raise UserError(str(out), 0, "", f"can't be written: {error.strerror}", "name another folder") from error
+    print(f"{out}: {len(gateways)} gateways, {len(operators)} operators")
+    print(
+        f"first time: include_dir or copy {out / 'mosquitto.conf'}; the user mosquitto must be able to read the folder"
+    )
+    print("after a change: systemctl reload mosquitto; one who was revoked stays connected until it is restarted")
+    return 0
+
+
+def _certify_operator(authority: Authority, name: str) -> None:
+    try:
+        segment(name)
+    except PeerError as error:
+        raise UserError("--operator", 0, "", error.detail, "write a short name") from error
+    if name == AGGREGATOR:
+        raise UserError("--operator", 0, "", f"{name!r} is the aggregator's own name", "write another")
+    people = authority.folder / "operators"
+    people.mkdir(exist_ok=True, mode=0o700)
+    if not (people / f"{name}.pem").exists():
+        authority.make_pair(f"operators/{name}", "client", name=name)
+        print(f"{people / name}.pem and .key are for {name}")
+
+
+def _path(text: str, config: FederationConfig) -> GatewayPath:
+    try:
+        path = GatewayPath.parse(text)
+    except PeerError as error:
+        raise UserError("--path", 0, "", error.detail, "write acme/lyon/press/line4/cell2") from error
+    if path.enterprise not in config.roots:
+        roots = ", ".join(config.roots)
+        raise UserError("--path", 0, "", f"{path.enterprise!r} does not take part", f"roots are: {roots}")
+    return path
+
+
+def _key(text: str) -> bytes:
+    try:
+        key = bytes.fromhex(text)
+    except ValueError:
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise UserError("--key", 0, "", "not an Ed25519 public key", "write the 64 hex digits that the gateway prints")
+    return key
+
+
+def _admit(journal: Journal, path: str, key: bytes, state: Path) -> int:
+    now_ms = time.time_ns() // 1_000_000
+    with journal.transaction():
+        journal.add_to_roster(path, key, now_ms, "enrolled")
+        journal.note(now_ms, "enrolled", {"path": path, "key": key.hex()})
+    print(f"{path} may take part with key {key.hex()} (state: {state})")
+    return 0
+
+
+def _revoke(journal: Journal, path: str, state: Path) -> int:
+    """Out of the roster at once, which ends what it may say; and its certificate onto the list, if it has one."""
+    key = journal.key_of(path)
+    if key is None:
+        raise LocalError(f"{path} is not in the roster")
+    now_ms = time.time_ns() // 1_000_000
+    with journal.transaction():
+        journal.remove_from_roster(path)
+        journal.note(now_ms, "revoked", {"path": path, "key": key.hex()})
+    print(f"{path} takes part no more (state: {state})")
+    if (folder(state) / "ca.key").exists():
+        try:
+            serial = Authority(folder(state)).revoke(path)
+        except LocalError as error:
+            print(error)
+        else:
+            print(f"its certificate {serial:x} is revoked; tundish broker acl tells the MQTT broker")
+    return 0

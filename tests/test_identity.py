@@ -1,0 +1,409 @@
+"""Who may take part: the authority, enrolment by files, and a real Mosquitto that holds everybody to his topics."""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import paho.mqtt.client as mqtt
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import NameOID
+from paho.mqtt.enums import CallbackAPIVersion
+
+from broker import cli as broker_cli
+from broker.journal import Journal
+from broker.pki import AGGREGATOR, Authority, key_pem, make_request, requested_key
+from edge import cli as edge_cli
+from edge.config import load_config
+from edge.identity import with_own_tls
+from models.errors import LocalError, PeerError, UserError
+from tests.brokers import free_port, mosquitto_path, need_mosquitto
+
+FEDERATION = "press-lines"
+HERE, THERE, GONE, OLD = (f"acme/lyon/press/line4/cell{i}" for i in (2, 3, 4, 5))
+TASK = 'name = "wear"\nkind = "anomaly"\nnet = "autoencoder"\n[window]\nlength = 2\n[[signal]]\nname = "s"\n'
+WAIT_S = 20
+
+
+def federation_toml(folder: Path) -> Path:
+    (folder / "wear.toml").write_text(TASK)
+    path = folder / "federation.toml"
+    path.write_text(
+        f'[federation]\nname = "{FEDERATION}"\nroots = ["acme"]\n'
+        '[mqtt]\nurl = "mqtts://localhost"\n[[task]]\nfile = "wear.toml"\n'
+    )
+    return path
+
+
+def gateway_toml(folder: Path, path: str = HERE, port: int = 8883) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "plc.csv").write_text("tag,address\na,a\n")
+    file = folder / "gateway.toml"
+    file.write_text(
+        f'[gateway]\npath = "{path}"\n[mqtt]\nurl = "mqtts://localhost:{port}"\n'
+        '[[source]]\nname = "plc"\ndriver = "replay"\nurl = "plc.data.csv"\ntags = "plc.csv"\n'
+        '[task.wear]\nsignals = { s = "plc/a" }\n'
+    )
+    (folder / "plc.data.csv").write_text("a\n1\n")
+    return file
+
+
+class Operator:
+    """The operator's machine."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self.config, self.state = federation_toml(folder), folder / "state"
+
+    def run(self, verb: str, *options: object) -> int:
+        parser = argparse.ArgumentParser()
+        broker_cli.add_commands(parser.add_subparsers())
+        args = parser.parse_args([verb, "-c", str(self.config), "--state", str(self.state), *map(str, options)])
+        done: int = args.run(args)
+        return done
+
+
+def edge(folder: Path, verb: str, *options: object) -> int:
+    args = edge_cli.build_parser().parse_args(
+        ["edge", verb, *map(str, options), "-c", str(folder / "gateway.toml"), "--state", str(folder / "state")]
+    )
+    done: int = args.run(args)
+    return done
+
+
+@pytest.fixture
+def operator(tmp_path: Path) -> Operator:
+    made = Operator(tmp_path / "office")
+    assert made.run("init", "--host", "localhost", "--host", "127.0.0.1") == 0
+    return made
+
+
+def enrolled(operator: Operator, folder: Path, path: str = HERE) -> Path:
+    gateway_toml(folder, path)
+    request, answer = folder / "cell.request", folder / "cell.admission"
+    assert edge(folder, "export", "--request", request) == 0
+    assert operator.run("enrol", "--path", path, "--request", request, "--out", answer) == 0
+    return answer
+
+
+# -- the authority -----------------------------------------------------------------------------------------------------
+
+
+def test_an_authority_is_made_once_and_its_keys_are_the_owners_alone(operator: Operator) -> None:
+    pki = operator.state / "pki"
+    for name in ("ca.key", "broker.key", "aggregator.key"):
+        assert (pki / name).stat().st_mode & 0o777 == 0o600
+    before = (pki / "ca.pem").read_bytes()
+    with pytest.raises(UserError, match="an authority already"):
+        operator.run("init")
+    assert (pki / "ca.pem").read_bytes() == before
+    shown = x509.load_pem_x509_certificate((pki / "broker.pem").read_bytes())
+    names = shown.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["localhost"]
+    with pytest.raises(LocalError, match="tundish broker init"):
+        Authority(pki / "elsewhere")
+
+
+def test_a_name_comes_from_the_operator_and_never_from_the_request(operator: Operator) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    wish = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, AGGREGATOR)])
+    greedy = (
+        x509.CertificateSigningRequestBuilder()
+        .subject_name(wish)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=3), critical=True)
+        .sign(key, hashes.SHA256())
+        .public_bytes(serialization.Encoding.DER)
+    )
+    authority = Authority(operator.state / "pki")
+    made = x509.load_pem_x509_certificate(authority.issue(requested_key(greedy), HERE, "client"))
+    assert made.subject.rfc4514_string() == f"CN={HERE}"
+    assert not made.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    with pytest.raises(UserError, match="64 at most"):
+        authority.issue(requested_key(greedy), "a/" * 40, "client")
+
+
+def test_hostile_requests_are_refused() -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    good = make_request(key)
+    assert requested_key(good) == key.public_key()
+    for i in range(len(good)):
+        with pytest.raises(PeerError):
+            requested_key(good[:i])
+        with contextlib.suppress(PeerError):  # a flip may fall on what no signature covers: never on the key
+            assert requested_key(good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :]) == key.public_key()
+    weak = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    small = weak.sign(rsa.generate_private_key(65537, 1024), hashes.SHA256())  # noqa: S505 - the point
+    for bad in (small.public_bytes(serialization.Encoding.DER), b"\0" * 20_000):
+        with pytest.raises(PeerError, match=r"P-256|bytes"):
+            requested_key(bad)
+
+
+# -- by files ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_gateway_is_enrolled_by_two_files(operator: Operator, tmp_path: Path) -> None:
+    folder = tmp_path / "cell2"
+    answer = enrolled(operator, folder)
+    config = load_config(folder / "gateway.toml")
+    assert with_own_tls(config.mqtt, folder / "state") == config.mqtt
+    assert edge(folder, "import", answer) == 0
+    shown = with_own_tls(config.mqtt, folder / "state")
+    assert shown.cert
+    certificate = x509.load_pem_x509_certificate(Path(shown.cert).read_bytes())
+    assert certificate.subject.rfc4514_string() == f"CN={HERE}"
+    assert Path(shown.key or "").stat().st_mode & 0o777 == 0o600
+    with contextlib.closing(Journal(operator.state)) as journal:
+        assert journal.key_of(HERE)
+
+
+def test_files_that_are_not_what_they_say_are_told(operator: Operator, tmp_path: Path) -> None:
+    folder, other = tmp_path / "cell2", tmp_path / "cell3"
+    answer = enrolled(operator, folder)
+    gateway_toml(other, THERE)
+    request = folder / "cell.request"
+    with pytest.raises(UserError, match=f"is of {HERE}, not of {THERE}"):
+        operator.run("enrol", "--path", THERE, "--request", request, "--out", tmp_path / "x")
+    with pytest.raises(UserError, match="is for"):
+        edge(other, "import", answer)
+    with pytest.raises(UserError, match="is no admission"):
+        edge(folder, "import", request)
+    text = answer.read_text()
+    for bad in (text.replace(text[200], "A" if text[200] != "A" else "B"), text[:300], "", text.replace("END", "ENDE")):
+        answer.write_text(bad)
+        with pytest.raises(UserError):
+            edge(folder, "import", answer)
+    answer.write_text(text)
+    (folder / "state" / "tls" / "key.pem").write_bytes(key_pem(ec.generate_private_key(ec.SECP256R1())))
+    with pytest.raises(UserError, match="another key"):
+        edge(folder, "import", answer)
+    assert not (folder / "state" / "tls" / "cert.pem").exists()
+
+
+def test_one_who_was_taken_out_is_a_stranger(operator: Operator, tmp_path: Path) -> None:
+    enrolled(operator, tmp_path / "cell2")
+    assert operator.run("enrol", "--path", HERE, "--revoke") == 0
+    with contextlib.closing(Journal(operator.state)) as journal:
+        assert journal.key_of(HERE) is None
+    crl = x509.load_pem_x509_crl((operator.state / "pki" / "crl.pem").read_bytes())
+    issued = x509.load_pem_x509_certificate(
+        (operator.state / "pki/issued" / f"{HERE.replace('/', '+')}.pem").read_bytes()
+    )
+    assert crl.get_revoked_certificate_by_serial_number(issued.serial_number)
+    with pytest.raises(LocalError, match="not in the roster"):
+        operator.run("enrol", "--path", HERE, "--revoke")
+
+
+# -- a real Mosquitto --------------------------------------------------------------------------------------------------
+
+
+class Party:
+    """One who connects with a certificate, and what he gets to read."""
+
+    def __init__(self, port: int, ca: Path, cert: Path | None, key: Path | None, client_id: str = "") -> None:
+        self.got: set[str] = set()
+        self._answers: dict[int, Any] = {}
+        self._there, self.refused = threading.Event(), ""
+        self.client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv5)
+        context = ssl.create_default_context(cafile=str(ca))
+        if cert:
+            context.load_cert_chain(cert, key)
+        self.client.tls_set_context(context)
+        self.client.on_connect = lambda _c, _u, _f, reason, _p: self._connected(reason)
+        self.client.on_message = lambda _c, _u, message: self.got.add(message.topic)
+        self.client.on_publish = lambda _c, _u, mid, reason, _p: self._answers.__setitem__(mid, reason)
+        try:
+            self.client.connect("localhost", port)
+        except (OSError, ssl.SSLError) as error:
+            self.refused = str(error)
+            return
+        self.client.loop_start()
+        until(lambda: self._there.is_set() or bool(self.refused) or not self.client.is_connected())
+
+    def _connected(self, reason: Any) -> None:
+        self.refused = str(reason) if reason.is_failure else ""
+        self.client.subscribe("#", qos=1)
+        self._there.set()
+
+    @property
+    def connected(self) -> bool:
+        """Whether he stays: TLS 1.3 lets a client believe so until it reads the broker's alert."""
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline and not self._there.is_set():
+            time.sleep(0.05)
+        return self._there.is_set() and not self.refused
+
+    def may_write(self, topic: str) -> bool:
+        mid = self.client.publish(topic, b"x", qos=1).mid
+        until(lambda: mid in self._answers)
+        return not self._answers[mid].is_failure
+
+    def close(self) -> None:
+        self.client.disconnect()
+        self.client.loop_stop()
+
+
+def until(condition: Callable[[], object], within_s: float = WAIT_S) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def broker(operator: Operator, tmp_path: Path) -> Iterator[tuple[Operator, int, Path]]:
+    need_mosquitto()
+    for number, path in enumerate((HERE, THERE, GONE)):
+        enrolled(operator, tmp_path / f"cell{number}", path)
+        edge(tmp_path / f"cell{number}", "import", tmp_path / f"cell{number}" / "cell.admission")
+    operator.run("enrol", "--path", GONE, "--revoke")
+    port, out = free_port(), tmp_path / "mosquitto"
+    assert operator.run("acl", "--out", out, "--port", port, "--operator", "marie") == 0
+    shutil.copytree(operator.state / "pki" / "operators", tmp_path / "operators")
+    conf = out / "mosquitto.conf"
+    # This test's own user reads its files; nothing else of what was written is changed.
+    more = f"user {'root' if os.geteuid() == 0 else os.environ['USER']}\npersistence_location {out}/\n"
+    conf.write_text(conf.read_text() + more)
+    log = (tmp_path / "mosquitto.log").open("wb")
+    child = subprocess.Popen([mosquitto_path() or "mosquitto", "-c", str(conf)], stdout=log, stderr=log)
+    try:
+        until(lambda: listening(port) or child.poll() is not None)
+        assert child.poll() is None, (tmp_path / "mosquitto.log").read_text()
+        yield operator, port, tmp_path
+    finally:
+        child.terminate()
+        child.wait()
+        log.close()
+
+
+def listening(port: int) -> bool:
+    import socket  # noqa: PLC0415
+
+    with contextlib.suppress(OSError):
+        socket.create_connection(("localhost", port), 1).close()
+        return True
+    return False
+
+
+TOPICS = (
+    f"{HERE}/_fl/status", f"{HERE}/_fl/wear/update", f"{HERE}/_inference/wear", f"{HERE}/_health/plc",
+    f"{HERE}/_raw/a", f"{HERE}/_feedback/wear", f"{THERE}/_fl/wear/update", f"{THERE}/_inference/wear",
+    f"_fl/{FEDERATION}/status", f"_fl/{FEDERATION}/wear/round", f"_fl/{FEDERATION}/wear/model/manifest",
+    f"_fl/{FEDERATION}/wear/model/7/step0", f"_fl/{FEDERATION}/wear/receipt/{HERE}",
+    f"_fl/{FEDERATION}/wear/receipt/{THERE}", "_fl/other/wear/round", "spBv1.0/x/NBIRTH/y", "elsewhere",
+)  # fmt: skip
+OURS = {t for t in TOPICS if t.startswith(f"_fl/{FEDERATION}/")}
+WRITES = {
+    "aggregator": OURS,
+    "gateway": {t for t in TOPICS if t.startswith(HERE)} - {f"{HERE}/_feedback/wear"},
+    "operator": {f"{HERE}/_feedback/wear"},
+}
+READS = {
+    "aggregator": {t for t in TOPICS if "/_fl/" in t} | OURS,
+    "gateway": (OURS - {f"_fl/{FEDERATION}/wear/receipt/{THERE}"}) | {f"{HERE}/_fl/status", f"{HERE}/_feedback/wear"},
+    "operator": {f"{HERE}/_inference/wear", f"{HERE}/_health/plc", f"{THERE}/_inference/wear"},
+}
+
+
+def test_everybody_writes_and_reads_what_is_his_and_nothing_else(broker: tuple[Operator, int, Path]) -> None:
+    operator, port, folder = broker
+    pki = operator.state / "pki"
+    ca = pki / "ca.pem"
+    places = {"aggregator": (pki / "aggregator.pem", pki / "aggregator.key")}
+    for role, cell in (("gateway", "cell0"), ("neighbour", "cell1")):
+        tls = folder / cell / "state" / "tls"
+        places[role] = tls / "cert.pem", tls / "key.pem"
+    places["operator"] = folder / "operators" / "marie.pem", folder / "operators" / "marie.key"
+    parties = {role: Party(port, ca, *files) for role, files in places.items()}
+    assert all(party.connected for party in parties.values()), {r: p.refused for r, p in parties.items()}
+    for role, expected in WRITES.items():
+        assert {topic for topic in TOPICS if parties[role].may_write(topic)} == expected, role
+    assert parties["neighbour"].may_write(f"{THERE}/_fl/wear/update")
+    assert parties["neighbour"].may_write(f"{THERE}/_inference/wear")
+    written = set().union(*WRITES.values()) | {f"{THERE}/_fl/wear/update", f"{THERE}/_inference/wear"}
+    for role, may in READS.items():
+        expected = may & written
+        until(lambda expected=expected, role=role: parties[role].got >= expected)  # type: ignore[misc]
+        assert parties[role].got == expected, role
+    for party in parties.values():
+        party.close()
+
+
+def test_who_has_no_right_to_connect_does_not(broker: tuple[Operator, int, Path]) -> None:
+    operator, port, folder = broker
+    authority = Authority(operator.state / "pki")
+    ca, key = authority.folder / "ca.pem", ec.generate_private_key(ec.SECP256R1())
+    mine = folder / "mine.key"
+    mine.write_bytes(key_pem(key))
+
+    def certified(name: str, data: bytes) -> Party:
+        (folder / f"{name}.pem").write_bytes(data)
+        return Party(port, ca, folder / f"{name}.pem", mine)
+
+    strangers = Authority.create(folder / "strangers", FEDERATION, ["localhost"])
+    revoked = folder / "cell2" / "state" / "tls"
+    refused = {
+        "none": Party(port, ca, None, None),
+        "another authority's": certified("strange", strangers.issue(key.public_key(), HERE, "client")),
+        "expired": certified("expired", authority.issue(key.public_key(), OLD, "client", days=0)),
+        "revoked": Party(port, ca, revoked / "cert.pem", revoked / "key.pem"),
+        "a server's": certified("server", authority.issue(key.public_key(), HERE, "broker", ["localhost"])),
+    }
+    assert {name: party.connected for name, party in refused.items()} == dict.fromkeys(refused, False)
+    # A name that nobody granted anything: connected, and mute.
+    mute = certified("unknown", authority.issue(key.public_key(), OLD, "client"))
+    assert mute.connected
+    assert not any(mute.may_write(topic) for topic in TOPICS)
+    # Who borrows another's client id doesn't throw him out: the id is the certificate's name.
+    tls = folder / "cell0" / "state" / "tls"
+    owner = Party(port, ca, tls / "cert.pem", tls / "key.pem")
+    assert owner.connected
+    neighbours = folder / "cell1" / "state" / "tls"
+    thief = Party(port, ca, neighbours / "cert.pem", neighbours / "key.pem", client_id=HERE)
+    assert thief.connected
+    assert owner.may_write(f"{HERE}/_raw/a")
+    assert not thief.may_write(f"{HERE}/_raw/a")
+    for party in (mute, owner, thief):
+        party.close()
+
+
+def test_gateway_and_aggregator_meet_over_it(broker: tuple[Operator, int, Path]) -> None:
+    operator, port, folder = broker
+    pki, cell = operator.state / "pki", folder / "cell0"
+    toml = operator.config.read_text()
+    tls = f'ca = "{pki / "ca.pem"}"\ncert = "{pki / "aggregator.pem"}"\nkey = "{pki / "aggregator.key"}"\n'
+    url = f'url = "mqtts://localhost:{port}"\n'
+    operator.config.write_text(toml.replace('url = "mqtts://localhost"\n', url + tls))
+    gateway_toml(cell, HERE, port)
+    run = [sys.executable, "-m", "edge.cli"]
+    commands = (
+        [*run, "broker", "run", "-c", operator.config, "--state", operator.state],
+        [*run, "edge", "run", "-c", cell / "gateway.toml", "--state", cell / "state"],
+    )
+
+    def seen() -> dict[str, Any]:
+        try:
+            status: dict[str, Any] = json.loads((operator.state / "status.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        gateway: dict[str, Any] = status["tasks"].get("wear", {}).get("gateways", {}).get(HERE, {})
+        return gateway
+
+    with contextlib.ExitStack() as stack:
+        for command in commands:
+            child = stack.enter_context(subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL))
+            stack.callback(child.terminate)
+        until(lambda: seen().get("online"), 120)
+        # It read the federation's plan, and said in signed words why it does not train yet.
+        until(lambda: seen().get("verdict"), 120)
