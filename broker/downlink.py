@@ -19,8 +19,12 @@ from broker.journal import ModelRow, TaskRow
 from broker.link import Link
 from broker.messages import (
     CHUNK_BYTES,
+    GRAPH,
     MAX_STEPS,
+    STEP,
     STEP_DIGEST,
+    TERMS,
+    WEIGHTS,
     FederationBirth,
     ModelManifest,
     Object,
@@ -32,7 +36,6 @@ from broker.messages import (
 )
 from models.spec import Task, task_digest
 
-TERMS, GRAPH, WEIGHTS, STEP = "terms", "graph", "weights", "step"
 Objects = dict[tuple[int, str], bytes]
 
 

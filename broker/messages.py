@@ -23,6 +23,8 @@ MAX_PAYLOAD = 256 * 1024
 CHUNK_BYTES = 192 * 1024
 VERSION = 1
 KEY_BYTES = 32
+# Names of the objects of a model, in its chunks' topics.
+TERMS, GRAPH, WEIGHTS, STEP = "terms", "graph", "weights", "step"
 # Versions that a manifest leads on from: a gateway that missed more rounds takes the whole model.
 MAX_STEPS = 8
 STEP_DIGEST = 8

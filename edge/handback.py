@@ -16,8 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
-from broker.downlink import GRAPH, STEP, TERMS, WEIGHTS
-from broker.messages import CHUNK_BYTES, MAX_PAYLOAD, Digest, ModelManifest, Terms, peek
+from broker.messages import (
+    CHUNK_BYTES,
+    GRAPH,
+    MAX_PAYLOAD,
+    STEP,
+    TERMS,
+    WEIGHTS,
+    Digest,
+    ModelManifest,
+    Terms,
+    peek,
+)
 from broker.steps import apply
 from broker.topics import Chunk
 from models import codec
