@@ -35,6 +35,8 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 }
 _PIECE = 4096
 _MOST_BEHIND = 64
+# Late samples in a row that span this much source time say so as well; a few stragglers do not.
+_LEAST_BEHIND, _BEHIND_NS = 8, 5_000_000_000
 _CONDITION = re.compile(r"\s*(\S+)\s*(==|!=|<=|>=|<|>)\s*(-?\d+(?:\.\d+)?)\s*")
 
 
@@ -174,8 +176,8 @@ class Windower:
     """The live half: feed it samples as they come, from any source, and take the windows.
 
     `lag_ns` is how long (source time) a row waits for a source that has gone quiet. Samples that come later than
-    that are counted in `late` and hold from then on. When nothing but late samples comes, the sources' clock was set
-    back (or a first stamp was wrong): the windows begin again on the new time, counted in `restarts`.
+    that are counted in `late` and hold from then on. When nothing but late samples comes for some seconds, the sources'
+    clock was set back (or a first stamp was wrong): the windows begin again on the new time, counted in `restarts`.
     """
 
     wiring: Wiring
@@ -194,6 +196,7 @@ class Windower:
         self._row = self._due = -1  # the last row that was closed; the row that the last sample first counts in
         # Late samples in a row, and how many say that a clock was set back: more than one old value of each tag.
         self._behind, self._most_behind = 0, max(_MOST_BEHIND, 8 * len(self._wanted))
+        self._behind_from = self._behind_to = 0
         # A source that has not said anything yet is waited for like one that has gone quiet.
         self._newest = dict.fromkeys((ref.partition("/")[0] for ref in self.wiring.tags), -1)
 
@@ -208,12 +211,22 @@ class Windower:
         for sample in samples:
             if sample.tag in self._wanted:
                 self._pending.append(sample)
-                self._behind = self._behind + 1 if sample.time_ns < self._done_ns else 0
+                if sample.time_ns < self._done_ns:
+                    self._count(sample.time_ns)
+                else:
+                    self._behind = 0
                 source = sample.tag.partition("/")[0]
                 newest[source] = max(newest[source], sample.time_ns)
-        if self._behind > self._most_behind:
+        span_ns = self._behind_to - self._behind_from
+        if self._behind > self._most_behind or (self._behind >= _LEAST_BEHIND and span_ns > _BEHIND_NS):
             self._restart()
         return self._run(self._watermark())
+
+    def _count(self, time_ns: int) -> None:
+        """Count late samples in a row, and how far in time they reach."""
+        if not self._behind:
+            self._behind_from = time_ns
+        self._behind, self._behind_to = self._behind + 1, time_ns
 
     def _restart(self) -> None:
         """Begin again on the sources' new time, with the values held."""

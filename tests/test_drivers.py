@@ -7,7 +7,7 @@ import math
 import time
 import zlib
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
@@ -18,7 +18,10 @@ import pytest_asyncio
 from edge.drivers import registry
 from edge.drivers.registry import driver_names, load
 from edge.tags import Driver, Quality, Source, Tag
+from edge.window import Windower, Wiring
 from models.errors import UserError
+from models.spec import Window
+from tests.opcua_rigs import Line
 from tests.rigs import RIGS, Collector, OpcuaRig, Rig, free_port, until
 
 
@@ -303,6 +306,60 @@ async def test_opcua_keeps_every_value_between_two_publishings(plant: OpcuaRig) 
             await plant.put("A", float(number))
         await until(lambda: last(sink, "plc/A")[0] == 299.0)
         assert [s.value for s in sink.samples][1:] == [float(number) for number in range(300)]
+
+
+@shared
+@pytest.mark.parametrize("between", ["nothing", "bad value", "cut"])
+async def test_opcua_a_clock_that_was_a_year_ahead_and_is_set_right(plant: OpcuaRig, between: str) -> None:
+    """A stamp of next year holds up neither the tag nor the windows, whatever comes between it and the right time."""
+    tag = Tag(source="plc", name="A", address="nsu=urn:rig;s=A")
+    line = Line(plant.port)
+    await line.mend()
+    made = msgspec.structs.replace(plant.source, tags=(tag,), url=f"opc.tcp://127.0.0.1:{line.port}")
+    driver, sink = make(made)
+    windower = Windower(Wiring(Window(length=3, rate_hz=20.0), ("plc/A",)))
+    async with running(driver):
+        await until(lambda: driver.health.connected)
+        await plant.put("A", 1.0, datetime.now(UTC) + timedelta(days=365))
+        await until(lambda: last(sink, "plc/A") == (1.0, Quality.GOOD))
+        if between == "bad value":
+            await plant.put("A", None, None, 0x808A0000)
+            await until(lambda: last(sink, "plc/A")[1] is Quality.BAD)
+        elif between == "cut":
+            await line.cut()
+            await until(lambda: last(sink, "plc/A")[1] is Quality.BAD)
+            await line.mend()
+            await until(lambda: driver.health.connected)
+        windower.feed(sink.samples)
+        sink.clear()
+        ends = []
+        for number in range(100):
+            await plant.put("A", float(number + 2))
+            await asyncio.sleep(0.02)
+        await until(lambda: last(sink, "plc/A") == (101.0, Quality.GOOD))
+        for batch in sink.batches:
+            ends += [window.end_ns for window in windower.feed(batch) if window.quality == 1.0]
+    await line.cut()
+    now = time.time_ns()
+    assert [s.quality for s in sink.samples[10:]] == [Quality.GOOD] * len(sink.samples[10:])
+    assert all(now - 60e9 < s.time_ns <= now for s in sink.samples[10:])
+    assert now - 60e9 < ends[-1] <= now
+    assert windower.restarts == 1
+
+
+@shared
+async def test_opcua_a_text_said_again_after_a_restart_is_newer_than_the_cut(plant: OpcuaRig) -> None:
+    """A new subscription tells a value with the time of its change; BAD was said later than that."""
+    stamp = datetime(2020, 1, 2, 3, 4, 5, tzinfo=UTC)
+    await plant.add("Part", "part 7")
+    await plant.put("Part", "part 7", stamp)
+    driver, sink = opcua(plant, Tag(source="plc", name="Part", address="nsu=urn:rig;s=Part", type="string"))
+    async with running(driver):
+        await until(lambda: bool(sink.samples))
+        driver._ended = "the server ended it"  # type: ignore[attr-defined]
+        await until(lambda: len(sink.samples) == 3)
+        assert [s.quality for s in sink.samples] == [Quality.GOOD, Quality.BAD, Quality.GOOD]
+        assert sink.samples[2].time_ns == sink.samples[1].time_ns > sink.samples[0].time_ns
 
 
 @shared

@@ -77,22 +77,19 @@ def to_sample(item: Item, raw: object, time_ns: int, quality: Quality) -> Sample
         if isinstance(raw, ua.LocalizedText):
             raw = raw.Text
         if isinstance(raw, str):
-            item.latest_ns = max(item.latest_ns, time_ns)
             item.last = float(zlib.crc32(raw.encode()))
-            return Sample(item.ref, time_ns, item.last, quality)
-    item.latest_ns = max(item.latest_ns, time_ns)
+            return Sample(item.ref, item.since(time_ns), item.last, quality)
     return item.bad(time_ns)
 
 
 def _wave(item: Item, raw: object, time_ns: int, quality: Quality) -> Sample:
     """Make a waveform sample: float32 (width,); BAD for an array of another length or not of finite numbers."""
-    item.latest_ns = max(item.latest_ns, time_ns)
     if not isinstance(raw, list) or len(raw) != item.width or not isinstance(raw[0], _NUMBER):
         return item.bad(time_ns)
     wave = np.array(raw, np.float32)
     if not item.plain:
         wave = wave * np.float32(item.scale) + np.float32(item.offset)
-    return Sample(item.ref, time_ns, wave, quality) if np.isfinite(wave).all() else item.bad(time_ns)
+    return Sample(item.ref, item.since(time_ns), wave, quality) if np.isfinite(wave).all() else item.bad(time_ns)
 
 
 class Held:
