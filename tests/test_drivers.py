@@ -5,6 +5,7 @@ import contextlib
 import inspect
 import math
 import time
+import types
 import zlib
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -17,7 +18,7 @@ import pytest_asyncio
 
 from edge.drivers import registry
 from edge.drivers.registry import driver_names, load
-from edge.tags import Driver, Quality, Source, Tag
+from edge.tags import Driver, Quality, Source, Tag, sleep_backoff
 from edge.window import Windower, Wiring
 from models.errors import UserError
 from models.spec import Window
@@ -173,6 +174,18 @@ async def test_cancelling_returns_soon(rig: Rig) -> None:
     await rig.change("a", 99)
     await asyncio.sleep(0.3)
     assert len(sink.samples) == count
+
+
+async def test_tries_are_ten_seconds_apart_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr("edge.tags.asyncio", types.SimpleNamespace(sleep=sleep))
+    for attempt in (*range(8), 10**6):
+        await sleep_backoff(attempt)
+    assert waits == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0, 10.0]
 
 
 async def test_nobody_there_is_said_in_one_line_with_a_remedy() -> None:
