@@ -121,8 +121,9 @@ class Driver(Protocol):
     - On a cut it delivers one BAD sample per tag, at once, stamped with the source's clock as far as its last sample
       tells; before a first sample nothing is known, and nothing is said. A tag that the source refuses is BAD,
       quarantined and retried with backoff (1 s to 60 s) while the others run.
-    - Values pass scale and offset; strings become CRC-32 of their UTF-8 (segments compare equality only); booleans
-      become 0 and 1.
+    - Values pass scale and offset; strings become CRC-32 of their UTF-8 (segments compare equality only) where the
+      tag's type is `string`; booleans become 0 and 1. A tag whose type does not go with what is read (a text, an array)
+      is quarantined with what to write.
     - Cancelling `run()` closes the connection and returns within two seconds.
     """
 

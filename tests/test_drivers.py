@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 import pytest_asyncio
+from asyncua import ua
 
 from edge.drivers import registry
 from edge.drivers.registry import driver_names, load
@@ -259,7 +260,8 @@ def opcua(rig: OpcuaRig, *tags: Tag) -> tuple[Driver, Collector]:
 async def test_opcua_types_quality_and_time(plant: OpcuaRig) -> None:
     await plant.add("Text", "part 7")
     stamp = datetime(2020, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
-    tags = [Tag(source="plc", name=n, address=f"nsu=urn:rig;s={n}") for n in ("A", "Text", "Flag")]
+    types = {"A": "", "Text": "string", "Flag": ""}
+    tags = [Tag(source="plc", name=n, address=f"nsu=urn:rig;s={n}", type=types[n]) for n in types]
     driver, sink = opcua(plant, *tags, Tag(source="plc", name="idx", address=f"ns={plant.space};s=B"))
     async with running(driver):
         await until(lambda: {s.tag for s in sink.samples} >= {"plc/A", "plc/Text", "plc/Flag", "plc/idx"})
@@ -279,6 +281,41 @@ async def test_opcua_types_quality_and_time(plant: OpcuaRig) -> None:
         await until(lambda: last(sink, "plc/A")[1] is Quality.BAD)
         assert driver.health.clock_skew_s is not None
         assert abs(driver.health.clock_skew_s) < 10
+
+
+@shared
+@pytest.mark.parametrize("mode", ["subscribe", "poll"])
+async def test_opcua_a_text_or_array_whose_row_does_not_say_so_is_told_and_never_a_number(
+    plant: OpcuaRig, mode: str
+) -> None:
+    await plant.add("Word", ua.LocalizedText("part 7"))
+    await plant.add("Array", [0.0, 1.0, 2.0])
+    await plant.add("Any", "part 7")
+    tags = [
+        Tag(source="plc", name=n, address=f"nsu=urn:rig;s={n}", sampling_ms=20) for n in ("A", "Word", "Array", "Any")
+    ]
+    made = msgspec.structs.replace(plant.source, tags=tuple(tags), options={"publishing_ms": 50, "mode": mode})
+    driver, sink = make(made)
+    async with running(driver):
+        await until(lambda: len(driver.health.quarantined) == 3)
+        told = driver.health.quarantined
+        text = "is a text; write type = string: its checksum then tells segments apart"
+        assert told["plc/Word"] == f"nsu=urn:rig;s=Word {text}"
+        assert told["plc/Array"] == "nsu=urn:rig;s=Array is an array of 3 numbers; write type = float32[3]"
+        await plant.put("Word", ua.LocalizedText("part 8"))
+        await asyncio.sleep(1.5)
+        # Said once, and the tag is not taken back for another look.
+        assert len(told) == 3
+        assert [s.quality for s in sink.of("plc/Word")] == [Quality.BAD]
+        # The server's program is mended; a subscription learns of it when it is made anew.
+        await plant.server.delete_nodes([plant.nodes["Any"]])  # type: ignore[union-attr]
+        await plant.add("Any", 4.0)
+        if mode == "subscribe":
+            driver._ended = "the server ended it"  # type: ignore[attr-defined]
+        await until(lambda: last(sink, "plc/Any") == (4.0, Quality.GOOD))
+        await until(lambda: set(told) == {"plc/Word", "plc/Array"})
+    for name in ("Word", "Array", "Any"):
+        await plant.server.delete_nodes([plant.nodes.pop(name)])  # type: ignore[union-attr]
 
 
 @shared

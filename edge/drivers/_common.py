@@ -116,6 +116,18 @@ class Point:
         return self.bad(time_ns)
 
 
+def misfit(tag: Tag, raw: object) -> str:
+    """Say why what was read can't be a value of a tag as its row is written, and what to write; empty if it can."""
+    if isinstance(raw, str):
+        # A checksum that is scored as a number would look like one.
+        text = f"{tag.address} is a text; write type = string: its checksum then tells segments apart"
+        return "" if tag.type == "string" else text
+    if tag.width or not isinstance(raw, list | np.ndarray) or np.ndim(raw[:1]) != 1:
+        return ""
+    numbers = isinstance(raw, np.ndarray) or (raw and all(isinstance(one, int | float) for one in raw))
+    return f"{tag.address} is an array of {len(raw)} numbers; write type = float32[{len(raw)}]" if numbers else ""
+
+
 P = TypeVar("P", bound=Point)
 
 
@@ -211,6 +223,14 @@ class Reader(Generic[P]):
     def source_ns(self) -> int:
         """Return the time on the source's clock, as its last sample tells it."""
         return time.time_ns() + (self._ahead_ns or 0)
+
+    def sample(self, point: P, raw: object, time_ns: int, quality: Quality) -> Sample | None:
+        """Make a sample of whatever was read; a tag whose row it does not fit is kept apart until it does."""
+        if reason := misfit(point.tag, raw):
+            self.quarantine(point, reason)
+            return None
+        self.release(point)
+        return point.any(raw, time_ns, quality)
 
     def quarantine(self, point: P, reason: str) -> None:
         """Keep a refused tag apart until its next try is due, 1 s to 60 s from now; BAD once."""
