@@ -97,6 +97,21 @@ async def test_a_user_comes_in_with_the_right_password_alone(
 
 
 @shared
+async def test_a_password_that_is_mended_is_taken_at_the_next_try(plant: Plant, pki: Path, tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("wrong")
+    made = source(plant, tag("A"), pki=pki, security=SECURE[1], user=USER, password_file=str(file))
+    driver, sink = make(made)
+    async with running(driver):
+        await until(lambda: "refuses the user" in driver.health.error)
+        file.unlink()
+        await until(lambda: "can't be read; check its path and permissions" in driver.health.error)
+        file.write_text(PASSWORD)
+        await until(lambda: last(sink, "plc/A")[1] is Quality.GOOD)
+        assert driver.health.error == ""
+
+
+@shared
 @pytest.mark.parametrize("security", [SECURE[0], SECURE[3], SECURE[5]])
 async def test_a_user_comes_in_with_a_certificate(plant: Plant, pki: Path, tmp_path: Path, security: str) -> None:
     known, stranger = (make_identity(f"urn:user:{name}", name, []) for name in ("ot", "stranger"))

@@ -88,6 +88,7 @@ class Link:
 
     async def open(self) -> bool:
         """Connect; True if the subscription of before goes on. May raise anything."""
+        await asyncio.to_thread(self._security.read_user)
         client = self._client
         if client is not None and client.uaclient.has_session and await self._resume(client):
             resumed = self.subscription != 0
