@@ -118,7 +118,7 @@ def _add_edge(commands: Any) -> None:
     _add_wire(wire)
     _add_browse(verbs)
     for verb in (run, check, status, doctor, wire):
-        verb.add_argument("-c", "--config", type=Path, required=verb is not check, help="gateway.toml")
+        verb.add_argument("-c", "--config", type=Path, required=verb not in (check, status), help="gateway.toml")
         verb.add_argument("--profile", help="board in firmware-configs/ whose caps apply where the file says nothing")
     for verb in (run, status, doctor, wire):
         verb.add_argument("--state", type=Path, help="state folder (default: the platform's state directory)")
@@ -189,6 +189,8 @@ def _state(args: argparse.Namespace) -> Path:
 
     if args.state or "STATE_DIRECTORY" in os.environ:
         return Path(args.state or os.environ["STATE_DIRECTORY"].partition(":")[0])
+    if args.config is None:
+        raise UserError("--config", 0, "", "missing", "write -c gateway.toml, or --state DIR")
     return state_folder(_load(args), None)
 
 
@@ -237,6 +239,7 @@ def _check(args: argparse.Namespace) -> int:
     from models.spec import load_task  # noqa: PLC0415
 
     config, notes = _load(args), list[str]()
+    checked = set[str]()
     for path in args.task:
         task, _ = load_task(path)
         if task.name not in config.tasks:
@@ -245,6 +248,11 @@ def _check(args: argparse.Namespace) -> int:
             raise UserError(config.file, 0, f"task.{task.name}", "is not wired", remedy)
         wiring = wire(task, config.tasks[task.name], config.tags, config.file)
         notes += unit_notes(task, wiring, config.tags)
+        checked.add(task.name)
+    for name in config.tasks:
+        if name not in checked:
+            how = f"add --task FILE with the task.toml of {name}, which the operator has"
+            notes.append(f"task {name}: not checked whether there is one of that name, nor its signals; {how}")
     found = {"file": config.file, "sources": len(config.sources), "tags": len(config.tags), "tasks": list(config.tasks)}
     found["notes"] = notes
     if args.json:
@@ -281,6 +289,7 @@ def _print_status(status: dict[str, Any], *, alive: bool) -> None:
         print(f"  PROBLEM  {status['problem']}")
     if status.get("restart"):
         print(f"  RESTART  to take up {', '.join(status['restart'])}")
+    _print_stranger(status)
     for name, health in status["sources"].items():
         _print_source(name, health)
     for name, task in status["tasks"].items():
@@ -296,6 +305,15 @@ def _print_status(status: dict[str, Any], *, alive: bool) -> None:
         print(f"  STORE    {status['store_notice']}")
     if status["store_error"]:
         print(f"  STORE    {status['store_error']} ({status['samples_dropped']} samples dropped)")
+
+
+def _print_stranger(status: dict[str, Any]) -> None:
+    """Say that the aggregator may not know this gateway: it never answered an update, or none was ever asked for."""
+    planned = any(task["round"] is not None for task in status["tasks"].values())
+    if status["mqtt"]["connected"] and not status.get("answered", True) and (status["outbox"] or not planned):
+        what = "receipt" if status["outbox"] else "plan"
+        enrol = f"--path {status['path']} --key {status['public_key']}"
+        print(f"  ENROL    no {what} for this gateway yet: ask the operator to enrol it: tundish broker enrol {enrol}")
 
 
 def _print_source(name: str, health: dict[str, Any]) -> None:
