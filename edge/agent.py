@@ -11,7 +11,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -37,9 +36,9 @@ from edge.ring import Samples
 from edge.runner import Runner
 from edge.shop import Shop
 from edge.sources import Sources
-from edge.status import task_status, write_status
+from edge.status import health_message, sources_status, task_status, write_status
 from edge.store import State
-from edge.tags import Quality, Sample
+from edge.tags import Health, Quality, Sample
 from edge.train import resident_bytes
 from edge.wiring import wire
 from models.errors import PeerError, UserError
@@ -139,7 +138,7 @@ class Agent:
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
-        await self.sources.stop_all()
+        await self._stop_sources(source.name for source in self.config.sources)
         await asyncio.gather(*(runner.stop() for runner in self.runners.values()))
         self.link.publish(
             self.status, self.shop.signer.seal(m.Death(m.VERSION, self.session), self.status), retain=True
@@ -178,7 +177,7 @@ class Agent:
 
     async def _carry_out(self, new: Plan) -> None:
         """Change what runs to a new configuration; whatever stays the same is not touched."""
-        await self.sources.stop(new.stop)
+        await self._stop_sources(new.stop)
         self.config = self.shop.config = new.config
         self.watch.retag(new.config.tags, new.changed)
         for ref in new.changed:
@@ -234,9 +233,16 @@ class Agent:
         for name, driver in list(self.sources.drivers.items()):
             now_ns = time.time_ns() + int((driver.health.clock_skew_s or 0.0) * 1e9)
             self._tags[name] = await asyncio.to_thread(self.watch.snapshot, name, now_ns)
-            body = asdict(driver.health) | {"timestamp_ms": int(time.time() * 1000), "tags": self._tags[name]}
-            topic = Local(self.config.path, "health", name).topic
-            self.link.publish(topic, json.dumps(body).encode(), qos=0, retain=True)
+            self._say_health(name, driver.health, self._tags[name])
+
+    def _say_health(self, name: str, health: Health, tags: dict[str, dict[str, object]]) -> None:
+        topic = Local(self.config.path, "health", name).topic
+        self.link.publish(topic, health_message(health, tags), qos=0, retain=True)
+
+    async def _stop_sources(self, names: Iterable[str]) -> None:
+        """Read some sources no more, and let what the broker keeps of them say so."""
+        for name, health in (await self.sources.stop(names)).items():
+            self._say_health(name, health, {})
 
     async def _tick(self) -> None:
         while True:
@@ -370,12 +376,10 @@ class Agent:
             "problem": self._unread or self.problem,
             "restart": self._restart,
             "federation": {"name": self.shop.federation, "key": self.shop.federation_key.hex()},
-            "sources": {
-                n: asdict(driver.health) | {"tags": self._tags.get(n, {})}
-                for n, driver in list(self.sources.drivers.items())
-            },
+            "sources": sources_status(self.sources.drivers, self._tags),
             "tasks": {name: task_status(runner) for name, runner in self.runners.items()},
             "outbox": len(self.state.waiting),
+            "answered": not self.shop.federation or self.state.get("answered/receipt") is not None,
             "samples_dropped": self.samples.dropped,
             "store_error": self.samples.error,
             "store_notice": self.samples.notice,

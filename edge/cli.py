@@ -6,18 +6,14 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from models.errors import LocalError, PeerError, TundishError, UserError
+from models.errors import PeerError, TundishError, UserError
 
 CODECS = ("sparse", "int2", "int4", "int8", "float32")
-_FRESH_S = 10.0
-_SHOWN = 10
-_SKEW_S = 2.0
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -133,7 +129,7 @@ def _add_edge(commands: Any) -> None:
     _add_wire(wire)
     _add_browse(verbs)
     for verb in (run, check, status, doctor, wire, export, admit):
-        verb.add_argument("-c", "--config", type=Path, required=verb is not check, help="gateway.toml")
+        verb.add_argument("-c", "--config", type=Path, required=verb not in (check, status), help="gateway.toml")
         verb.add_argument("--profile", help="board in firmware-configs/ whose caps apply where the file says nothing")
     for verb in (run, status, doctor, wire, export, admit):
         verb.add_argument("--state", type=Path, help="state folder (default: the platform's state directory)")
@@ -206,6 +202,8 @@ def _state(args: argparse.Namespace) -> Path:
 
     if args.state or "STATE_DIRECTORY" in os.environ:
         return Path(args.state or os.environ["STATE_DIRECTORY"].partition(":")[0])
+    if args.config is None:
+        raise UserError("--config", 0, "", "missing", "write -c gateway.toml, or --state DIR")
     return state_folder(_load(args), None)
 
 
@@ -266,6 +264,7 @@ def _check(args: argparse.Namespace) -> int:
     from models.spec import load_task  # noqa: PLC0415
 
     config, notes = _load(args), list[str]()
+    checked = set[str]()
     for path in args.task:
         task, _ = load_task(path)
         if task.name not in config.tasks:
@@ -274,6 +273,11 @@ def _check(args: argparse.Namespace) -> int:
             raise UserError(config.file, 0, f"task.{task.name}", "is not wired", remedy)
         wiring = wire(task, config.tasks[task.name], config.tags, config.file)
         notes += unit_notes(task, wiring, config.tags)
+        checked.add(task.name)
+    for name in config.tasks:
+        if name not in checked:
+            how = f"add --task FILE with the task.toml of {name}, which the operator has"
+            notes.append(f"task {name}: not checked whether there is one of that name, nor its signals; {how}")
     found = {"file": config.file, "sources": len(config.sources), "tags": len(config.tags), "tasks": list(config.tasks)}
     found["notes"] = notes
     if args.json:
@@ -285,81 +289,9 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    path = _state(args) / "status.json"
-    try:
-        status = json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise LocalError(
-            f"no gateway has run with its state in {path.parent}; start one with tundish edge run"
-        ) from None
-    alive = bool(status["running"]) and time.time() - status["time_ms"] / 1000 < _FRESH_S
-    if args.json:
-        print(json.dumps(status | {"alive": alive}))
-    else:
-        _print_status(status, alive=alive)
-    return 0 if alive else 1
+    from edge.status_command import main as status  # noqa: PLC0415
 
-
-def _print_status(status: dict[str, Any], *, alive: bool) -> None:
-    age = time.time() - status["time_ms"] / 1000
-    print(f"{status['path']}: {'running' if alive else 'NOT RUNNING; what it said last:'} ({age:.0f} s ago)")
-    mqtt = status["mqtt"]
-    print(f"  mqtt     {'connected, MQTT ' + mqtt['version'] if mqtt['connected'] else 'OFFLINE: ' + mqtt['error']}")
-    print(f"  memory   {status['resident_mb']} MB resident; outbox {status['outbox']}")
-    if status["problem"]:
-        print(f"  PROBLEM  {status['problem']}")
-    if status.get("restart"):
-        print(f"  RESTART  to take up {', '.join(status['restart'])}")
-    for name, health in status["sources"].items():
-        _print_source(name, health)
-    for name, task in status["tasks"].items():
-        scored = f"{task.get('scored', 0)} windows scored, {task['scoring_kind']} model {task['scoring_model']}"
-        print(f"  task     {name}: {scored}, round {task['round']} {task['state']} {task['answer']}".rstrip())
-        if task["problem"]:
-            print(f"           PROBLEM {task['problem']}")
-        elif task["model"] is None and mqtt["connected"]:
-            print(f"           no model has come yet: does a federation publish a task named {name}?")
-    for reason, count in status["refused"].items():
-        print(f"  refused  {count} times: {reason}")
-    if status["store_notice"]:
-        print(f"  STORE    {status['store_notice']}")
-    if status["store_error"]:
-        print(f"  STORE    {status['store_error']} ({status['samples_dropped']} samples dropped)")
-
-
-def _print_source(name: str, health: dict[str, Any]) -> None:
-    word = "connected" if health["connected"] else "OFFLINE"
-    print(f"  source   {name}: {word}, {health['samples']} samples")
-    if health["error"]:
-        print(f"           {health['error']}")
-    if health["overflows"]:
-        print(f"           LOST: the source's queue ran over {health['overflows']} times; raise its queue or queue_s")
-    if health["gaps"]:
-        print(f"           LOST: {health['gaps']} times the source could not say what came in between")
-    skew = health["clock_skew_s"]
-    if skew is not None and abs(skew) > _SKEW_S:
-        print(
-            f"           CLOCK: the source's is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this gateway's"
-        )
-    for note in health["notes"].values():
-        print(f"           note: {note}")
-    for ref, why in list(health["quarantined"].items())[:_SHOWN]:
-        print(f"           QUARANTINED {ref}: {why}")
-    unwell = [(tag, one) for tag, one in health.get("tags", {}).items() if one["word"] or one["out_of_range"]]
-    for tag, one in unwell[:_SHOWN]:
-        print(f"           {one['word'].upper() or 'OUT OF RANGE'} {name}/{tag}: {_tag_line(one)}")
-    if len(unwell) > _SHOWN:
-        print(f"           and {len(unwell) - _SHOWN} tags more (--json has all)")
-    if len(health["quarantined"]) > _SHOWN:
-        print(f"           and {len(health['quarantined']) - _SHOWN} tags more (--json has all)")
-
-
-def _tag_line(one: dict[str, Any]) -> str:
-    rate = f"{one['rate_hz']:g} values/s" if one["rate_hz"] else "no rate yet"
-    return (
-        f"{rate}, last {one['age_s']} s ago, unchanged for {one['unchanged_s']} s, {one['bad_ratio']:.0%} bad, "
-        f"{one['out_of_range']} out of range, {one['gaps']} gaps"
-    )
+    return status(_state(args), as_json=args.json)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -63,7 +63,7 @@ class TagHealth:
             if self.samples > _KNOWN:
                 self.gaps += int(np.count_nonzero(steps > self._pause(self.interval_ns)))
             self.interval_ns = _mean(self.interval_ns, float(np.sort(steps)[len(steps) // 2]), self.interval_ns, share)
-        self.last_ns = max(self.last_ns, int(times[-1]))
+        self.last_ns = int(times[-1])  # an earlier one that was newer was wrong
         if values.ndim == 1 and bad < len(times):
             times, values = (times[good], values[good]) if bad else (times, values)
             self._values(times, values, low, high, share)

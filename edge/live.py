@@ -83,6 +83,19 @@ class Live:
         for window in self.windower.feed(samples):
             self._window(window)
 
+    def farewell(self) -> bytes:
+        """Make the last `_inference` message, which stays with the broker: nothing is scored any more."""
+        none: dict[str, object] = {
+            "score": None,
+            "verdict": "stopped",
+            "alarm": False,
+            "reliable": False,
+            "active": False,
+            "top": [],
+        }
+        none["timestamp_ms"] = int(time.time() * 1000)
+        return json.dumps(self.last | none).encode()
+
     def tick(self) -> None:
         """Let time pass where no sample comes: values hold, and rows are closed with them."""
         elapsed = time.monotonic() - self._fed_at

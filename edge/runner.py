@@ -83,7 +83,9 @@ class Runner:
             self._spawn(self._offer(self.model, changed=True))
 
     async def stop(self) -> None:
-        """End training and fetching; nothing of it is lost that a restart would not do again."""
+        """End scoring, training and fetching; nothing of it is lost that a restart would not do again."""
+        if self.live and self.live.last:
+            self._publish_inference(self.live.farewell())
         for job in self._jobs:
             job.cancel()
         await asyncio.gather(*self._jobs, return_exceptions=True)
@@ -158,6 +160,7 @@ class Runner:
         def work() -> bool:
             if not self.shop.state.settle(receipt.digest):
                 return False
+            self.shop.state.put("answered/receipt", b"1")
             self.shop.state.record("receipt", body)
             return True
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from edge.drivers import registry
-from edge.tags import Driver, Sink, Source
+from edge.tags import Driver, Health, Sink, Source
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +29,17 @@ class Sources:
         source = msgspec.structs.replace(source, pki=self._pki)
         self._jobs[source.name] = asyncio.create_task(self._drive(source))
 
-    async def stop(self, names: Iterable[str]) -> None:
-        """Read some sources no more; returns when their connections are closed."""
-        jobs = [self._jobs.pop(name) for name in names if name in self._jobs]
+    async def stop(self, names: Iterable[str]) -> dict[str, Health]:
+        """Read some sources no more; returns what is left to say of each, when their connections are closed."""
+        running = [name for name in names if name in self._jobs]
+        health = {name: self.drivers[name].health for name in running if name in self.drivers}
+        jobs = [self._jobs.pop(name) for name in running]
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
-
-    async def stop_all(self) -> None:
-        """Read nothing more."""
-        await self.stop(list(self._jobs))
+        for one in health.values():
+            one.error = "the gateway reads it no more"
+        return health
 
     async def _drive(self, source: Source) -> None:
         """Keep one driver running; one that ends by a mistake of ours is logged whole and started again."""

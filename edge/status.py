@@ -2,10 +2,12 @@
 
 import json
 import logging
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 from edge.runner import Runner
+from edge.tags import Driver, Health
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,16 @@ def task_status(runner: Runner) -> dict[str, object]:
         "last": live.last if live else {},
         **(asdict(live.stats) if live else {}),
     }
+
+
+def sources_status(drivers: dict[str, Driver], tags: dict[str, dict[str, dict[str, object]]]) -> dict[str, object]:
+    """Return how the sources and their tags are; plain JSON types."""
+    return {name: asdict(driver.health) | {"tags": tags.get(name, {})} for name, driver in list(drivers.items())}
+
+
+def health_message(health: Health, tags: dict[str, dict[str, object]]) -> bytes:
+    """Make the `_health` message of a source with its tags."""
+    return json.dumps(asdict(health) | {"timestamp_ms": int(time.time() * 1000), "tags": tags}).encode()
 
 
 def write_status(folder: Path, snapshot: dict[str, object]) -> None:

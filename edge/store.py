@@ -149,7 +149,7 @@ class State:
     def forget_federation(self) -> None:
         """Drop what a federation gave and what waits for it; key, normalisation, holdout and ledger stay."""
         self._db.execute("DELETE FROM outbox")
-        for name in ("manifest", "terms", "graph", "weights", "scoring", "residual", "personal", "handled"):
+        for name in ("manifest", "terms", "graph", "weights", "scoring", "residual", "personal", "handled", "answered"):
             self._db.execute("DELETE FROM state WHERE key LIKE ? || '/%'", (name,))
 
     def record(self, kind: str, body: dict[str, object]) -> None:

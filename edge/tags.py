@@ -145,12 +145,13 @@ class Driver(Protocol):
 
     Contract, held by tests/test_drivers.py for every file there:
     - `run()` goes on until cancelled: it connects, reads, and after any cut connects again by itself with backoff
-      (0.2 s doubling to 30 s); errors of its library end at its boundary, in `health.error`.
+      (0.2 s doubling to 10 s); errors of its library end at its boundary, in `health.error`.
     - On a cut it delivers one BAD sample per tag, at once, stamped with the source's clock as far as its last sample
       tells; before a first sample nothing is known, and nothing is said. A tag that the source refuses is BAD,
       quarantined and retried with backoff (1 s to 60 s) while the others run.
-    - Values pass scale and offset; strings become CRC-32 of their UTF-8 (segments compare equality only); booleans
-      become 0 and 1.
+    - Values pass scale and offset; strings become CRC-32 of their UTF-8 (segments compare equality only) where the
+      tag's type is `string`; booleans become 0 and 1. A tag whose type does not go with what is read (a text, an array)
+      is quarantined with what to write.
     - Cancelling `run()` closes the connection and returns within two seconds.
     """
 
@@ -164,6 +165,10 @@ class Driver(Protocol):
         """Read until cancelled."""
 
 
-async def sleep_backoff(attempt: int, first_s: float = 0.2, most_s: float = 30.0) -> None:
-    """Wait before a next try: `first_s` doubled per attempt, `most_s` at most."""
+async def sleep_backoff(attempt: int, first_s: float = 0.2, most_s: float = 10.0) -> None:
+    """Wait before a next try: `first_s` doubled per attempt, `most_s` at most.
+
+    What is read after a cut waits for the next try, so that the most is what a long cut costs beyond itself; a
+    connection every ten seconds is no load for a PLC.
+    """
     await asyncio.sleep(min(most_s, first_s * 2 ** min(attempt, 20)))

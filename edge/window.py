@@ -33,6 +33,8 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
 }
 _MOST_BEHIND = 64
+# Late samples in a row that span this much source time say so as well; a few stragglers do not.
+_LEAST_BEHIND, _BEHIND_NS = 8, 5_000_000_000
 _CONDITION = re.compile(r"\s*(\S+)\s*(==|!=|<=|>=|<|>)\s*(-?\d+(?:\.\d+)?)\s*")
 
 
@@ -190,8 +192,8 @@ class Windower:
     """The live half: feed it samples as they come, from any source, and take the windows.
 
     `lag_ns` is how long (source time) a row waits for a source that has gone quiet. Samples that come later than
-    that are counted in `late` and hold from then on. When nothing but late samples comes, the sources' clock was set
-    back (or a first stamp was wrong): the windows begin again on the new time, counted in `restarts`.
+    that are counted in `late` and hold from then on. When nothing but late samples comes for some seconds, the sources'
+    clock was set back (or a first stamp was wrong): the windows begin again on the new time, counted in `restarts`.
     """
 
     wiring: Wiring
@@ -214,6 +216,7 @@ class Windower:
         self._row = self._due = -1  # the last row that was closed; the row that the last sample first counts in
         # Late samples in a row, and how many say that a clock was set back: more than one old value of each tag.
         self._behind, self._most_behind = 0, max(_MOST_BEHIND, 8 * len(self._wanted))
+        self._behind_from = self._behind_to = 0
         # A source that has not said anything yet is waited for like one that has gone quiet.
         self._newest = dict.fromkeys((ref.partition("/")[0] for ref in self.wiring.tags), -1)
 
@@ -231,12 +234,22 @@ class Windower:
         for sample in samples:
             if sample.tag in self._wanted:
                 self._pending.append(sample)
-                self._behind = self._behind + 1 if sample.time_ns < self._done_ns else 0
+                if sample.time_ns < self._done_ns:
+                    self._late(sample.time_ns, 1)
+                else:
+                    self._behind = 0
                 source = sample.tag.partition("/")[0]
                 newest[source] = max(newest[source], sample.time_ns)
-        if self._behind > self._most_behind:
+        span_ns = self._behind_to - self._behind_from
+        if self._behind > self._most_behind or (self._behind >= _LEAST_BEHIND and span_ns > _BEHIND_NS):
             self._restart()
         return self._run(self._watermark())
+
+    def _late(self, time_ns: int, count: int) -> None:
+        """Count late samples in a row, and how far in time they reach."""
+        if not self._behind:
+            self._behind_from = time_ns
+        self._behind, self._behind_to = self._behind + count, time_ns
 
     def _take_scan(self, scan: Scan) -> None:
         if scan.refs is not self._scanned:
@@ -248,7 +261,10 @@ class Windower:
             return
         good = scan.quality[places] == Quality.GOOD
         self._pending.append(_Row(scan.time_ns, columns, np.where(good, scan.values[places], np.nan)))
-        self._behind = self._behind + len(places) if scan.time_ns < self._done_ns else 0
+        if scan.time_ns < self._done_ns:
+            self._late(scan.time_ns, len(places))
+        else:
+            self._behind = 0
         source = scan.refs[0].partition("/")[0]
         self._newest[source] = max(self._newest[source], scan.time_ns)
 

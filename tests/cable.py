@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -21,11 +22,24 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from cryptography.x509 import load_pem_x509_certificate
 
 from edge.drivers._opcua_security import make_identity, own_identity
 from edge.drivers.registry import load
 from edge.tags import Driver, Quality, Sample, Source
-from tests.opcua_rigs import URI, USER, AsyncuaPlant, Line, NodePlant, install_node, source, tag, write_identity
+from tests.opcua_rigs import (
+    PASSWORD,
+    URI,
+    USER,
+    AsyncuaPlant,
+    Line,
+    NodePlant,
+    der,
+    install_node,
+    source,
+    tag,
+    write_identity,
+)
 from tests.rigs import ImagesRig, ModbusRig, MqttRig, ReplayRig, RtuRig, until
 
 CACHE = Path(tempfile.gettempdir()) / "tundish-node-opcua"
@@ -225,37 +239,67 @@ async def _tag_gone(name: str, title: str) -> Outcome:
 
 async def _silent(name: str, title: str) -> Outcome:
     async def trouble(one: Subject) -> None:
-        one.rig.silent.add(1)
-        await asyncio.sleep(5.0)
-        one.rig.silent.clear()
+        if name in OPCUA and one.line:
+            one.line.silent = True  # connections are still taken
+            await asyncio.sleep(10.0)
+            one.line.silent = False
+        else:
+            one.rig.silent.add(1)
+            await asyncio.sleep(5.0)
+            one.rig.silent.clear()
 
     return await _goes_away(title, name, trouble)
 
 
-async def _refused(one: Subject, made: Source, title: str) -> Outcome:
-    """Say what is told; there is no value before somebody has acted."""
+async def _refused(one: Subject, made: Source, title: str, mend: Callable[[], Awaitable[None]]) -> Outcome:
+    """Say what is told; there is no value before somebody has acted, which `mend` does."""
     async with reading(one, made) as found:
-        await until(lambda: bool(found.said) or bool(found.seen), LATER_S)
+        await until(lambda: bool(found.driver.health.error) or bool(found.seen), LATER_S)
         if found.seen:
             raise RuntimeError(f"{one.name} came in: {title}")
-        return found.outcome(title, None, counts=False)
+        told = found.said = found.driver.health.error
+        await mend()
+        mended = time.monotonic()
+        seconds = await found.good_after(mended)
+        found.said = told
+        return found.outcome(title, seconds, counts=False)
 
 
 async def _wrong_password(name: str, title: str) -> Outcome:
     async with subject(name) as one, _known(one) as pki:
-        (pki / "password").write_text("wrong")
-        options = {"security": POLICY, "user": USER, "password_file": str(pki / "password")}
-        return await _refused(one, _secured(one, pki, options), title)
+        file = pki / "password"
+        file.write_text("wrong")
+        options = {"security": POLICY, "user": USER, "password_file": str(file)}
+
+        async def mend() -> None:
+            file.write_text(PASSWORD)
+
+        return await _refused(one, _secured(one, pki, options), title, mend)
 
 
-async def _expired(name: str, title: str) -> Outcome:
+async def _server_expired(name: str, title: str) -> Outcome:
     async with subject(name) as one, _known(one) as pki:
-        await one.rig.stop()
-        identity = make_identity(URI, "Rig", ["127.0.0.1"], days=-1)
-        write_identity(identity, one.rig.folder, "server")
-        await one.rig.start()
-        (pki / "trusted" / "rig.pem").write_bytes(one.rig.certificate.read_bytes())
-        return await _refused(one, _secured(one, pki, {"security": POLICY}), title)
+
+        async def renew(days: int) -> None:
+            write_identity(make_identity(URI, "Rig", ["127.0.0.1"], days=days), one.rig.folder, "server")
+            await one.restart()
+            (pki / "trusted" / "rig.pem").write_bytes(one.rig.certificate.read_bytes())
+
+        await renew(-1)
+        return await _refused(one, _secured(one, pki, {"security": POLICY}), title, lambda: renew(365))
+
+
+async def _gateway_expired(name: str, title: str) -> Outcome:
+    async with subject(name) as one, _known(one) as pki:
+        certificate, key = write_identity(make_identity("urn:rig:gateway", "Gateway", [], days=-1), pki, "old")
+        (pki / "own" / "cert.der").write_bytes(der(load_pem_x509_certificate(certificate.read_bytes())))
+        (pki / "own" / "key.pem").write_bytes(key.read_bytes())
+
+        async def mend() -> None:
+            shutil.rmtree(pki / "own")
+            await one.rig.trust(own_identity(pki).certificate)
+
+        return await _refused(one, _secured(one, pki, {"security": POLICY}), title, mend)
 
 
 @contextlib.asynccontextmanager
@@ -283,10 +327,11 @@ ROWS: dict[str, tuple[tuple[str, ...], Callable[[str, str], Awaitable[Outcome]]]
     "cut 10 min": (OPCUA, _cut(10.0, queue_s=0.5)),
     "server restart": (ALL, _restart),
     "wrong password": (OPCUA, _wrong_password),
-    "expired certificate": (("opcua",), _expired),
+    "server's certificate expired": (OPCUA, _server_expired),
+    "gateway's certificate expired": (OPCUA, _gateway_expired),
     "namespace reindexed": (("opcua",), _reindexed),
     "one tag gone": (("opcua-node", "modbus"), _tag_gone),
-    "device silent": (("modbus", "modbus-rtu"), _silent),
+    "device silent": (("opcua", "opcua-node", "modbus", "modbus-rtu"), _silent),
 }
 
 

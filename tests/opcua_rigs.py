@@ -231,10 +231,10 @@ def install_node(cache: Path) -> Path:
 
 
 class Line:
-    """A TCP line to a server that can be cut, and later mended."""
+    """A TCP line to a server that can be cut, and later mended; while it is `silent` it carries nothing."""
 
     def __init__(self, port: int) -> None:
-        self.port, self._to = free_port(), port
+        self.port, self._to, self.silent = free_port(), port, False
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
 
@@ -259,8 +259,9 @@ class Line:
         async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
             with contextlib.suppress(OSError):
                 while data := await source.read(65536):
-                    sink.write(data)
-                    await sink.drain()
+                    if not self.silent:
+                        sink.write(data)
+                        await sink.drain()
             sink.close()
 
         await asyncio.gather(copy(reader, to_server), copy(from_server, writer))

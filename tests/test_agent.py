@@ -18,6 +18,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from broker import ledger, topics
 from broker.journal import Journal
 from broker.messages import MAX_PAYLOAD, Birth, Death, ModelManifest, Plan, Signer, Terms, Whole, open_envelope, peek
+from edge.cli import main
 from edge.lab.physics import FEATURES
 from edge.lab.stage import FEDERATION, Scenario, Stage, gateway_path
 from edge.store import State
@@ -28,6 +29,7 @@ WAIT_S = 90
 TASK = "bearing-condition"
 PATH = topics.GatewayPath.parse(gateway_path(0))
 STATUS = topics.Status(PATH).topic
+HEALTH = topics.Local(PATH, "health", "plc").topic
 INFERENCE = topics.Local(PATH, "inference", TASK).topic
 
 
@@ -163,13 +165,19 @@ def is_birth(envelope: bytes) -> bool:
     return True
 
 
-def test_an_update_in_the_outbox_outlives_kill_9_and_an_empty_broker(tmp_path: Path) -> None:
+def test_an_update_in_the_outbox_outlives_kill_9_and_an_empty_broker(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with plant(tmp_path, "amqtt") as p:
         for process in (*p.stage.plcs, p.stage.aggregator, p.gateway):
             process.start()
         p.until(lambda: p.task().get("state") in {"waiting", "training"})
         p.stage.aggregator.kill()  # nobody is there to send a receipt
         p.until(lambda: p.status()["outbox"] == 1)
+        main(["edge", "status", "--state", str(p.stage.gateway_state(0))])
+        said = capsys.readouterr().out
+        assert "ENROL    no receipt for this gateway yet: ask the operator to enrol it: tundish broker enrol" in said
+        assert f"--path {PATH} --key {p.status()['public_key']}" in said
         p.gateway.kill()
         p.broker.stop()
         before = outbox(p)
@@ -186,8 +194,16 @@ def test_an_update_in_the_outbox_outlives_kill_9_and_an_empty_broker(tmp_path: P
         p.stage.aggregator.start()
         p.until(lambda: p.aggregator().get("state") == "done" and p.status()["outbox"] == 0)
         p.until(lambda: p.task().get("model") == 1)
+        p.until(lambda: p.status()["answered"])
         p.stage.aggregator.stop()
+        p.until(lambda: p.inference().get("score") is not None)
         p.gateway.stop()
+        # What the broker retains does not look live, and status.json has the last counts.
+        p.until(lambda: p.inference().get("verdict") == "stopped", gateway=False)
+        assert (p.inference()["score"], p.inference()["alarm"]) == (None, False)
+        p.until(lambda: not json.loads(p.last(HEALTH))["connected"], gateway=False)
+        assert json.loads(p.last(HEALTH))["error"] == "the gateway reads it no more"
+        assert p.task()["scored"] > 0
         journal = Journal(p.stage.aggregator_state)
         assert journal.counted(TASK, 1) == {str(PATH): before[0]}
         assert journal.totals(TASK, 1)[0] == 1

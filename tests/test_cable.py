@@ -25,3 +25,10 @@ async def test_a_cut_and_a_restart() -> None:
     assert by["server restart", "opcua"].told.endswith("gaps 1")
     for driver in ("opcua", "modbus"):
         assert "10.0.0.10" in by["server restart", driver].told
+
+
+async def test_what_somebody_must_mend_is_told_and_then_heals_by_itself() -> None:
+    rows = ["server's certificate expired", "gateway's certificate expired"]
+    for one in await table(rows, ("opcua",)):
+        assert "certificate is expired since" in one.told
+        assert one.seconds is not None

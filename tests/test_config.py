@@ -475,6 +475,9 @@ def test_check_says_ok(gateway: Path, capsys: pytest.CaptureFixture[str]) -> Non
     out, err = capsys.readouterr()
     assert out == f"{gateway}: ok (2 sources, 6 tags, tasks: spindle-wear)\n"
     assert err == ""
+    assert main(["edge", "check", "-c", str(gateway)]) == 0
+    said = capsys.readouterr().out
+    assert "task spindle-wear: not checked whether there is one of that name, nor its signals; add --task FILE" in said
     assert main(["edge", "check", "-c", str(gateway), "--json"]) == 0
     assert capsys.readouterr().out.startswith('{"file": ')
 
@@ -515,8 +518,9 @@ def test_status_shows_what_was_lost_and_a_clock_that_is_off(gateway: Path, capsy
         "store_error": "", "store_notice": "samples.db was damaged", "samples_dropped": 0,
     }  # fmt: skip
     (gateway.parent / "status.json").write_text(json.dumps(status))
-    main(["edge", "status", "-c", str(gateway), "--state", str(gateway.parent)])
+    main(["edge", "status", "--state", str(gateway.parent)])
     said = capsys.readouterr().out
+    assert "ENROL" not in said
     for words in (
         "queue ran over 3 times",
         "LOST: 2 times",
@@ -525,6 +529,12 @@ def test_status_shows_what_was_lost_and_a_clock_that_is_off(gateway: Path, capsy
         "STORE    samples.db was",
     ):
         assert words in said
+
+
+def test_status_wants_a_file_or_a_folder(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    assert main(["edge", "status"]) == 2
+    assert capsys.readouterr().err == "tundish: --config: missing; write -c gateway.toml, or --state DIR\n"
 
 
 def test_no_gateway_is_running(gateway: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,20 +5,25 @@ import contextlib
 import inspect
 import math
 import time
+import types
 import zlib
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 import pytest_asyncio
+from asyncua import ua
 
 from edge.drivers import registry
 from edge.drivers.registry import driver_names, load
-from edge.tags import Driver, Quality, Source, Tag
+from edge.tags import Driver, Quality, Source, Tag, sleep_backoff
+from edge.window import Windower, Wiring
 from models.errors import UserError
+from models.spec import Window
+from tests.opcua_rigs import Line
 from tests.rigs import RIGS, Collector, OpcuaRig, Rig, free_port, until
 
 
@@ -172,6 +177,18 @@ async def test_cancelling_returns_soon(rig: Rig) -> None:
     assert len(sink.samples) == count
 
 
+async def test_tries_are_ten_seconds_apart_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr("edge.tags.asyncio", types.SimpleNamespace(sleep=sleep))
+    for attempt in (*range(8), 10**6):
+        await sleep_backoff(attempt)
+    assert waits == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0, 10.0]
+
+
 async def test_nobody_there_is_said_in_one_line_with_a_remedy() -> None:
     for rig in RIGS.values():
         source = rig().source
@@ -243,7 +260,8 @@ def opcua(rig: OpcuaRig, *tags: Tag) -> tuple[Driver, Collector]:
 async def test_opcua_types_quality_and_time(plant: OpcuaRig) -> None:
     await plant.add("Text", "part 7")
     stamp = datetime(2020, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
-    tags = [Tag(source="plc", name=n, address=f"nsu=urn:rig;s={n}") for n in ("A", "Text", "Flag")]
+    types = {"A": "", "Text": "string", "Flag": ""}
+    tags = [Tag(source="plc", name=n, address=f"nsu=urn:rig;s={n}", type=types[n]) for n in types]
     driver, sink = opcua(plant, *tags, Tag(source="plc", name="idx", address=f"ns={plant.space};s=B"))
     async with running(driver):
         await until(lambda: {s.tag for s in sink.samples} >= {"plc/A", "plc/Text", "plc/Flag", "plc/idx"})
@@ -263,6 +281,41 @@ async def test_opcua_types_quality_and_time(plant: OpcuaRig) -> None:
         await until(lambda: last(sink, "plc/A")[1] is Quality.BAD)
         assert driver.health.clock_skew_s is not None
         assert abs(driver.health.clock_skew_s) < 10
+
+
+@shared
+@pytest.mark.parametrize("mode", ["subscribe", "poll"])
+async def test_opcua_a_text_or_array_whose_row_does_not_say_so_is_told_and_never_a_number(
+    plant: OpcuaRig, mode: str
+) -> None:
+    await plant.add("Word", ua.LocalizedText("part 7"))
+    await plant.add("Array", [0.0, 1.0, 2.0])
+    await plant.add("Any", "part 7")
+    tags = [
+        Tag(source="plc", name=n, address=f"nsu=urn:rig;s={n}", sampling_ms=20) for n in ("A", "Word", "Array", "Any")
+    ]
+    made = msgspec.structs.replace(plant.source, tags=tuple(tags), options={"publishing_ms": 50, "mode": mode})
+    driver, sink = make(made)
+    async with running(driver):
+        await until(lambda: len(driver.health.quarantined) == 3)
+        told = driver.health.quarantined
+        text = "is a text; write type = string: its checksum then tells segments apart"
+        assert told["plc/Word"] == f"nsu=urn:rig;s=Word {text}"
+        assert told["plc/Array"] == "nsu=urn:rig;s=Array is an array of 3 numbers; write type = float32[3]"
+        await plant.put("Word", ua.LocalizedText("part 8"))
+        await asyncio.sleep(1.5)
+        # Said once, and the tag is not taken back for another look.
+        assert len(told) == 3
+        assert [s.quality for s in sink.of("plc/Word")] == [Quality.BAD]
+        # The server's program is mended; a subscription learns of it when it is made anew.
+        await plant.server.delete_nodes([plant.nodes["Any"]])  # type: ignore[union-attr]
+        await plant.add("Any", 4.0)
+        if mode == "subscribe":
+            driver._ended = "the server ended it"  # type: ignore[attr-defined]
+        await until(lambda: last(sink, "plc/Any") == (4.0, Quality.GOOD))
+        await until(lambda: set(told) == {"plc/Word", "plc/Array"})
+    for name in ("Word", "Array", "Any"):
+        await plant.server.delete_nodes([plant.nodes.pop(name)])  # type: ignore[union-attr]
 
 
 @shared
@@ -303,6 +356,60 @@ async def test_opcua_keeps_every_value_between_two_publishings(plant: OpcuaRig) 
             await plant.put("A", float(number))
         await until(lambda: last(sink, "plc/A")[0] == 299.0)
         assert [s.value for s in sink.samples][1:] == [float(number) for number in range(300)]
+
+
+@shared
+@pytest.mark.parametrize("between", ["nothing", "bad value", "cut"])
+async def test_opcua_a_clock_that_was_a_year_ahead_and_is_set_right(plant: OpcuaRig, between: str) -> None:
+    """A stamp of next year holds up neither the tag nor the windows, whatever comes between it and the right time."""
+    tag = Tag(source="plc", name="A", address="nsu=urn:rig;s=A")
+    line = Line(plant.port)
+    await line.mend()
+    made = msgspec.structs.replace(plant.source, tags=(tag,), url=f"opc.tcp://127.0.0.1:{line.port}")
+    driver, sink = make(made)
+    windower = Windower(Wiring(Window(length=3, rate_hz=20.0), ("plc/A",)))
+    async with running(driver):
+        await until(lambda: driver.health.connected)
+        await plant.put("A", 1.0, datetime.now(UTC) + timedelta(days=365))
+        await until(lambda: last(sink, "plc/A") == (1.0, Quality.GOOD))
+        if between == "bad value":
+            await plant.put("A", None, None, 0x808A0000)
+            await until(lambda: last(sink, "plc/A")[1] is Quality.BAD)
+        elif between == "cut":
+            await line.cut()
+            await until(lambda: last(sink, "plc/A")[1] is Quality.BAD)
+            await line.mend()
+            await until(lambda: driver.health.connected)
+        windower.feed(sink.samples)
+        sink.clear()
+        ends = []
+        for number in range(100):
+            await plant.put("A", float(number + 2))
+            await asyncio.sleep(0.02)
+        await until(lambda: last(sink, "plc/A") == (101.0, Quality.GOOD))
+        for batch in sink.batches:
+            ends += [window.end_ns for window in windower.feed(batch) if window.quality == 1.0]
+    await line.cut()
+    now = time.time_ns()
+    assert [s.quality for s in sink.samples[10:]] == [Quality.GOOD] * len(sink.samples[10:])
+    assert all(now - 60e9 < s.time_ns <= now for s in sink.samples[10:])
+    assert now - 60e9 < ends[-1] <= now
+    assert windower.restarts == 1
+
+
+@shared
+async def test_opcua_a_text_said_again_after_a_restart_is_newer_than_the_cut(plant: OpcuaRig) -> None:
+    """A new subscription tells a value with the time of its change; BAD was said later than that."""
+    stamp = datetime(2020, 1, 2, 3, 4, 5, tzinfo=UTC)
+    await plant.add("Part", "part 7")
+    await plant.put("Part", "part 7", stamp)
+    driver, sink = opcua(plant, Tag(source="plc", name="Part", address="nsu=urn:rig;s=Part", type="string"))
+    async with running(driver):
+        await until(lambda: bool(sink.samples))
+        driver._ended = "the server ended it"  # type: ignore[attr-defined]
+        await until(lambda: len(sink.samples) == 3)
+        assert [s.quality for s in sink.samples] == [Quality.GOOD, Quality.BAD, Quality.GOOD]
+        assert sink.samples[2].time_ns == sink.samples[1].time_ns > sink.samples[0].time_ns
 
 
 @shared

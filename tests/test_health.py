@@ -73,6 +73,12 @@ def test_bad_values_are_a_share_and_outliers_a_count() -> None:
     assert one.out_of_range == 2
 
 
+def test_a_clock_that_was_wrong_leaves_no_word_behind() -> None:
+    one = fed(*(moving(i, 5) for i in range(0, 50, 5)), moving(10**8, 5), moving(50, 5))
+    assert (one.word(at(55)), one.snapshot(at(55))["age_s"]) == ("", 1.0)
+    assert one.word(at(120)) == "silent"
+
+
 def test_waveforms_have_a_rate_and_no_values() -> None:
     times, _, quality = columns(0, [0.0] * 3)
     one = fed((times, np.zeros((3, 16), np.float32), quality))

@@ -56,12 +56,12 @@ def last(sink: Collector, name: str) -> tuple[object, Quality] | None:
 @pytest.mark.parametrize("kind", ["mosquitto", "amqtt"])
 async def test_json_of_every_shape(kind: str) -> None:
     rig = MqttRig(kind)
-    wave = tag("wave", "w", width=3, scale=2.0)
-    async with listening(rig, tag("x", "x"), tag("again", "x", scale=10.0), wave) as (driver, sink):
+    wave, part = tag("wave", "w", width=3, scale=2.0), tag("part", "part", type="string")
+    async with listening(rig, tag("x", "x"), tag("again", "x", scale=10.0), wave, part) as (driver, sink):
         rig.put("x", '{"timestamp_ms": 1600000000123, "value": 1.5, "more": [1]}')
         await until(lambda: last(sink, "again") == (15.0, GOOD))
         assert sink.of("plc/x") == [Sample("plc/x", 1_600_000_000_123_000_000, 1.5, GOOD)]
-        for text, value in (("2", 2.0), ("true", 1.0), ('"part 7"', float(zlib.crc32(b"part 7")))):
+        for text, value in (("2", 2.0), ("true", 1.0)):
             rig.put("x", text)
             await until(lambda value=value: last(sink, "x") == (value, GOOD))  # type: ignore[misc]
         rig.put("x", '{"timestamp_ms": 1600000000123, "value": null}')
@@ -69,6 +69,14 @@ async def test_json_of_every_shape(kind: str) -> None:
         rig.put("x", "not JSON")
         await until(lambda: "plc/x" in driver.health.quarantined)
         assert "check" in driver.health.quarantined["plc/x"]
+        for wrong, said in (
+            ('"21.5"', "x is a text; write type = string: its checksum then tells segments apart"),
+            ("[1, 2]", "x is an array of 2 numbers; write type = float32[2]"),
+        ):
+            rig.put("x", wrong)
+            await until(lambda said=said: driver.health.quarantined.get("plc/x") == said)  # type: ignore[misc]
+        rig.put("part", '"part 7"')
+        await until(lambda: last(sink, "part") == (float(zlib.crc32(b"part 7")), GOOD))
         rig.put("w", "[1, 2, 3.5]")
         await until(lambda: bool(sink.of("plc/wave")))
         snapshot = sink.of("plc/wave")[0].value
@@ -125,7 +133,8 @@ async def test_sparkplug_types_by_alias() -> None:
             "properties": {"keys": ["Unit", "Quality"], "values": [{"type": 3}, {"type": 3, "int_value": 500}]},
         },
     }
-    tags = [tag(name, METRIC + name, width=3 if name == "Wave" else 0) for name in rig.node.metrics]
+    kinds: dict[str, dict[str, Any]] = {"Wave": {"width": 3}, "Text": {"type": "string"}}
+    tags = [tag(name, METRIC + name, **kinds.get(name, {})) for name in rig.node.metrics]
     async with listening(rig, *tags) as (_driver, sink):
         await until(lambda: {s.tag for s in sink.samples} == {f"plc/{name}" for name in rig.node.metrics})
         good = {s.tag[4:]: s.value for s in sink.samples if s.quality is GOOD}

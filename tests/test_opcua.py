@@ -3,9 +3,15 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
+from asyncua import ua
+from asyncua.common.connection import SecureConnection
+from asyncua.common.utils import ServiceError
+from asyncua.server.internal_session import InternalSession
+from asyncua.ua.status_codes import StatusCodes
 
 from edge.drivers._opcua_security import make_identity, own_identity
 from edge.tags import Quality, Source
@@ -94,6 +100,21 @@ async def test_a_user_comes_in_with_the_right_password_alone(
     good, error = await reads(made)
     assert not good
     assert "refuses the user; check user and password_file" in error
+
+
+@shared
+async def test_a_password_that_is_mended_is_taken_at_the_next_try(plant: Plant, pki: Path, tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("wrong")
+    made = source(plant, tag("A"), pki=pki, security=SECURE[1], user=USER, password_file=str(file))
+    driver, sink = make(made)
+    async with running(driver):
+        await until(lambda: "refuses the user" in driver.health.error)
+        file.unlink()
+        await until(lambda: "can't be read; check its path and permissions" in driver.health.error)
+        file.write_text(PASSWORD)
+        await until(lambda: last(sink, "plc/A")[1] is Quality.GOOD)
+        assert driver.health.error == ""
 
 
 @shared
@@ -234,6 +255,64 @@ async def test_a_server_that_forgot_the_session_gives_the_subscription_or_a_gap(
             await until(lambda: last(sink, "plc/Count") == (3.0, Quality.GOOD))
             good = [s.value for s in sink.of("plc/Count") if s.quality is Quality.GOOD]
             assert (driver.health.gaps, good) == ((0, [0.0, 1.0, 2.0, 3.0]) if plant.transfers else (1, [0.0, 3.0]))
+
+
+@pytest.mark.asyncio
+async def test_a_channel_of_three_seconds_is_renewed_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server revises what was asked for, and knows a key no longer than that."""
+    opened: list[ua.SecurityTokenRequestType] = []
+    real = SecureConnection.open
+
+    def brief(self: SecureConnection, params: Any, server: Any) -> Any:
+        opened.append(params.RequestType)
+        params.RequestedLifetime = 3000
+        return real(self, params, server)
+
+    monkeypatch.setattr(SecureConnection, "open", brief)
+    pki, rig = tmp_path / "pki", AsyncuaPlant(tmp_path)
+    await rig.trust(own_identity(pki).certificate)
+    (pki / "trusted").mkdir()
+    (pki / "trusted" / "rig.pem").write_bytes(rig.certificate.read_bytes())
+    await rig.start()
+    await rig.add("Count", 0.0)
+    driver, sink = make(source(rig, tag("Count", sampling_ms=10), pki=pki, security=SECURE[1]))
+    done = asyncio.Event()
+    async with running(driver):
+        await until(lambda: bool(sink.samples))
+        counting = asyncio.create_task(count_up(rig, done))
+        await until(lambda: opened.count(ua.SecurityTokenRequestType.Renew) >= 3)
+        await asyncio.sleep(0.3)
+        done.set()
+        final = await counting
+        await until(lambda: last(sink, "plc/Count")[0] == final)
+        good = [s.value for s in sink.samples if s.quality is Quality.GOOD]
+        assert good == [float(number) for number in range(final + 1)]
+    await rig.stop()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("code", [StatusCodes.BadServiceUnsupported, StatusCodes.BadTooManySubscriptions])
+async def test_a_server_that_gives_no_subscription_is_polled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    async def refuse(*_: Any, **__: Any) -> None:
+        raise ServiceError(code)
+
+    monkeypatch.setattr(InternalSession, "create_subscription", refuse)
+    rig = AsyncuaPlant(tmp_path)
+    await rig.start()
+    await rig.add("A", 1.0)
+    driver, sink = make(source(rig, tag("A", sampling_ms=20), tag("Later")))
+    async with running(driver):
+        await until(lambda: last(sink, "plc/A") == (1.0, Quality.GOOD))
+        assert driver.health.notes["mode"].startswith("the server gives no subscription (Bad")
+        assert driver.health.notes["mode"].endswith("): values are polled")
+        await rig.put("A", 2.0)
+        await until(lambda: last(sink, "plc/A") == (2.0, Quality.GOOD))
+        await rig.add("Later", 5.0)
+        await until(lambda: last(sink, "plc/Later") == (5.0, Quality.GOOD))
+        assert (driver.health.connects, driver.health.error) == (1, "")
+    await rig.stop()
 
 
 # -- items -----------------------------------------------------------------------------------------------------------

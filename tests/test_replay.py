@@ -47,7 +47,7 @@ async def test_a_csv_as_excel_saves_it_with_its_own_times(tmp_path: Path) -> Non
     path.write_text(
         "\ufefftime;Temp;Part;\n2020-09-13T12:26:40Z;1,5;p7;\n2020-09-13T14:26:41+02:00;;p7\n1600000003;2,5;p8\n"
     )
-    played = source(path, tag("Temp"), tag("Part"), times="recorded", speed=1e6)
+    played = source(path, tag("Temp"), tag("Part", type="string"), times="recorded", speed=1e6)
     async with playing(played) as (driver, sink):
         await until(lambda: "played to its end" in driver.health.error)
         assert [(s.time_ns - T0, s.value) for s in sink.of("r/Temp")] == [(0, 1.5), (3_000_000_000, 2.5)]

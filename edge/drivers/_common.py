@@ -22,6 +22,7 @@ from models.errors import UserError
 T = TypeVar("T", int, float, str)
 
 _BAD = Quality.BAD
+_BACK_NS = 10_000_000_000  # behind the newest stamp of a tag, from which on its clock may have been set back
 _log = logging.getLogger(__name__)
 
 
@@ -32,7 +33,10 @@ class LostError(Exception):
 class Point:
     """One tag on the way from its source, with what was last delivered of it."""
 
-    __slots__ = ("bad_ns", "deadband", "due", "last", "latest_ns", "offset", "plain", "ref", "scale", "tag", "tries")
+    __slots__ = (
+        "bad_ns", "behind_ns", "deadband", "due", "last", "latest_ns", "offset", "plain", "ref", "scale", "tag",
+        "tries",
+    )  # fmt: skip
 
     def __init__(self, tag: Tag) -> None:
         self.tag = tag
@@ -44,23 +48,41 @@ class Point:
         self.last = math.nan
         self.latest_ns = 0
         self.bad_ns = 0
+        self.behind_ns = 0  # the last stamp that was far older than `latest_ns`
         self.tries = 0
         self.due = 0.0
 
     def bad(self, time_ns: int) -> Sample:
         """Make the sample that says: no value. The next good one passes the deadband."""
         self.last = math.nan
+        if time_ns < self.latest_ns:
+            self.since(time_ns)
+        else:
+            self.behind_ns = 0
         self.bad_ns = self.latest_ns = max(time_ns, self.latest_ns)
         empty: Value = np.empty(0, np.float32) if self.tag.width else math.nan
         return Sample(self.ref, self.bad_ns, empty, Quality.BAD)
+
+    def since(self, time_ns: int) -> int:
+        """Return the time from which a value holds: its own stamp, or that of the BAD before it, if that is newer.
+
+        After a cut a source says again what has not changed, with the time of the change: it holds from now on. Where
+        the stamps go on from there instead, far behind the newest one, that one was wrong, and is forgotten.
+        """
+        if time_ns >= self.latest_ns:
+            self.latest_ns = time_ns
+        elif time_ns < self.latest_ns - _BACK_NS:
+            if 0 < self.behind_ns < time_ns:
+                self.latest_ns, self.bad_ns = time_ns, 0
+            self.behind_ns = time_ns
+        return max(time_ns, self.bad_ns)
 
     def take(self, raw: float, time_ns: int, quality: Quality) -> Sample | None:
         """Make a sample of a number as it was read; None within the deadband, BAD for NaN and infinity."""
         if time_ns > self.latest_ns:
             self.latest_ns = time_ns
-        elif time_ns < self.bad_ns:
-            # After a cut a source says again what has not changed, with the time of the change: it holds from now on.
-            time_ns = self.bad_ns
+        elif time_ns < self.latest_ns:
+            time_ns = self.since(time_ns)
         value = float(raw) if self.plain else raw * self.scale + self.offset
         if not math.isfinite(value):
             return self.bad(time_ns)
@@ -73,14 +95,12 @@ class Point:
     def any(self, raw: object, time_ns: int, quality: Quality) -> Sample | None:
         """Make a sample of whatever was read; None within the deadband, BAD for what is no value of this tag."""
         if quality is _BAD:
-            self.latest_ns = max(self.latest_ns, time_ns)
             return self.bad(time_ns)
         if self.tag.width:
             return self._wave(raw, time_ns, quality)
         if isinstance(raw, str):
-            self.latest_ns = max(self.latest_ns, time_ns)
             # Nothing is ordered among texts, so none is scaled, and a repeated one is still one.
-            return Sample(self.ref, max(time_ns, self.bad_ns), float(zlib.crc32(raw.encode())), quality)
+            return Sample(self.ref, self.since(time_ns), float(zlib.crc32(raw.encode())), quality)
         if isinstance(raw, int | float | np.number):
             with contextlib.suppress(OverflowError):  # JSON's integers have no bound
                 return self.take(float(raw), time_ns, quality)
@@ -88,14 +108,25 @@ class Point:
 
     def _wave(self, raw: object, time_ns: int, quality: Quality) -> Sample:
         """Make a waveform sample: float32 (width,); BAD for another length or for what isn't all finite numbers."""
-        self.latest_ns = max(self.latest_ns, time_ns)
         numbers = isinstance(raw, list) and all(isinstance(number, int | float) for number in raw)
         with np.errstate(over="ignore"), contextlib.suppress(OverflowError):
             wave = np.array(raw, np.float64) if numbers or isinstance(raw, np.ndarray) else np.empty(0)
             snapshot = (wave * self.scale + self.offset).astype(np.float32)
             if snapshot.shape == (self.tag.width,) and np.isfinite(snapshot).all():
-                return Sample(self.ref, max(time_ns, self.bad_ns), snapshot, quality)
+                return Sample(self.ref, self.since(time_ns), snapshot, quality)
         return self.bad(time_ns)
+
+
+def misfit(tag: Tag, raw: object) -> str:
+    """Say why what was read can't be a value of a tag as its row is written, and what to write; empty if it can."""
+    if isinstance(raw, str):
+        # A checksum that is scored as a number would look like one.
+        text = f"{tag.address} is a text; write type = string: its checksum then tells segments apart"
+        return "" if tag.type == "string" else text
+    if tag.width or not isinstance(raw, list | np.ndarray) or np.ndim(raw[:1]) != 1:
+        return ""
+    numbers = isinstance(raw, np.ndarray) or (raw and all(isinstance(one, int | float) for one in raw))
+    return f"{tag.address} is an array of {len(raw)} numbers; write type = float32[{len(raw)}]" if numbers else ""
 
 
 P = TypeVar("P", bound=Point)
@@ -114,7 +145,7 @@ class Points(Generic[P]):
     def take(self, raw: NDArray[np.float64], time_ns: int) -> Sequence[Sample]:
         """Make a batch of numbers (N,) as they were read: what `Point.take` makes of each."""
         members = self.members
-        if max([point.bad_ns for point in members]) > time_ns:  # rare: the source's clock was set back
+        if max([point.latest_ns for point in members]) > time_ns:  # rare: the source's clock was set back
             return [sample for p, x in zip(members, raw, strict=True) if (sample := p.take(x, time_ns, Quality.GOOD))]
         values = raw if self._plain else raw * self._scale + self._offset
         good = np.isfinite(values)
@@ -215,11 +246,21 @@ class Reader(Generic[P]):
         A stamp of the gateway's clock could lie in the source's future, and would then undo values that come later.
         """
         now = self.source_ns()
+        for point in points:
+            point.behind_ns = 0  # that time is reckoned, and says nothing of a clock that was set back
         return [point.bad(now) for point in points]
 
     def source_ns(self) -> int:
         """Return the time on the source's clock, as its last sample tells it."""
         return time.time_ns() + (self._ahead_ns or 0)
+
+    def sample(self, point: P, raw: object, time_ns: int, quality: Quality) -> Sample | None:
+        """Make a sample of whatever was read; a tag whose row it does not fit is kept apart until it does."""
+        if reason := misfit(point.tag, raw):
+            self.quarantine(point, reason)
+            return None
+        self.release(point)
+        return point.any(raw, time_ns, quality)
 
     def quarantine(self, point: P, reason: str) -> None:
         """Keep a refused tag apart until its next try is due, 1 s to 60 s from now; BAD once."""

@@ -6,6 +6,7 @@ from asyncua.ua import uaerrors
 
 from edge.drivers._common import LostError
 from edge.drivers._opcua_security import SecurityError, UntrustedError
+from models.errors import UserError
 
 _USER = "refuses the user; check user and password_file, or user_certificate and user_key, of the source"
 _TRUST = (
@@ -37,7 +38,7 @@ def explain(where: str, timeout_s: float, error: Exception) -> str:
         if isinstance(error, kind):
             return f"{where} {means}"
     match error:
-        case SecurityError():
+        case SecurityError() | UserError():
             return f"{where}: {text}"
         case LostError():
             return f"{where}: {text}; connecting again"

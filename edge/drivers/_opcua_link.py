@@ -27,6 +27,7 @@ LIFETIME_S = 120.0  # of a session and a subscription without a connection; then
 BATCH = 500  # operations of one call where a server names no limit; 1000 is a common one
 _WATCH_S = 1.0  # between two looks at the server's state
 _RENEW_AT = 0.75  # of a secure channel's lifetime (Part 4, 5.5.2.1)
+_LEAST_RENEWAL_S = 0.5  # a server may say any lifetime
 _MOST_REPUBLISHED = 1000  # messages of one hole; no server keeps more
 _MOST_SEQUENCE = 2**32 - 1  # after which sequence numbers begin at 1 again (Part 4, 7.38)
 _STATE = ua.NodeId(ua.Int32(ObjectIds.Server_ServerStatus_State))
@@ -88,6 +89,7 @@ class Link:
 
     async def open(self) -> bool:
         """Connect; True if the subscription of before goes on. May raise anything."""
+        await asyncio.to_thread(self._security.read_user)
         client = self._client
         if client is not None and client.uaclient.has_session and await self._resume(client):
             resumed = self.subscription != 0
@@ -276,15 +278,15 @@ class Link:
         client = self._client
         if client is None:
             raise LostError("not connected")
-        renew_at = time.monotonic() + _RENEW_AT * client.secure_channel_timeout / 1000
+        renew_at = _renewal(client)
         while True:
-            await asyncio.sleep(_WATCH_S)
+            await asyncio.sleep(max(0.0, min(_WATCH_S, renew_at - time.monotonic())))
             async with asyncio.timeout(max(_WATCH_S, self._timeout_s / 2)):
                 await self.session.read_attributes([_STATE], AttributeIds.Value)
-            if time.monotonic() > renew_at:
+            if time.monotonic() >= renew_at:
                 await client.open_secure_channel(renew=True)
                 client.uaclient.revolve_security_token()
-                renew_at = time.monotonic() + _RENEW_AT * client.secure_channel_timeout / 1000
+                renew_at = _renewal(client)
 
     def cut(self) -> None:
         """Drop the connection and keep the session, for `open` to go on with."""
@@ -310,6 +312,11 @@ def server_url(source: Source) -> str:
 def batches(things: Sequence[Any], size: int) -> list[Sequence[Any]]:
     """Cut a sequence in parts of `size`."""
     return [things[at : at + size] for at in range(0, len(things), size)]
+
+
+def _renewal(client: Client) -> float:
+    """Return when a channel that was opened now is to be renewed, on the monotonic clock."""
+    return time.monotonic() + max(_LEAST_RENEWAL_S, _RENEW_AT * client.secure_channel_timeout / 1000)
 
 
 def _after(sequence: int) -> int:

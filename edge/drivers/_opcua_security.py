@@ -85,10 +85,15 @@ class Security:
         self.mode = MODES.get(mode, ua.MessageSecurityMode.None_)
         self.pki = Path(source.pki) if source.pki else None
         self.user = option(source, "user", "")
-        self.password = _password(source)
-        self.certificate, self.key = _user_pair(source)
+        self._source = source
+        self.read_user()
         if self.user and self.certificate:
             raise refusal(source, "user", "user and user_certificate exclude each other", "remove one of them")
+
+    def read_user(self) -> None:
+        """Read the files that say who the user is, anew for each connection; UserError."""
+        self.password = _password(self._source)
+        self.certificate, self.key = _user_pair(self._source)
 
     @property
     def exposed(self) -> str:

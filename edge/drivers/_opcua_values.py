@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from asyncua import ua
 
-from edge.drivers._common import Point
+from edge.drivers._common import Point, misfit
 from edge.drivers._opcua_nodes import parse_address
 from edge.tags import Quality, Sample, Tag
 from models.errors import UserError
@@ -74,25 +74,30 @@ def to_sample(item: Item, raw: object, time_ns: int, quality: Quality) -> Sample
             return _wave(item, raw, time_ns, quality)
         if isinstance(raw, _NUMBER):
             return item.take(raw, time_ns, quality)
-        if isinstance(raw, ua.LocalizedText):
-            raw = raw.Text
-        if isinstance(raw, str):
-            item.latest_ns = max(item.latest_ns, time_ns)
+        raw = _text(raw)
+        if isinstance(raw, str) and item.tag.type == "string":
             item.last = float(zlib.crc32(raw.encode()))
-            return Sample(item.ref, time_ns, item.last, quality)
-    item.latest_ns = max(item.latest_ns, time_ns)
+            return Sample(item.ref, item.since(time_ns), item.last, quality)
     return item.bad(time_ns)
+
+
+def _text(raw: object) -> object:
+    return raw.Text if isinstance(raw, ua.LocalizedText) else raw
+
+
+def unfit(item: Item, raw: object) -> str:
+    """Say why a value can't be one of the tag, and what to write; empty if it can, or is Bad for itself alone."""
+    return misfit(item.tag, _text(raw))
 
 
 def _wave(item: Item, raw: object, time_ns: int, quality: Quality) -> Sample:
     """Make a waveform sample: float32 (width,); BAD for an array of another length or not of finite numbers."""
-    item.latest_ns = max(item.latest_ns, time_ns)
     if not isinstance(raw, list) or len(raw) != item.width or not isinstance(raw[0], _NUMBER):
         return item.bad(time_ns)
     wave = np.array(raw, np.float32)
     if not item.plain:
         wave = wave * np.float32(item.scale) + np.float32(item.offset)
-    return Sample(item.ref, time_ns, wave, quality) if np.isfinite(wave).all() else item.bad(time_ns)
+    return Sample(item.ref, item.since(time_ns), wave, quality) if np.isfinite(wave).all() else item.bad(time_ns)
 
 
 class Held:

@@ -115,10 +115,10 @@ class Driver(Reader[Point]):
         self.health.error = ""
         samples = []
         for point in self.points:
-            if point.ref not in self.health.quarantined:
+            if self._there(point):
                 value = self._value(point.tag, picture.name, pixels)
                 quality = Quality.BAD if value is None else Quality.GOOD
-                if (sample := point.any(value, picture.time_ns, quality)) is not None:
+                if (sample := self.sample(point, value, picture.time_ns, quality)) is not None:
                     samples.append(sample)
         # An old picture's time says nothing of the clock that a cut is stamped with.
         self.deliver(samples, time.time_ns())
@@ -150,10 +150,11 @@ class Driver(Reader[Point]):
         self._columns, self._rows = await asyncio.to_thread(read_labels, self._labels)
         self._read_at = status.st_mtime_ns, status.st_ino
         for point in self.points:
-            if point.tag.address in {_PIXELS, *self._columns}:
-                self.release(point)
-            else:
+            if not self._there(point):
                 self.quarantine(point, f"{self._labels.name} has no {point.tag.address}; check the address column")
+
+    def _there(self, point: Point) -> bool:
+        return self._labels is None or point.tag.address in {_PIXELS, *self._columns}
 
     async def close(self) -> None:
         """Nothing is held open between two looks."""

@@ -212,10 +212,7 @@ class Driver(Reader[Point]):
             for point in points:
                 self.quarantine(point, f"{inbound.topic}: {error.detail}; {_REMEDY}")
             return
-        samples = []
-        for point in points:
-            self.release(point)
-            samples.append(point.any(value, time_ns, Quality.GOOD))
+        samples = [self.sample(point, value, time_ns, Quality.GOOD) for point in points]
         # A retained value's time says when it was published, not what its publisher's clock is now.
         self._hand(samples, now + (self._ahead_ns or 0) if inbound.retain else time_ns)
 
@@ -304,9 +301,8 @@ class Driver(Reader[Point]):
             value: object = None if metric.null else metric.number(kind)
             if isinstance(value, bytes):
                 value = _array(value, kind)
-            for point in asset.points[name]:
-                self.release(point)
-                samples.append(point.any(value, time_ns, _quality(metric.quality)))
+            quality = _quality(metric.quality)
+            samples += [self.sample(point, value, time_ns, quality) for point in asset.points[name]]
         self._hand(samples, message.sent_ns)
 
     def _ask(self, link: Link) -> None:

@@ -24,8 +24,8 @@ from edge.drivers._common import LostError, Reader, option, refusal
 from edge.drivers._opcua_diagnose import diagnose
 from edge.drivers._opcua_errors import explain
 from edge.drivers._opcua_link import Link, batches, server_url
-from edge.drivers._opcua_values import Backlog, Held, Item, make_filter, to_sample
-from edge.tags import Quality, Sink, Source
+from edge.drivers._opcua_values import Backlog, Held, Item, make_filter, to_sample, unfit
+from edge.tags import Quality, Sample, Sink, Source
 
 __all__ = ["OPTIONS", "Driver", "diagnose"]
 
@@ -41,6 +41,7 @@ OPTIONS: dict[str, type] = {
 logging.getLogger("asyncua").setLevel(logging.CRITICAL)
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_BAD = Quality.BAD
 _TEND_S = 0.25  # between two looks at quarantine and silence
 _OVERFLOW = 0x480  # InfoType DataValue and its Overflow bit (Part 4, 7.39)
 _QUEUE = (10, 10_000)  # least and most values that a server is asked to queue for one tag
@@ -297,7 +298,7 @@ class Driver(Reader[Item]):
 
     def _changed(self, notes: Sequence[Any]) -> None:
         """Turn one publish response into one batch of samples: the path that every value takes."""
-        points, samples = self.points, []
+        points, apart, samples = self.points, self.health.quarantined, []
         was, time_ns = None, 0
         # A server groups a response by item; the contract is by time, within one time by the order of the tags.
         for note in sorted(notes, key=_BY_HANDLE):
@@ -320,10 +321,25 @@ class Driver(Reader[Item]):
                     continue
             raw = data.Value.Value if data.Value is not None else None
             sample = to_sample(points[note.ClientHandle], raw, time_ns, _QUALITY[status >> 30])
-            if sample is not None:
+            # Of what is Good there is something to look at only while a tag is apart.
+            if sample is not None and (
+                (sample.quality is not _BAD and not apart) or self._fits(points[note.ClientHandle], sample, raw)
+            ):
                 samples.append(sample)
         samples.sort(key=_BY_TIME)
         self.deliver(samples)
+
+    def _fits(self, item: Item, sample: Sample, raw: object) -> bool:
+        """Say whether a sample is one of its tag; a tag whose node is of another kind is kept apart until it is."""
+        if sample.quality is not _BAD:
+            self.release(item)
+            return True
+        if not (reason := unfit(item, raw)):
+            return True
+        self.quarantine(item, reason)
+        if not self._polls:
+            item.due = math.inf  # it is monitored as before, and a value that fits takes it back
+        return False
 
     def _gone(self, item: Item, status: str) -> None:
         """A node went away at the server: look for it again later, as for one that never was there."""
@@ -352,7 +368,8 @@ class Driver(Reader[Item]):
                     reason = f"the server refuses {item.tag.address}: {data.StatusCode.name}; check the address column"
                     self.quarantine(item, reason)
                     continue
-                self.release(item)
+                if data.Value is None or not unfit(item, data.Value.Value):
+                    self.release(item)
                 if not _same(item.before, data):
                     item.before = data
                     notes.append(ua.MonitoredItemNotification(item.handle, data))

@@ -132,7 +132,7 @@ class Driver(Reader[Point]):
                 series = _series(value, point)
                 if value is None or (series and step >= value.size) or (point.tag.width and step):
                     continue
-                sample = point.any(value[step] if series else value, time_ns, Quality.GOOD)
+                sample = self.sample(point, value[step] if series else value, time_ns, Quality.GOOD)
                 if sample is not None:
                     samples.append(sample)
         return samples

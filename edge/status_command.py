@@ -1,0 +1,98 @@
+"""`tundish edge status`: what a gateway said of itself last, for people and for scripts."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from models.errors import LocalError
+
+_FRESH_S = 10.0
+_SHOWN = 10
+_SKEW_S = 2.0
+
+
+def main(folder: Path, *, as_json: bool) -> int:
+    """Print the status of the gateway with its state in a folder; 1 if it does not run."""
+    try:
+        status = json.loads((folder / "status.json").read_text())
+    except (OSError, ValueError):
+        raise LocalError(f"no gateway has run with its state in {folder}; start one with tundish edge run") from None
+    alive = bool(status["running"]) and time.time() - status["time_ms"] / 1000 < _FRESH_S
+    if as_json:
+        print(json.dumps(status | {"alive": alive}))
+    else:
+        _print_status(status, alive=alive)
+    return 0 if alive else 1
+
+
+def _print_status(status: dict[str, Any], *, alive: bool) -> None:
+    age = time.time() - status["time_ms"] / 1000
+    print(f"{status['path']}: {'running' if alive else 'NOT RUNNING; what it said last:'} ({age:.0f} s ago)")
+    mqtt = status["mqtt"]
+    print(f"  mqtt     {'connected, MQTT ' + mqtt['version'] if mqtt['connected'] else 'OFFLINE: ' + mqtt['error']}")
+    print(f"  memory   {status['resident_mb']} MB resident; outbox {status['outbox']}")
+    if status["problem"]:
+        print(f"  PROBLEM  {status['problem']}")
+    if status.get("restart"):
+        print(f"  RESTART  to take up {', '.join(status['restart'])}")
+    _print_stranger(status)
+    for name, health in status["sources"].items():
+        _print_source(name, health)
+    for name, task in status["tasks"].items():
+        scored = f"{task.get('scored', 0)} windows scored, {task['scoring_kind']} model {task['scoring_model']}"
+        print(f"  task     {name}: {scored}, round {task['round']} {task['state']} {task['answer']}".rstrip())
+        if task["problem"]:
+            print(f"           PROBLEM {task['problem']}")
+        elif task["model"] is None and mqtt["connected"]:
+            print(f"           no model has come yet: does a federation publish a task named {name}?")
+    for reason, count in status["refused"].items():
+        print(f"  refused  {count} times: {reason}")
+    if status["store_notice"]:
+        print(f"  STORE    {status['store_notice']}")
+    if status["store_error"]:
+        print(f"  STORE    {status['store_error']} ({status['samples_dropped']} samples dropped)")
+
+
+def _print_stranger(status: dict[str, Any]) -> None:
+    """Say that the aggregator may not know this gateway: it never answered an update, or none was ever asked for."""
+    planned = any(task["round"] is not None for task in status["tasks"].values())
+    if status["mqtt"]["connected"] and not status.get("answered", True) and (status["outbox"] or not planned):
+        what = "receipt" if status["outbox"] else "plan"
+        enrol = f"--path {status['path']} --key {status['public_key']}"
+        print(f"  ENROL    no {what} for this gateway yet: ask the operator to enrol it: tundish broker enrol {enrol}")
+
+
+def _print_source(name: str, health: dict[str, Any]) -> None:
+    word = "connected" if health["connected"] else "OFFLINE"
+    print(f"  source   {name}: {word}, {health['samples']} samples")
+    if health["error"]:
+        print(f"           {health['error']}")
+    if health["overflows"]:
+        print(f"           LOST: the source's queue ran over {health['overflows']} times; raise its queue or queue_s")
+    if health["gaps"]:
+        print(f"           LOST: {health['gaps']} times the source could not say what came in between")
+    skew = health["clock_skew_s"]
+    if skew is not None and abs(skew) > _SKEW_S:
+        print(
+            f"           CLOCK: the source's is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this gateway's"
+        )
+    for note in health["notes"].values():
+        print(f"           note: {note}")
+    for ref, why in list(health["quarantined"].items())[:_SHOWN]:
+        print(f"           QUARANTINED {ref}: {why}")
+    unwell = [(tag, one) for tag, one in health.get("tags", {}).items() if one["word"] or one["out_of_range"]]
+    for tag, one in unwell[:_SHOWN]:
+        print(f"           {one['word'].upper() or 'OUT OF RANGE'} {name}/{tag}: {_tag_line(one)}")
+    if len(unwell) > _SHOWN:
+        print(f"           and {len(unwell) - _SHOWN} tags more (--json has all)")
+    if len(health["quarantined"]) > _SHOWN:
+        print(f"           and {len(health['quarantined']) - _SHOWN} tags more (--json has all)")
+
+
+def _tag_line(one: dict[str, Any]) -> str:
+    rate = f"{one['rate_hz']:g} values/s" if one["rate_hz"] else "no rate yet"
+    return (
+        f"{rate}, last {one['age_s']} s ago, unchanged for {one['unchanged_s']} s, {one['bad_ratio']:.0%} bad, "
+        f"{one['out_of_range']} out of range, {one['gaps']} gaps"
+    )
