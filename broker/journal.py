@@ -17,7 +17,7 @@ from broker import ledger
 from broker.messages import Signer
 from models.errors import LocalError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _SCHEMA = """
 CREATE TABLE keys(name TEXT PRIMARY KEY, private_key BLOB NOT NULL) STRICT;
 CREATE TABLE roster(path TEXT PRIMARY KEY, public_key BLOB NOT NULL, since_ms INTEGER NOT NULL,
@@ -33,16 +33,19 @@ CREATE TABLE rounds(task TEXT NOT NULL, round INTEGER NOT NULL, base INTEGER NOT
     PRIMARY KEY(task, round)) STRICT;
 CREATE TABLE updates(task TEXT NOT NULL, round INTEGER NOT NULL, path TEXT NOT NULL, digest BLOB NOT NULL,
     samples INTEGER NOT NULL, metric REAL, payload BLOB, counted_ms INTEGER NOT NULL,
-    base_metric REAL, UNIQUE(task, round, path)) STRICT;
+    base_metric REAL, base_loss REAL, UNIQUE(task, round, path)) STRICT;
 CREATE TABLE ledger(seq INTEGER PRIMARY KEY, hash TEXT NOT NULL, line TEXT NOT NULL) STRICT;
 """
 # What a journal of an earlier schema lacks, by that schema.
+_TO_3 = "ALTER TABLE updates ADD COLUMN base_loss REAL;"
 _UPGRADE = {
-    1: """
+    1: f"""
 ALTER TABLE tasks ADD COLUMN residual BLOB NOT NULL DEFAULT x'';
 ALTER TABLE models ADD COLUMN step BLOB;
 ALTER TABLE updates ADD COLUMN base_metric REAL;
-"""
+{_TO_3}
+""",
+    2: _TO_3,
 }
 
 
@@ -258,10 +261,11 @@ class Journal:
         payload: bytes,
         now_ms: int,
         base_metric: float | None = None,
+        base_loss: float | None = None,
     ) -> None:
         """Count an update; LocalError if the gateway was counted in this round before."""
-        values = (task, number, path, digest, samples, metric, payload, now_ms, base_metric)
-        self._do("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *values)
+        values = (task, number, path, digest, samples, metric, payload, now_ms, base_metric, base_loss)
+        self._do("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *values)
 
     def counted(self, task: str, number: int) -> dict[str, bytes]:
         """Path -> digest of a round's counted updates."""
@@ -277,6 +281,12 @@ class Journal:
         """(gateways, samples) that a round counted."""
         row = self._one("SELECT count(*), total(samples) FROM updates WHERE task = ? AND round = ?", task, number)
         return (int(row[0]), int(row[1])) if row else (0, 0)
+
+    def losses(self, task: str, number: int) -> dict[str, tuple[float, int]]:
+        """Path -> (base's mean loss on that holdout, samples) of a round's counted updates that report one."""
+        query = "SELECT path, base_loss, samples FROM updates WHERE task = ? AND round = ? AND base_loss IS NOT NULL"
+        rows = self._db.execute(f"{query} ORDER BY path", (task, number))
+        return {path: (loss, samples) for path, loss, samples in rows}
 
     def payloads(self, task: str, number: int) -> Iterator[tuple[bytes, int]]:
         """(codec payload, samples) of each counted update, ordered by path, one at a time in memory."""

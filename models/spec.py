@@ -90,12 +90,14 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 # Of more, most of what is kept is small, and a sparse coding is none any more.
 MOST_KEPT = 0.5
-_WIDE, _NARROW, _NARROWING = 0.05, 0.02, 6
-_DOWN_WIDE, _DOWN_NARROW = 0.1, 0.065
+_DOWN_WIDE, _DOWN_NARROW, _NARROWING = 0.1, 0.065, 6
 
 
 class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How the federation runs the task: `every` from one opening to the next, at most `deadline` per round."""
+    """How the federation runs the task: `every` from one opening to the next, at most `deadline` per round.
+
+    `keep` is the share of values that a sparse update keeps; None: steered by the holdouts (`broker.rate`).
+    """
 
     strategy: str = "fedavg"
     mode: Literal["sync"] = "sync"
@@ -112,14 +114,6 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     def bits(self) -> int:
         """The codec's coding: 0 sparse, else bits per value."""
         return {"sparse": 0, "int2": 2, "int4": 4, "int8": 8, "float32": 32}[self.codec]
-
-    def keep_in(self, number: int) -> float:
-        """Share of values that a sparse update of round `number` (1, 2, …) keeps: `keep`, or wide first, then narrow.
-
-        The first rounds move everything, so that the share falls from 5 % to 2 % over six of them.
-        """
-        narrowing = min(max(number - 1, 0), _NARROWING) / _NARROWING
-        return self.keep if self.keep is not None else _WIDE * (_NARROW / _WIDE) ** narrowing
 
     def down_in(self, version: int) -> float | None:
         """Share of values that the step to `version` (1, 2, …) changes: wide first, then narrow; None: all of them."""

@@ -96,6 +96,16 @@ def test_a_round_and_its_updates(journal: Journal) -> None:
     assert journal.was_counted("t", 1, "a")
 
 
+def test_losses_by_gateway(journal: Journal) -> None:
+    with journal.transaction():
+        for path, loss in (("b", 0.5), ("a", 0.25), ("c", None)):
+            journal.count_update(
+                "t", 1, path, digest=bytes(32), samples=7, metric=None, payload=b"", now_ms=1, base_loss=loss
+            )
+    assert journal.losses("t", 1) == {"a": (0.25, 7), "b": (0.5, 7)}
+    assert journal.losses("t", 2) == {}
+
+
 def test_models_and_tasks(journal: Journal) -> None:
     assert journal.model("t") is None
     assert journal.task("t") is None
@@ -174,7 +184,16 @@ def test_refuses_an_unknown_schema(tmp_path: Path) -> None:
         Journal(tmp_path)
 
 
-def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path) -> None:
+_TO_2 = "ALTER TABLE updates DROP COLUMN base_loss;"
+UNDO = {
+    1: f"{_TO_2} ALTER TABLE tasks DROP COLUMN residual; ALTER TABLE models DROP COLUMN step;"
+    "ALTER TABLE updates DROP COLUMN base_metric;",
+    2: _TO_2,
+}
+
+
+@pytest.mark.parametrize("version", UNDO)
+def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path, version: int) -> None:
     row = ModelRow(0, 0, b"weights", bytes(32), 0, 0, 1)
     journal = Journal(tmp_path)
     with journal.transaction():
@@ -182,11 +201,7 @@ def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path) -> None:
         journal.put_model("wear", row)
     journal.close()
     db = sqlite3.connect(tmp_path / "journal.db")
-    db.executescript(
-        "ALTER TABLE tasks DROP COLUMN residual; ALTER TABLE models DROP COLUMN step;"
-        "ALTER TABLE updates DROP COLUMN base_metric;"
-    )
-    db.execute("PRAGMA user_version = 1")
+    db.executescript(f"{UNDO[version]} PRAGMA user_version = {version};")
     db.close()
     for _ in range(2):
         journal = Journal(tmp_path)

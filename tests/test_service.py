@@ -223,10 +223,12 @@ class Gateway:
         code, reason = ("", "") if verdict == "joined" else ("too-few", "not enough windows")
         self.link.publish(topic, self.signer.seal(Answer(1, number, verdict, code, reason, 1), topic))
 
-    def send(self, plan: Plan, delta: Vector, samples: int = 100, *, base: int | None = None) -> bytes:
+    def send(
+        self, plan: Plan, delta: Vector, samples: int = 100, *, base: int | None = None, loss: float | None = None
+    ) -> bytes:
         topic = topics.Uplink(self.path, "wear", "update").topic
         payload = codec.encode(delta, 32).data
-        update = Update(1, plan.round, plan.base if base is None else base, samples, 0.5, payload)
+        update = Update(1, plan.round, plan.base if base is None else base, samples, 0.5, payload, base_loss=loss)
         envelope = self.signer.seal(update, topic)
         self.link.publish(topic, envelope)
         return envelope
@@ -292,6 +294,25 @@ async def test_a_full_round(broker: BrokerProcess, tmp_path: Path) -> None:
     assert kinds.count("model") == 3
     assert kinds.count("pinned") == 3
     journal.close()
+
+
+async def test_the_share_follows_the_losses_and_a_restart_changes_nothing(
+    broker: BrokerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("broker.rate._FLOOR_AT", SHARED)
+    plant = Plant(tmp_path, broker.url, rounds=9)
+    kept = [50_000, 50_000, 40_000, 60_000]
+    async with gateways(broker.url) as there:
+        for number, loss in enumerate((1.0, 0.5, 2.0), 1):
+            for g in there:
+                g.heard.clear()  # what is heard next is this service's
+            async with plant.service():
+                plan = await open_plan(there, number)
+                assert plan.keep_ppm == kept[number - 1]
+                for i, g in enumerate(there):
+                    g.send(plan, delta(i), loss=loss)
+                plan = await open_plan(there, number + 1)
+                assert plan.keep_ppm == kept[number]
 
 
 def lesson(number: int, i: int) -> Vector:
@@ -522,8 +543,8 @@ async def test_a_lost_broker_is_told_to_the_federation(tmp_path: Path) -> None:
 
 async def test_an_update_that_no_message_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant = Plant(tmp_path, "mqtt://127.0.0.1:1")
-    monkeypatch.setattr("broker.job.MAX_PAYLOAD", 4 * 2 + 1023)
-    with pytest.raises(UserError, match="an update of 40 values may be 1032 bytes") as caught:
+    monkeypatch.setattr("broker.job.MAX_PAYLOAD", 4 * 14 + 1023)
+    with pytest.raises(UserError, match="an update of 40 values may be 1080 bytes") as caught:
         await Service(load_federation(plant.config), plant.state).run()
     assert (caught.value.place, caught.value.key) == (str(tmp_path / "wear.toml"), "round.codec")
 

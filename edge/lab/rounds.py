@@ -10,21 +10,22 @@ from broker import federation, messages, topics
 from broker import round as rounds
 from broker.aggregate import next_model
 from broker.genesis import weights_digest
+from broker.rate import Rate
 from edge import participant as p
 from edge.choose import average
 from edge.config import Policy
 from edge.lab.down import Down
-from edge.lab.fleet import Site, Workers
+from edge.lab.fleet import Workers
+from edge.lab.judge import Judge
 from models import codec
-from models.delta import Layout, Vector
-from models.spec import Task
+from models.delta import Vector
 
 
 @dataclass
 class Gateway:
     """One plant's half: its state machine, its key, and the error that its last updates left."""
 
-    site: Site
+    windows: int
     path: str
     signer: messages.Signer
     machine: p.Participant
@@ -36,10 +37,14 @@ class Gateway:
 class Fleet:
     """Aggregator and gateways joined by function calls."""
 
-    def __init__(self, task: Task, layout: Layout, down: Down, sites: list[Site], count: int, seed: int) -> None:
-        self.task, self.layout, self.down, self.seed = task, layout, down, seed
+    def __init__(self, down: Down, judge: Judge, count: int, seed: int) -> None:
+        self.down, self.judge, self.seed = down, judge, seed
+        task, layout, sites = judge.task, judge.layout, judge.sites
+        self.task = task
         self.vector = vector = codec.decode(down.rows[0].weights, layout.size)
         self.shared = layout.mask(task.personal)
+        self.rate = Rate.first(int(self.shared.sum()))
+        self.losses: dict[str, tuple[float, int]] = {}
         self.personal = [vector.copy() for _ in sites]
         self.average: Vector | None = None
         self.random = np.random.default_rng(seed)
@@ -47,7 +52,7 @@ class Fleet:
         self.payloads: dict[str, tuple[bytes, int]] = {}
         self.gateways = {
             path: Gateway(
-                site,
+                len(site.train),
                 path,
                 messages.Signer.from_bytes(bytes([i % 256, i // 256]) * 16),
                 p.Participant(Policy(), 1, windows=len(site.train)),
@@ -97,7 +102,7 @@ class Fleet:
         plan = messages.Plan(
             messages.VERSION, bytes(32), opened.round, opened.base, weights_digest(self.vector), "open",
             opened.opened_ms, opened.deadline_ms, r.min_gateways, r.bits,
-            secure_aggregation=False, keep_ppm=max(1, round(1e6 * r.keep_in(opened.round))),
+            secure_aggregation=False, keep_ppm=max(1, round(1e6 * (self.rate.keep if r.keep is None else r.keep))),
         )  # fmt: skip
         actions: list[rounds.Action] = []
         training: list[tuple[Gateway, p.StartTraining, Future[tuple[Vector, int]]]] = []
@@ -118,8 +123,10 @@ class Fleet:
         for gateway, one, job in training:
             vector, steps = job.result()
             gateway.steps += steps
-            self.personal[self._index(gateway)] = vector
-            actions += self._send(gateway, one, vector)
+            i = self._index(gateway)
+            loss = self.judge.loss(self.at(i), i)
+            self.personal[i] = vector
+            actions += self._send(gateway, one, vector, loss)
         if len(training) < len(self.gateways):
             self.now = opened.deadline_ms
             actions += self.federation.handle(federation.Tick(), self.now)
@@ -131,13 +138,16 @@ class Fleet:
     def _seed(self, number: int, path: str) -> int:
         return (self.seed * 1_000_003 + number * 1009 + list(self.gateways).index(path)) % 2**31
 
-    def _send(self, gateway: Gateway, action: p.StartTraining, vector: Vector) -> list[rounds.Action]:
-        """Encode with error feedback, seal as the gateway does, and hand the update over."""
+    def _send(self, gateway: Gateway, action: p.StartTraining, vector: Vector, loss: float) -> list[rounds.Action]:
+        """Encode with error feedback, seal as the gateway does, and hand the update over; `loss` is the base's."""
         delta = (vector - self.vector)[self.shared] + gateway.residual
         encoded = codec.encode(delta, action.bits, action.keep_ppm / 1e6)
         gateway.residual = delta - encoded.decoded
-        count = len(gateway.site.train)
-        update = messages.Update(messages.VERSION, action.round, action.base, count, None, encoded.data)
+        count = gateway.windows
+        loss_said = loss if np.isfinite(loss) else None
+        update = messages.Update(
+            messages.VERSION, action.round, action.base, count, None, encoded.data, base_loss=loss_said
+        )
         topic = topics.Uplink(topics.GatewayPath.parse(gateway.path), self.task.name, "update").topic
         envelope = gateway.signer.seal(update, topic)
         gateway.sent.append(len(envelope))
@@ -149,6 +159,7 @@ class Fleet:
                 gateway.machine.handle(p.Settled(one.round, one.word))
                 if one.word == rounds.COUNTED:
                     self.payloads[gateway.path] = (encoded.data, count)
+                    self.losses[gateway.path] = loss, count
         return actions
 
     def _close(self) -> None:
@@ -160,3 +171,5 @@ class Fleet:
         self.vector = self.down.publish(goal, self.shared, r.down_in(self.version), samples)
         self.average = average(self.average, self.vector)
         self.payloads.clear()
+        self.rate = self.rate.after(self.losses)
+        self.losses.clear()

@@ -73,7 +73,7 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
             print(told, end="\n" if number == count else "", file=sys.stderr, flush=True)
 
     with Workers(text, layout, sites) as workers:
-        fleet = Fleet(task, layout, Down(text, graph, layout, first), sites, count, seed)
+        fleet = Fleet(Down(text, graph, layout, first), judge, count, seed)
         fleet.run(workers, scenario.dropout, after)
         plants = list(fleet.gateways.values())
         tuning = [workers.fit(i, fleet.at(i), seed, epochs=max(1, task.training.tune)).result() for i in every]
