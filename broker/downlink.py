@@ -30,6 +30,7 @@ from broker.messages import (
     Terms,
     Whole,
 )
+from broker.round import STALEST
 from models.spec import Task, task_digest
 
 TERMS, GRAPH, WEIGHTS, STEP = "terms", "graph", "weights", "step"
@@ -198,6 +199,7 @@ class Downlink:
             bits=task.round.bits,
             secure_aggregation=task.privacy.secure_aggregation,
             keep_ppm=max(1, round(1e6 * keep)),
+            stalest=0 if task.round.full is None else STALEST,
         )
         topic = topics.RoundPlan(self._federation, task.name).topic
         self.put(topic, self._signer.seal(plan, topic))

@@ -13,6 +13,7 @@ from broker.genesis import load_layout
 from broker.journal import Journal, ModelRow, TaskRow
 from broker.messages import MAX_PAYLOAD
 from broker.rate import AROUND, KEPT, Rate, floor_of, replay
+from broker.round import STALEST
 from models.errors import LocalError, UserError
 from models.spec import Task
 from models.tomlfile import TomlFile
@@ -46,6 +47,7 @@ class Job:
             "next_opening_ms": max(0, f.next_opening_ms) if f.next_opening_ms is not None else None,
             "deadline_ms": f.round.deadline_ms if f.round else None,
             "counted": sorted(f.round.counted) if f.round else [],
+            "counted_of_before": len(f.round.older) if f.round else 0,
             "waiting_for": sorted(f.round.waiting_for) if f.round else [],
             "min_gateways": f.rules.min_gateways,
             "gateways": {
@@ -72,11 +74,14 @@ def load_job(journal: Journal, file: TaskFile) -> Job:
         raise UserError(str(file.path), 0, "personal", "nothing is left to share", "take a prefix out")
     _check_size(file, int(shared.sum()))
     r = task.round
-    rules = Rules(r.min_gateways, int(r.deadline_s * 1000), int(r.every_s * 1000), r.rounds)
+    every_ms = int(r.every_s * 1000) if r.mode == "sync" else 0
+    rules = Rules(r.min_gateways, int(r.deadline_s * 1000), every_ms, r.rounds, r.full)
     past = None
     if last:
         counted = journal.counted(name, last.round)
-        past = Past(last.round, last.base, last.opened_ms, last.deadline_ms, last.state == "open", counted)
+        bases, older = journal.bases(name, last.round - STALEST), journal.older(name, last.round)
+        open_ = last.state == "open"
+        past = Past(last.round, last.base, last.opened_ms, last.deadline_ms, open_, counted, bases, older)
     federation = Federation(rules, version=model.version, past=past)
     closed = range(1, last.round + (last.state != "open")) if last else ()
     rate = replay(int(shared.sum()), (journal.losses(name, number) for number in closed))

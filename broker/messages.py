@@ -111,6 +111,7 @@ class Plan(Message, frozen=True, tag="plan"):
 
     `base` is the model version to train from and `base_digest` its weights'; `deadline_ms` is on the aggregator's
     clock and is a hint to the gateway. `bits` is the codec's coding, `keep_ppm` what a sparse one keeps of a million.
+    In an asynchronous federation, an update still counts `stalest` rounds later.
     """
 
     task_digest: Digest
@@ -124,6 +125,7 @@ class Plan(Message, frozen=True, tag="plan"):
     bits: Count
     secure_aggregation: bool
     keep_ppm: Share = 1_000_000
+    stalest: Count = 0
 
 
 class Receipt(Message, frozen=True, tag="receipt"):

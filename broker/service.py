@@ -238,6 +238,7 @@ class Service:
                     payload=update.payload,
                     base_metric=update.base_metric,
                     base_loss=update.base_loss,
+                    counted_in=job.federation.number,
                     now_ms=now_ms,
                 )
         self._act(job, actions, now_ms)
@@ -295,14 +296,14 @@ class Service:
         if model is None:
             raise LocalError(f"{self._journal.path}: version {base} of {name} is missing; restore a backup")
         state = self._journal.strategy_state(name)
-        gateways, samples = self._journal.totals(name, number)
+        gateways, samples, age = self._journal.totals(name, number)
         version = job.model.version + 1
         started = time.monotonic()
         try:
             vector = codec.decode(model.weights, job.shared.size)
             payloads = self._journal.payloads(name, number)
             rule, momentum = task.round.strategy, task.round.momentum
-            state, goal = aggregate.next_model(rule, state, vector, job.shared, payloads, momentum=momentum)
+            state, goal = aggregate.next_model(rule, state, vector, job.shared, payloads, momentum=momentum, age=age)
             step = self._step_towards(job, goal, vector, version)
         except ValueError as error:
             log.error("%s round %d: no new model: %s", name, number, error)

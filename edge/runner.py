@@ -264,11 +264,16 @@ class Runner:
 
     async def _elect(self, model: Model, result: Result) -> None:
         """After a training: choose by the holdout what scores here; the global model is one of the candidates."""
-        table, vector = self.shop.config.scoring, model.personalised(self.personal, self.average)
+        table, trained = self.shop.config.scoring, model
         async with self._installing:
-            # Without the lock, or with a newer model here already, this would undo a choice made since.
-            if self.live is None or not len(result.holdout) or self.model is not model:
+            # Without the lock, or in step and with a newer model here already, this would undo a choice made since.
+            in_step = trained.task.round.full is None
+            if self.live is None or self.model is None or not len(result.holdout):
                 return
+            if self.model is not trained and (in_step or self.model.graph != trained.graph):
+                return
+            model = self.model
+            vector = model.personalised(self.personal, self.average)
             found = await asyncio.to_thread(after_training, table, model, vector, result)
             chosen, body = await asyncio.to_thread(elect, found.scorers, result.holdout)
             self._swap(chosen, model)

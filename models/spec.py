@@ -100,7 +100,8 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """
 
     strategy: str = "fedavg"
-    mode: Literal["sync"] = "sync"
+    mode: Literal["sync", "async"] = "sync"
+    buffer: int | None = None
     min_gateways: int = 1
     deadline: str = "2h"
     every: str = "1d"
@@ -119,6 +120,11 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         """Share of values that the step to `version` (1, 2, …) changes: wide first, then narrow; None: all of them."""
         narrowing = min(max(version - 1, 0), _NARROWING) / _NARROWING
         return _DOWN_WIDE * (_DOWN_NARROW / _DOWN_WIDE) ** narrowing if self.downlink == "sparse" else None
+
+    @property
+    def full(self) -> int | None:
+        """How many updates close an asynchronous round; None for a synchronous one."""
+        return None if self.mode == "sync" else self.buffer or self.min_gateways
 
     @property
     def deadline_s(self) -> float:
@@ -287,6 +293,10 @@ def _check_training(need: _Need, t: Training) -> None:
 def _check_round(file: TomlFile, need: _Need, r: Round) -> None:
     need(r.min_gateways >= 1, ["round", "min_gateways"], "out of range", "write 1 or more")
     need(r.keep is None or 0 < r.keep <= MOST_KEPT, ["round", "keep"], "out of range", "write 0.001 to 0.5")
+    wait = r.mode == "async" or r.buffer is None
+    need(wait, ["round", "buffer"], "a synchronous round waits for everybody", 'write mode = "async", or leave it out')
+    few = r.buffer is not None and r.buffer < r.min_gateways
+    need(not few, ["round", "buffer"], "less than min_gateways", f"write {r.min_gateways} or more")
     need(0 <= r.momentum < 1, ["round", "momentum"], "out of range", "write 0.0 to 0.99")
     need(r.rounds is None or r.rounds >= 1, ["round", "rounds"], "out of range", "write 1 or more, or leave it out")
     for key in ("deadline", "every"):

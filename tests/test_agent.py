@@ -164,6 +164,23 @@ def test_a_round_completes_and_scores_say_by_which_model(tmp_path: Path, kind: s
     journal.close()
 
 
+def test_an_asynchronous_federation_goes_from_version_to_version(tmp_path: Path) -> None:
+    with plant(tmp_path, "amqtt", rounds=3) as p:
+        file = tmp_path / "aggregator" / "task.toml"
+        file.write_text(file.read_text().replace("momentum = 0.5", 'momentum = 0.5\nmode = "async"\nbuffer = 1'))
+        for process in (*p.stage.plcs, p.stage.aggregator, p.gateway):
+            process.start()
+        p.until(lambda: p.aggregator().get("state") == "done")
+        p.until(lambda: p.task().get("model") == 3 and p.status()["outbox"] == 0)
+    journal = Journal(p.stage.aggregator_state)
+    for number in (1, 2, 3):
+        assert list(journal.counted(TASK, number)) == [str(PATH)]
+        (loss, samples) = journal.losses(TASK, number)[str(PATH)]
+        assert loss > 0
+        assert samples >= 10
+    journal.close()
+
+
 def is_birth(envelope: bytes) -> bool:
     try:
         peek(envelope, Birth)

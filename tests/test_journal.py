@@ -84,16 +84,39 @@ def test_a_round_and_its_updates(journal: Journal) -> None:
         for path, samples in (("b", 2), ("a", 1), ("c", 3)):
             count(journal, 1, path, path.encode(), samples)
     assert journal.latest_round("t") == (1, 0, 10, 30, "open")
-    assert list(journal.payloads("t", 1)) == [(b"a", 1), (b"b", 2), (b"c", 3)]
-    assert journal.totals("t", 1) == (3, 6)
+    assert list(journal.payloads("t", 1)) == [(b"a", 1, 0), (b"b", 2, 0), (b"c", 3, 0)]
+    assert journal.totals("t", 1) == (3, 6, 0)
     with journal.transaction():
         journal.put_model("t", ModelRow(1, 1, b"weights", bytes(32), 3, 6, 40))
         journal.close_round("t", 1, 40, 1, b"state")
     assert journal.latest_round("t") == (1, 0, 10, 30, "closed")
     assert journal.strategy_state("t") == b"state"
     # Payloads are gone, digests are not.
-    assert [payload for payload, _ in journal.payloads("t", 1)] == [None] * 3
+    assert [payload for payload, *_ in journal.payloads("t", 1)] == [None] * 3
     assert journal.was_counted("t", 1, "a")
+
+
+def test_what_is_late_is_counted_in_a_later_round(journal: Journal) -> None:
+    with journal.transaction():
+        journal.put_task("t", TASK_ROW)
+        for number in (1, 2, 3):
+            journal.open_round("t", number, number - 1, 10, 20)
+        for path, number in (("a", 1), ("b", 3), ("a", 3)):
+            journal.count_update(
+                "t", number, path, digest=bytes(32), samples=2 * number, metric=None, payload=path.encode(),
+                now_ms=1, counted_in=3,
+            )  # fmt: skip
+    assert list(journal.payloads("t", 3)) == [(b"a", 2, 2), (b"a", 6, 0), (b"b", 6, 0)]
+    assert journal.totals("t", 3)[:2] == (2, 14)
+    assert journal.totals("t", 3).age == pytest.approx(4 / 14)
+    assert journal.totals("t", 1) == (0, 0, 0)
+    assert journal.older("t", 3) == {("a", 1)}
+    assert journal.counted("t", 3).keys() == {"a", "b"}
+    assert journal.was_counted("t", 1, "a")
+    assert journal.bases("t", 2) == {2: 1, 3: 2}
+    with journal.transaction():
+        journal.close_round("t", 3, 40, 3, b"")
+    assert [payload for payload, *_ in journal.payloads("t", 3)] == [None] * 3
 
 
 def test_losses_by_gateway(journal: Journal) -> None:
@@ -184,11 +207,13 @@ def test_refuses_an_unknown_schema(tmp_path: Path) -> None:
         Journal(tmp_path)
 
 
-_TO_2 = "ALTER TABLE updates DROP COLUMN base_loss;"
+_TO_3 = "ALTER TABLE updates DROP COLUMN counted_in;"
+_TO_2 = f"{_TO_3} ALTER TABLE updates DROP COLUMN base_loss;"
 UNDO = {
     1: f"{_TO_2} ALTER TABLE tasks DROP COLUMN residual; ALTER TABLE models DROP COLUMN step;"
     "ALTER TABLE updates DROP COLUMN base_metric;",
     2: _TO_2,
+    3: _TO_3,
 }
 
 

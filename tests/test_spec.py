@@ -186,6 +186,15 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
         CODECS,
     ),
     "a share": ("min_gateways = 3", "keep = 0.0", 29, "round.keep", "out of range", "write 0.001 to 0.5"),
+    "a buffer in step": ("min_gateways = 3", "buffer = 4", 29, "round.buffer", "waits for everybody", 'mode = "async"'),
+    "a small buffer": (
+        "min_gateways = 3",
+        'min_gateways = 3\nmode = "async"\nbuffer = 2',
+        31,
+        "round.buffer",
+        "less than",
+        "3 or",
+    ),
     "a duration": ('"2h"', '"2 hours"', 30, "round.deadline", "'2 hours' is not a duration", 'write "90s", "2h"'),
     "no unit of time": ('"7d"', '"7"', 31, "round.every", "'7' is not a duration", 'write "90s", "2h"'),
 }

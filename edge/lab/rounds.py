@@ -37,8 +37,8 @@ class Gateway:
 class Fleet:
     """Aggregator and gateways joined by function calls."""
 
-    def __init__(self, down: Down, judge: Judge, count: int, seed: int) -> None:
-        self.down, self.judge, self.seed = down, judge, seed
+    def __init__(self, down: Down, judge: Judge, count: int, seed: int, stale: int = 0) -> None:
+        self.down, self.judge, self.seed, self.stale = down, judge, seed, stale
         task, layout, sites = judge.task, judge.layout, judge.sites
         self.task = task
         self.vector = vector = codec.decode(down.rows[0].weights, layout.size)
@@ -49,7 +49,8 @@ class Fleet:
         self.average: Vector | None = None
         self.random = np.random.default_rng(seed)
         self.now, self.version, self.state = 0, 0, b""
-        self.payloads: dict[str, tuple[bytes, int]] = {}
+        self.payloads: dict[tuple[str, int], tuple[bytes, int, int]] = {}
+        self.offers: list[tuple[messages.Plan, Vector]] = []
         self.gateways = {
             path: Gateway(
                 len(site.train),
@@ -61,7 +62,8 @@ class Fleet:
             for i, site in enumerate(sites)
             for path in [f"lab/site{i}/a/l/c"]
         }
-        rules = federation.Rules(1, 1000, 0, count)
+        full = None if task.round.full is None else task.round.buffer or len(sites)
+        rules = federation.Rules(1, 1000, 0, count, full)
         self.federation = federation.Federation(rules, version=0, past=None)
 
     def at(self, i: int) -> Vector:
@@ -103,30 +105,37 @@ class Fleet:
             messages.VERSION, bytes(32), opened.round, opened.base, weights_digest(self.vector), "open",
             opened.opened_ms, opened.deadline_ms, r.min_gateways, r.bits,
             secure_aggregation=False, keep_ppm=max(1, round(1e6 * (self.rate.keep if r.keep is None else r.keep))),
+            stalest=0 if r.full is None else rounds.STALEST,
         )  # fmt: skip
+        self.offers.append((plan, self.vector))
         actions: list[rounds.Action] = []
-        training: list[tuple[Gateway, p.StartTraining, Future[tuple[Vector, int]]]] = []
+        training: list[tuple[Gateway, p.StartTraining, Vector, Future[tuple[Vector, int]]]] = []
         absent = self.random.random(len(self.gateways)) < dropout
         absent[self.random.integers(len(absent))] &= not absent.all()  # somebody is there
         for path, gateway in self.gateways.items():
-            said = gateway.machine.handle(p.ModelStored(opened.base, plan.base_digest))
+            i = self._index(gateway)
+            behind = (i + self.seed) % (self.stale + 1)
+            if behind >= len(self.offers):
+                continue  # what reaches this plant so late has not been said yet
+            plan, base = self.offers[-1 - behind]
+            said = gateway.machine.handle(p.ModelStored(plan.base, plan.base_digest))
             said += gateway.machine.handle(p.PlanSeen(plan))
             away = self.random.random() < dropout
             for one in said:
                 if isinstance(one, p.StartTraining) and not away:
-                    i = self._index(gateway)
                     seed, pull = self._seed(one.round, path), self.task.training.proximal
-                    training.append((gateway, one, workers.fit(i, self.at(i), seed, proximal=pull)))
+                    start = self._personalised(base, i)
+                    training.append((gateway, one, start, workers.fit(i, start, seed, proximal=pull)))
                 elif isinstance(one, p.Answer):
                     event = federation.Answered(path, one.round, one.verdict == "joined")
                     actions += self.federation.handle(event, self.now)
-        for gateway, one, job in training:
+        for gateway, one, start, job in training:
             vector, steps = job.result()
             gateway.steps += steps
             i = self._index(gateway)
-            loss = self.judge.loss(self.at(i), i)
+            loss = self.judge.loss(start, i)
             self.personal[i] = vector
-            actions += self._send(gateway, one, vector, loss)
+            actions += self._send(gateway, one, vector - start, loss)
         if len(training) < len(self.gateways):
             self.now = opened.deadline_ms
             actions += self.federation.handle(federation.Tick(), self.now)
@@ -138,9 +147,9 @@ class Fleet:
     def _seed(self, number: int, path: str) -> int:
         return (self.seed * 1_000_003 + number * 1009 + list(self.gateways).index(path)) % 2**31
 
-    def _send(self, gateway: Gateway, action: p.StartTraining, vector: Vector, loss: float) -> list[rounds.Action]:
+    def _send(self, gateway: Gateway, action: p.StartTraining, learnt: Vector, loss: float) -> list[rounds.Action]:
         """Encode with error feedback, seal as the gateway does, and hand the update over; `loss` is the base's."""
-        delta = (vector - self.vector)[self.shared] + gateway.residual
+        delta = learnt[self.shared] + gateway.residual
         encoded = codec.encode(delta, action.bits, action.keep_ppm / 1e6)
         gateway.residual = delta - encoded.decoded
         count = gateway.windows
@@ -158,16 +167,19 @@ class Fleet:
             if isinstance(one, rounds.Outcome):
                 gateway.machine.handle(p.Settled(one.round, one.word))
                 if one.word == rounds.COUNTED:
-                    self.payloads[gateway.path] = (encoded.data, count)
+                    late = self.federation.number - action.round
+                    self.payloads[gateway.path, action.round] = (encoded.data, count, late)
                     self.losses[gateway.path] = loss, count
         return actions
 
     def _close(self) -> None:
-        r, order = self.task.round, sorted(self.payloads)
-        updates = iter([self.payloads[path] for path in order])
-        self.state, goal = next_model(r.strategy, self.state, self.vector, self.shared, updates, momentum=r.momentum)
+        r, updates = self.task.round, [self.payloads[key] for key in sorted(self.payloads)]
+        samples = [count for _, count, _ in updates]
+        age = sum(count * late for _, count, late in updates) / sum(samples)
+        self.state, goal = next_model(
+            r.strategy, self.state, self.vector, self.shared, iter(updates), momentum=r.momentum, age=age
+        )
         self.version += 1
-        samples = [count for _, count in self.payloads.values()]
         self.vector = self.down.publish(goal, self.shared, r.down_in(self.version), samples)
         self.average = average(self.average, self.vector)
         self.payloads.clear()
