@@ -114,7 +114,7 @@ class Fleet:
         absent[self.random.integers(len(absent))] &= not absent.all()  # somebody is there
         for path, gateway in self.gateways.items():
             i = self._index(gateway)
-            behind = (i + self.seed) % (self.stale + 1)
+            behind = i % (self.stale + 1)
             if behind >= len(self.offers):
                 continue  # what reaches this plant so late has not been said yet
             plan, base = self.offers[-1 - behind]
