@@ -39,23 +39,35 @@ def next_model(
     state: bytes,
     base: Vector,
     shared: NDArray[np.bool_],
-    payloads: Iterator[tuple[bytes, int]],
+    payloads: Iterator[tuple[bytes, int, int]],
     *,
     momentum: float,
+    age: float = 0.0,
 ) -> tuple[bytes, Vector]:
     """Run a strategy over codec payloads, one at a time; return its new state and the full new weights (n,).
+
+    Each payload comes with its samples and with how many rounds late it is; `age` is the mean of these. What is late
+    counts 1/sqrt(1 + rounds) (FedBuff: Nguyen et al. 2022, arXiv:2106.06639), and since updates that are late act like
+    a momentum themselves (Mitliagkas et al. 2016, arXiv:1605.09774), the server's falls as 1/(1 + age).
 
     The deltas cover the True positions of `shared` (n,); the rest of `base` (n,) stays as it is. ValueError if the
     new weights hold a NaN or an infinity.
     """
     count = int(shared.sum())
-    updates = ((codec.decode_sparse(payload, count), samples) for payload, samples in payloads)
-    new_state, delta = strategy(name)(load_state(state), updates, momentum=momentum)
+    updates = ((_discounted(codec.decode_sparse(payload, count), late), n) for payload, n, late in payloads)
+    new_state, delta = strategy(name)(load_state(state), updates, momentum=momentum / (1 + age))
     vector = base.copy()
     vector[shared] += delta
     if not np.isfinite(vector).all():
         raise ValueError("the new weights hold a NaN or an infinity")
     return dump_state(new_state), vector
+
+
+def _discounted(delta: Vector | codec.Sparse, late: int) -> Vector | codec.Sparse:
+    share = np.float32(1 / np.sqrt(1 + late))
+    if not late:
+        return delta
+    return delta._replace(values=delta.values * share) if isinstance(delta, codec.Sparse) else delta * share
 
 
 def dump_state(state: State) -> bytes:

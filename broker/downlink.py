@@ -34,6 +34,7 @@ from broker.messages import (
     Terms,
     Whole,
 )
+from broker.round import STALEST
 from models.spec import Task, task_digest
 
 Objects = dict[tuple[int, str], bytes]
@@ -180,8 +181,10 @@ class Downlink:
         graph = Object(GRAPH, 0, row.graph_size, row.graph_digest, _digests(row.graph))
         return self._signer.seal(Terms(1, row.text, layout, graph), self._terms_topic(task))
 
-    def put_plan(self, task: Task, text: str, federation: Federation, base_digest: bytes, deadline_ms: int) -> None:
-        """Put the plan of the latest round; nothing before the first."""
+    def put_plan(
+        self, task: Task, text: str, federation: Federation, *, base_digest: bytes, deadline_ms: int, keep: float
+    ) -> None:
+        """Put the plan of the latest round, whose updates keep the share `keep`; nothing before the first."""
         if not federation.number:
             return
         current = federation.round
@@ -198,7 +201,8 @@ class Downlink:
             min_gateways=task.round.min_gateways,
             bits=task.round.bits,
             secure_aggregation=task.privacy.secure_aggregation,
-            keep_ppm=max(1, round(1e6 * task.round.keep_in(federation.number))),
+            keep_ppm=max(1, round(1e6 * keep)),
+            stalest=0 if task.round.full is None else STALEST,
         )
         topic = topics.RoundPlan(self._federation, task.name).topic
         self.put(topic, self._signer.seal(plan, topic))

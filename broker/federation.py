@@ -11,7 +11,7 @@ transition stands in `TRANSITIONS`.
 # ruff: noqa: SLF001 - the table of transitions stands below the class whose methods it names
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from broker import round as rounds
@@ -35,17 +35,21 @@ class State(enum.Enum):
 
 @dataclass(frozen=True)
 class Rules:
-    """The task's `[round]` table in milliseconds; `rounds` None means without end."""
+    """The task's `[round]` table in milliseconds; `rounds` None means without end, `buffer` None in step."""
 
     min_gateways: int
     deadline_ms: int
     every_ms: int
     rounds: int | None = None
+    buffer: int | None = None
 
 
 @dataclass(frozen=True)
 class Past:
-    """The latest round, as the journal knows it; `counted` is path -> digest."""
+    """The latest round, as the journal knows it; `counted` is path -> digest.
+
+    `bases` are the versions of the rounds before, by number, and `older` what of them it counted, as (path, round).
+    """
 
     round: int
     base: int
@@ -53,6 +57,8 @@ class Past:
     deadline_ms: int
     is_open: bool
     counted: Mapping[str, bytes] = field(default_factory=dict)
+    bases: Mapping[int, int] = field(default_factory=dict)
+    older: Iterable[tuple[str, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,7 @@ class Federation:
         self.opened_ms = past.opened_ms if past else -rounds.FOREVER_MS
         self.gateways: dict[str, Gateway] = {}
         self.round: Round | None = None
+        self.bases = {**past.bases, past.round: past.base} if past else {}
         self._confirm_by_ms = 0
         self._offline = False
         self.state = State.WAITING
@@ -175,6 +182,9 @@ class Federation:
                 min_gateways=rules.min_gateways,
                 counted=past.counted,
                 hold_ms=rounds.FOREVER_MS,
+                buffer=rules.buffer,
+                bases=self.bases,
+                older=past.older,
             )
         elif self._is_last():
             self.state = State.DONE
@@ -239,6 +249,8 @@ class Federation:
             word, detail = rounds.DUPLICATE, "the round is closed"
         elif event.round > self.number:
             word, detail = rounds.UNKNOWN_ROUND, f"the latest round is {self.number}"
+        elif self.round and self.rules.buffer is not None:
+            return self._round(rounds.Submitted(event.path, event.base, event.digest, event.round), now_ms)
         else:
             word, detail = rounds.LATE, f"the latest round is {self.number}"
         return [Outcome(event.path, event.round, event.digest, word, detail)]
@@ -302,7 +314,10 @@ class Federation:
             length_ms=self.rules.deadline_ms,
             min_gateways=self.rules.min_gateways,
             expected=online,
+            buffer=self.rules.buffer,
+            bases=self.bases,
         )
+        self.bases = {**self.round.bases, self.number: self.version}
         return [Open(self.number, self.version, now_ms, deadline_ms)]
 
 

@@ -12,19 +12,16 @@ from broker.federation import Federation, Past, Rules
 from broker.genesis import load_layout
 from broker.journal import Journal, ModelRow, TaskRow
 from broker.messages import MAX_PAYLOAD
+from broker.rate import AROUND, KEPT, Rate, floor_of, replay
+from broker.round import STALEST
 from models.errors import LocalError, UserError
 from models.spec import Task
 from models.tomlfile import TomlFile
 
-# Of an update, beside its values: the codec's header, the message's other fields and the envelope.
-_AROUND = 1024
-# Bytes of one kept value in a sparse coding, at the most: a gap of up to 26 bits, a sign, and its magnitude's planes.
-_KEPT = 4
-
 
 @dataclass
 class Job:
-    """`shared` (n,) is True where values travel; `deadline_ms` is the latest round's."""
+    """`shared` (n,) is True where values travel; `deadline_ms` is the latest round's, `rate` its share."""
 
     task: Task
     row: TaskRow
@@ -32,6 +29,12 @@ class Job:
     shared: NDArray[np.bool_]
     federation: Federation
     deadline_ms: int
+    rate: Rate
+
+    @property
+    def keep(self) -> float:
+        """Share of values that an update of the latest round keeps: the task's, or steered."""
+        return self.rate.keep if self.task.round.keep is None else self.task.round.keep
 
     def status(self) -> dict[str, Any]:
         """Plain JSON values for people and scripts; times in milliseconds since 1970 UTC."""
@@ -40,9 +43,11 @@ class Job:
             "state": f.state.value,
             "round": f.number,
             "version": self.model.version,
+            "keep": round(self.keep, 6),
             "next_opening_ms": max(0, f.next_opening_ms) if f.next_opening_ms is not None else None,
             "deadline_ms": f.round.deadline_ms if f.round else None,
             "counted": sorted(f.round.counted) if f.round else [],
+            "counted_of_before": len(f.round.older) if f.round else 0,
             "waiting_for": sorted(f.round.waiting_for) if f.round else [],
             "min_gateways": f.rules.min_gateways,
             "gateways": {
@@ -69,20 +74,25 @@ def load_job(journal: Journal, file: TaskFile) -> Job:
         raise UserError(str(file.path), 0, "personal", "nothing is left to share", "take a prefix out")
     _check_size(file, int(shared.sum()))
     r = task.round
-    rules = Rules(r.min_gateways, int(r.deadline_s * 1000), int(r.every_s * 1000), r.rounds)
+    every_ms = int(r.every_s * 1000) if r.mode == "sync" else 0
+    rules = Rules(r.min_gateways, int(r.deadline_s * 1000), every_ms, r.rounds, r.full)
     past = None
     if last:
         counted = journal.counted(name, last.round)
-        past = Past(last.round, last.base, last.opened_ms, last.deadline_ms, last.state == "open", counted)
+        bases, older = journal.bases(name, last.round - STALEST), journal.older(name, last.round)
+        open_ = last.state == "open"
+        past = Past(last.round, last.base, last.opened_ms, last.deadline_ms, open_, counted, bases, older)
     federation = Federation(rules, version=model.version, past=past)
-    return Job(task, row, model, shared, federation, last.deadline_ms if last else 0)
+    closed = range(1, last.round + (last.state != "open")) if last else ()
+    rate = replay(int(shared.sum()), (journal.losses(name, number) for number in closed))
+    return Job(task, row, model, shared, federation, last.deadline_ms if last else 0, rate)
 
 
 def _check_size(file: TaskFile, count: int) -> None:
     """Refuse a task whose updates might not fit into a message: gateways would train for nothing."""
     rules = file.task.round
-    kept = math.ceil(count * rules.keep_in(1))
-    worst = (kept * _KEPT if rules.codec == "sparse" else -(-count * rules.bits // 8)) + _AROUND
+    kept = math.ceil(count * (floor_of(count) if rules.keep is None else rules.keep))
+    worst = (kept * KEPT if rules.codec == "sparse" else -(-count * rules.bits // 8)) + AROUND
     if worst > MAX_PAYLOAD:
         problem = f"an update of {count} values may be {worst} bytes, a message {MAX_PAYLOAD}"
         remedy = "keep less or take a narrower codec, use a smaller net, or make more of it personal"

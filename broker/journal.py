@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from broker import ledger
 from broker.messages import Signer
+from broker.round import STALEST
 from models.errors import LocalError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 4
 _SCHEMA = """
 CREATE TABLE keys(name TEXT PRIMARY KEY, private_key BLOB NOT NULL) STRICT;
 CREATE TABLE roster(path TEXT PRIMARY KEY, public_key BLOB NOT NULL, since_ms INTEGER NOT NULL,
@@ -33,17 +34,23 @@ CREATE TABLE rounds(task TEXT NOT NULL, round INTEGER NOT NULL, base INTEGER NOT
     PRIMARY KEY(task, round)) STRICT;
 CREATE TABLE updates(task TEXT NOT NULL, round INTEGER NOT NULL, path TEXT NOT NULL, digest BLOB NOT NULL,
     samples INTEGER NOT NULL, metric REAL, payload BLOB, counted_ms INTEGER NOT NULL,
-    base_metric REAL, UNIQUE(task, round, path)) STRICT;
+    base_metric REAL, base_loss REAL, counted_in INTEGER, UNIQUE(task, round, path)) STRICT;
 CREATE TABLE ledger(seq INTEGER PRIMARY KEY, hash TEXT NOT NULL, line TEXT NOT NULL) STRICT;
 """
-# What a journal of an earlier schema lacks, by that schema.
+# What a journal of each earlier schema lacks against the next one.
 _UPGRADE = {
     1: """
 ALTER TABLE tasks ADD COLUMN residual BLOB NOT NULL DEFAULT x'';
 ALTER TABLE models ADD COLUMN step BLOB;
 ALTER TABLE updates ADD COLUMN base_metric REAL;
-"""
+""",
+    2: "ALTER TABLE updates ADD COLUMN base_loss REAL;",
+    3: "ALTER TABLE updates ADD COLUMN counted_in INTEGER; UPDATE updates SET counted_in = round;",
 }
+
+
+# Task and number, three times: what is counted late comes from the rounds right before, which the index finds.
+_COUNTED_IN = f"task = ? AND round BETWEEN ? - {STALEST} AND ? AND counted_in = ?"
 
 
 class RoundRow(NamedTuple):
@@ -70,6 +77,14 @@ class ModelRow(NamedTuple):
     samples: int
     created_ms: int
     step: bytes | None = None
+
+
+class Totals(NamedTuple):
+    """What a round counted; `age` is how many rounds late its updates were, the mean by samples."""
+
+    gateways: int
+    samples: int
+    age: float
 
 
 class TaskRow(NamedTuple):
@@ -240,7 +255,7 @@ class Journal:
         )
         self._do("UPDATE tasks SET strategy_state = ? WHERE task = ?", state, task)
         # Digests stay, so that an update that comes again is known.
-        self._do("UPDATE updates SET payload = NULL WHERE task = ? AND round = ?", task, number)
+        self._do(f"UPDATE updates SET payload = NULL WHERE {_COUNTED_IN}", task, number, number, number)
 
     def latest_round(self, task: str) -> RoundRow | None:
         """The round with the highest number; None before the first."""
@@ -262,13 +277,16 @@ class Journal:
         payload: bytes,
         now_ms: int,
         base_metric: float | None = None,
+        base_loss: float | None = None,
+        counted_in: int | None = None,
     ) -> None:
-        """Count an update; LocalError if the gateway was counted in this round before."""
-        values = (task, number, path, digest, samples, metric, payload, now_ms, base_metric)
-        self._do("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *values)
+        """Count an update trained for round `number`, in it or in a later one; LocalError if one was before."""
+        into = number if counted_in is None else counted_in
+        values = (task, number, path, digest, samples, metric, payload, now_ms, base_metric, base_loss, into)
+        self._do("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *values)
 
     def counted(self, task: str, number: int) -> dict[str, bytes]:
-        """Path -> digest of a round's counted updates."""
+        """Path -> digest of the counted updates that were trained for a round."""
         rows = self._db.execute("SELECT path, digest FROM updates WHERE task = ? AND round = ?", (task, number))
         return dict(rows)
 
@@ -277,15 +295,34 @@ class Journal:
         query = "SELECT 1 FROM updates WHERE task = ? AND round = ? AND path = ?"
         return self._one(query, task, number, path) is not None
 
-    def totals(self, task: str, number: int) -> tuple[int, int]:
-        """(gateways, samples) that a round counted."""
-        row = self._one("SELECT count(*), total(samples) FROM updates WHERE task = ? AND round = ?", task, number)
-        return (int(row[0]), int(row[1])) if row else (0, 0)
+    def bases(self, task: str, first: int) -> dict[int, int]:
+        """Round -> version that it started from, of the rounds from `first` on."""
+        return dict(self._db.execute("SELECT round, base FROM rounds WHERE task = ? AND round >= ?", (task, first)))
 
-    def payloads(self, task: str, number: int) -> Iterator[tuple[bytes, int]]:
-        """(codec payload, samples) of each counted update, ordered by path, one at a time in memory."""
-        query = "SELECT payload, samples FROM updates WHERE task = ? AND round = ? ORDER BY path"
-        yield from self._db.execute(query, (task, number))
+    def older(self, task: str, number: int) -> set[tuple[str, int]]:
+        """(path, round) of what a round counted of those before it."""
+        query = f"SELECT path, round FROM updates WHERE {_COUNTED_IN} AND round < ?"
+        return set(self._db.execute(query, (task, number, number, number, number)))
+
+    def totals(self, task: str, number: int) -> Totals:
+        """What a round counted."""
+        query = (
+            "SELECT count(DISTINCT path), total(samples), total(samples * (? - round)) / max(total(samples), 1) "
+            f"FROM updates WHERE {_COUNTED_IN}"
+        )
+        row = self._one(query, number, task, number, number, number)
+        return Totals(int(row[0]), int(row[1]), float(row[2])) if row else Totals(0, 0, 0.0)
+
+    def losses(self, task: str, number: int) -> dict[str, tuple[float, int]]:
+        """Path -> (base's mean loss on that holdout, samples) of a round's counted updates that report one."""
+        query = f"SELECT path, base_loss, samples FROM updates WHERE {_COUNTED_IN} AND base_loss IS NOT NULL"
+        rows = self._db.execute(f"{query} ORDER BY path, round", (task, number, number, number))
+        return {path: (loss, samples) for path, loss, samples in rows}
+
+    def payloads(self, task: str, number: int) -> Iterator[tuple[bytes, int, int]]:
+        """(codec payload, samples, rounds late) of each counted update, ordered by path, one at a time in memory."""
+        query = f"SELECT payload, samples, ? - round FROM updates WHERE {_COUNTED_IN} ORDER BY path, round"
+        yield from self._db.execute(query, (number, task, number, number, number))
 
     # The ledger.
 
@@ -311,9 +348,8 @@ class Journal:
         if version == 0:
             self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         elif version in _UPGRADE:
-            self._db.executescript(
-                f"BEGIN IMMEDIATE; {_UPGRADE[version]} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-            )
+            missing = " ".join(_UPGRADE[v] for v in range(version, SCHEMA_VERSION))
+            self._db.executescript(f"BEGIN IMMEDIATE; {missing} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         elif version != SCHEMA_VERSION:
             self._db.close()
             raise LocalError(

@@ -87,7 +87,8 @@ class Answer(Message, frozen=True, tag="answer"):
 class Update(Message, frozen=True, tag="update"):
     """What a gateway learnt in a round: a codec payload, its weight in the mean, and metrics on its own holdout.
 
-    `metric` is the trained model's, `base_metric` that of the round's base; None without a holdout.
+    `metric` is the trained model's, `base_metric` that of the round's base, `base_loss` the base's mean loss; None
+    without a holdout.
     """
 
     round: Count
@@ -96,6 +97,7 @@ class Update(Message, frozen=True, tag="update"):
     metric: Real | None
     payload: Annotated[bytes, msgspec.Meta(max_length=MAX_PAYLOAD)]
     base_metric: Real | None = None
+    base_loss: Real | None = None
 
 
 class FederationBirth(Message, frozen=True, tag="federation"):
@@ -111,6 +113,7 @@ class Plan(Message, frozen=True, tag="plan"):
 
     `base` is the model version to train from and `base_digest` its weights'; `deadline_ms` is on the aggregator's
     clock and is a hint to the gateway. `bits` is the codec's coding, `keep_ppm` what a sparse one keeps of a million.
+    In an asynchronous federation, an update still counts `stalest` rounds later.
     """
 
     task_digest: Digest
@@ -124,6 +127,7 @@ class Plan(Message, frozen=True, tag="plan"):
     bits: Count
     secure_aggregation: bool
     keep_ppm: Share = 1_000_000
+    stalest: Count = 0
 
 
 class Receipt(Message, frozen=True, tag="receipt"):

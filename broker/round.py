@@ -1,4 +1,4 @@
-"""One synchronous round, sans-IO: `handle(event, now_ms)` returns what is to be done and does nothing itself.
+"""One round, sans-IO: `handle(event, now_ms)` returns what is to be done and does nothing itself.
 
 A round counts at most one update of each gateway. It closes
 - early, when every expected gateway has been counted and the quorum is met: expected is who is online and has not
@@ -6,6 +6,9 @@ A round counts at most one update of each gateway. It closes
   because it sends no other in this round;
 - at the deadline, when the quorum is met; if it is not, the deadline moves on by its own length and everything that
   was counted stays.
+An asynchronous round (`buffer`, after FedBuff: Nguyen et al. 2022, arXiv:2106.06639) also closes as soon as that many
+updates of enough gateways are counted, and counts those of rounds up to STALEST before, which a gateway was still
+training for when their round closed; each gateway counts once for each round that it trained for.
 While held (from a restart or a lost connection until births had time to arrive) it does not close at all.
 
 Times are milliseconds on the caller's clock. Every transition stands in `TRANSITIONS`.
@@ -25,6 +28,8 @@ LATE = "late"
 STALE = "stale"
 UNKNOWN_ROUND = "unknown-round"
 FOREVER_MS = 2**62
+# Versions that the base of an update may be behind, in an asynchronous federation.
+STALEST = 8
 
 
 class State(enum.Enum):
@@ -69,11 +74,15 @@ class Joined(Event):
 
 @dataclass(frozen=True)
 class Submitted(Event):
-    """A valid update trained from version `base`; `digest` names it (32 bytes)."""
+    """A valid update trained from version `base`; `digest` names it (32 bytes).
+
+    `round` is the one that it was trained for, None for this one.
+    """
 
     path: str
     base: int
     digest: bytes
+    round: int | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,8 @@ class Round:
     """The state of one round.
 
     `length_ms` is from opening to deadline; `counted` is path -> digest, `expected` the paths that are online.
+    `buffer` is None for a synchronous round; `older` holds (path, round) of what it counted of rounds before, and
+    `bases` the versions that those started from, by round.
     """
 
     def __init__(
@@ -143,6 +154,9 @@ class Round:
         expected: Iterable[str] = (),
         counted: Mapping[str, bytes] | None = None,
         hold_ms: int = 0,
+        buffer: int | None = None,
+        bases: Mapping[int, int] | None = None,
+        older: Iterable[tuple[str, int]] = (),
     ) -> None:
         self.number = number
         self.base = base
@@ -154,6 +168,9 @@ class Round:
         self.refused: set[str] = set()
         self.counted = dict(counted or {})
         self.hold_ms = hold_ms
+        self.buffer = buffer
+        self.bases = {n: version for n, version in (bases or {}).items() if number - STALEST <= n < number}
+        self.older = set(older)
         self.state = State.OPEN
 
     @property
@@ -188,6 +205,8 @@ class Round:
         return []
 
     def _submitted(self, event: Submitted, now_ms: int) -> list[Action]:
+        if event.round is not None and event.round != self.number:
+            return self._straggler(event, event.round, now_ms)
         known = self.counted.get(event.path)
         if known is not None:
             detail = "" if known == event.digest else "another update of this gateway was counted in this round"
@@ -199,14 +218,27 @@ class Round:
         self.counted[event.path] = event.digest
         return [Outcome(event.path, self.number, event.digest, COUNTED), *self._early(now_ms)]
 
+    def _straggler(self, event: Submitted, number: int, now_ms: int) -> list[Action]:
+        """An update of a round before: whose base is not too old counts here."""
+        if (event.path, number) in self.older:
+            return [Outcome(event.path, number, event.digest, DUPLICATE)]
+        base = self.bases.get(number)
+        if self.buffer is None or base != event.base:
+            detail = (
+                f"trained from version {event.base} in round {number}; this is {self.number}, at most {STALEST} later"
+            )
+            return [Outcome(event.path, number, event.digest, STALE, detail)]
+        self.older.add((event.path, number))
+        return [Outcome(event.path, number, event.digest, COUNTED), *self._early(now_ms)]
+
     def _refused(self, event: Refused, now_ms: int) -> list[Action]:
         self.refused.add(event.path)
         return self._early(now_ms)
 
     def _too_late(self, event: Submitted, _now_ms: int) -> list[Action]:
-        if event.path in self.counted:
-            return [Outcome(event.path, self.number, event.digest, DUPLICATE, "the round is closed")]
-        return [Outcome(event.path, self.number, event.digest, LATE, "the round is closed")]
+        number = self.number if event.round is None else event.round
+        known = event.path in self.counted if number == self.number else (event.path, number) in self.older
+        return [Outcome(event.path, number, event.digest, DUPLICATE if known else LATE, "the round is closed")]
 
     def _held(self, event: Held, _now_ms: int) -> list[Action]:
         self.hold_ms = event.until_ms
@@ -215,7 +247,7 @@ class Round:
     def _tick(self, _event: Tick, now_ms: int) -> list[Action]:
         if now_ms < self.deadline_ms or now_ms < self.hold_ms:
             return self._early(now_ms)
-        if len(self.counted) >= self.min_gateways:
+        if self._enough():
             return self._close()
         self.deadline_ms = now_ms + self.length_ms
         return [Extend(self.number, self.deadline_ms)]
@@ -224,9 +256,14 @@ class Round:
         return []
 
     def _early(self, now_ms: int) -> list[Action]:
-        if now_ms < self.hold_ms or self.waiting_for or len(self.counted) < self.min_gateways:
+        full = self.buffer is not None and len(self.counted) + len(self.older) >= self.buffer
+        if now_ms < self.hold_ms or not self._enough() or (self.waiting_for and not full):
             return []
         return self._close()
+
+    def _enough(self) -> bool:
+        """Whether as many gateways are counted as a sum must have."""
+        return len(self.counted.keys() | {path for path, _ in self.older}) >= self.min_gateways
 
     def _close(self) -> list[Action]:
         self.state = State.CLOSED

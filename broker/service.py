@@ -237,6 +237,8 @@ class Service:
                     metric=update.metric,
                     payload=update.payload,
                     base_metric=update.base_metric,
+                    base_loss=update.base_loss,
+                    counted_in=job.federation.number,
                     now_ms=now_ms,
                 )
         self._act(job, actions, now_ms)
@@ -277,6 +279,7 @@ class Service:
                     self._put_plan(job)
                 case rounds.Close(number, base):
                     self._close(job, number, base, now_ms)
+                    job.rate = job.rate.after(self._journal.losses(name, number))
                     # The last plan of the round goes out before the next round's, in the same order as it came to be.
                     follow = job.federation.handle(federation.Aggregated(job.model.version), now_ms)
                     self._put_plan(job)
@@ -293,14 +296,14 @@ class Service:
         if model is None:
             raise LocalError(f"{self._journal.path}: version {base} of {name} is missing; restore a backup")
         state = self._journal.strategy_state(name)
-        gateways, samples = self._journal.totals(name, number)
+        gateways, samples, age = self._journal.totals(name, number)
         version = job.model.version + 1
         started = time.monotonic()
         try:
             vector = codec.decode(model.weights, job.shared.size)
             payloads = self._journal.payloads(name, number)
             rule, momentum = task.round.strategy, task.round.momentum
-            state, goal = aggregate.next_model(rule, state, vector, job.shared, payloads, momentum=momentum)
+            state, goal = aggregate.next_model(rule, state, vector, job.shared, payloads, momentum=momentum, age=age)
             step = self._step_towards(job, goal, vector, version)
         except ValueError as error:
             log.error("%s round %d: no new model: %s", name, number, error)
@@ -344,7 +347,10 @@ class Service:
         self._downlink.clear(name, {key: data for key, data in older.items() if key not in now.objects() | last})
 
     def _put_plan(self, job: Job) -> None:
-        self._downlink.put_plan(job.task, job.row.text, job.federation, job.model.digest, job.deadline_ms)
+        digest, deadline_ms = job.model.digest, job.deadline_ms
+        self._downlink.put_plan(
+            job.task, job.row.text, job.federation, base_digest=digest, deadline_ms=deadline_ms, keep=job.keep
+        )
 
     def _write_status(self) -> None:
         """Replace `status.json`, so that a reader sees the old one or the new one."""

@@ -126,7 +126,8 @@ class Agent:
         loop.add_signal_handler(signal.SIGHUP, self._hangup.set)
         for runner in self.runners.values():
             runner.guard("start", runner.start)
-        self.link.subscribe(FederationStatus(self.config.federation.name or "+").topic)
+        feedback = Local(self.config.path, "feedback", "+").topic
+        self.link.subscribe(FederationStatus(self.config.federation.name or "+").topic, feedback)
         if self.shop.federation:
             self._follow(self.config.tasks)
         self.link.start()
@@ -309,6 +310,9 @@ class Agent:
         topic = parse(inbound.topic)
         if isinstance(topic, FederationStatus):
             self._federation(topic, inbound)
+            return
+        if isinstance(topic, Local) and topic.what == "feedback" and topic.name in self.runners:
+            self.runners[topic.name].on_feedback(inbound.payload)
             return
         if not isinstance(topic, Chunk | Manifest | RoundPlan | ReceiptFor) or topic.task not in self.runners:
             raise PeerError("topic", "is none that this gateway asked for")

@@ -71,6 +71,8 @@ def _add_simulate(commands: Any) -> None:
     simulate.add_argument("--keep", type=float, help="share of values that a sparse update keeps")
     simulate.add_argument("--downlink", choices=("sparse", "float32"), help="how models go down instead of the task's")
     simulate.add_argument("--strategy", help="a file of broker/strategies instead of the task's")
+    simulate.add_argument("--mode", choices=("sync", "async"), help="in step or not, instead of the task's")
+    simulate.add_argument("--stale", type=int, default=0, help="async: versions that plants lag behind at most (0)")
     simulate.add_argument("--dropout", type=float, default=0.0, help="chance that a plant misses a round (default 0)")
     simulate.add_argument("--plot", type=Path, help="also write figures and curve into this HTML file")
     simulate.add_argument("--json", action="store_true", help="print one JSON object on standard output")

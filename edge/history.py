@@ -112,6 +112,12 @@ class SampleReader:
                 total += len(columns[0])
                 yield columns
 
+    def verdict(self, task: str, from_ns: int, before_ns: int) -> str | None:
+        """The newest kept verdict on a window that ended in that time; None if there is none."""
+        query = "SELECT verdict FROM score WHERE task = ? AND end_ns >= ? AND end_ns < ? ORDER BY id DESC LIMIT 1"
+        row = self._db.execute(query, (task, min(from_ns, LAST_NS), min(before_ns, LAST_NS))).fetchone()
+        return None if row is None else str(row[0])
+
     def scores(self, task: str | None = None) -> list[Score]:
         """Kept scores, oldest first."""
         where, args = ("WHERE task = ?", (task,)) if task else ("", ())

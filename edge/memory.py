@@ -10,6 +10,7 @@ import numpy as np
 from broker.messages import ModelManifest, Terms, peek
 from edge.choose import average
 from edge.dataset import Dataset
+from edge.feedback import Correction
 from edge.handback import Model
 from edge.store import State
 from edge.train import Result
@@ -19,6 +20,7 @@ from models.spec import parse_task
 
 _HEAD = 16  # version and kind of what scores, before the share and the weights of each of its nets
 _MOST_NETS = 3
+_MOST_CORRECTIONS = 5_000
 
 
 @dataclass
@@ -119,6 +121,15 @@ class Memory:
         else:
             np.savez(buffer, x=data.x, y=data.y)
         self._put("holdout", buffer.getvalue())
+
+    def corrections(self) -> dict[int, Correction]:
+        """What operators said of windows, by the windows' ends in ms."""
+        return msgspec.json.decode(self._get("corrections") or b"{}", type=dict[int, Correction])
+
+    def keep_corrections(self, known: dict[int, Correction]) -> None:
+        """Store the newest of them."""
+        newest = sorted(known)[-_MOST_CORRECTIONS:]
+        self._put("corrections", msgspec.json.encode({end: known[end] for end in newest}))
 
     def handled(self) -> tuple[int, int]:
         """The newest round that this gateway has sent an update for: its number and its opening in ms."""

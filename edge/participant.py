@@ -8,6 +8,9 @@ transition there is, and an event that a state does not name changes nothing.
     WAITING   the base is here, there are too few good windows to train on
     TRAINING  the child trains
     SENT      the update is in the outbox until its receipt comes
+
+In an asynchronous federation (`Plan.stalest`) a training goes on while rounds pass, as long as its update still counts;
+after it, the newest round is next.
 """
 
 from collections.abc import Callable
@@ -156,7 +159,7 @@ class Participant:
     """One task's state. `handled` is the newest round that needs nothing more from us: its number and its opening.
 
     A round is newer when either grew: the number falls when an aggregator is restored from a backup, the time when
-    its clock is set back.
+    its clock is set back. `started` is the round that the child trains for.
     """
 
     policy: Policy
@@ -169,6 +172,7 @@ class Participant:
     windows: int = 0
     failures: int = 0
     answer: Answer | None = None
+    started: tuple[int, int] = (0, 0)
     _due: int = field(default=0, repr=False)
 
     def handle(self, event: Event) -> list[Action]:
@@ -185,6 +189,9 @@ class Participant:
         same = _named(plan) == known
         if not same and not _newer(plan, known):
             return []
+        if self.state is State.TRAINING and self._goes_on(plan):
+            self.plan = plan
+            return []
         if self.state is State.TRAINING and not (same and plan.state == "open"):
             stop = [StopTraining()]
         if same and plan.state == "open" and self.state is not State.IDLE:
@@ -195,6 +202,19 @@ class Participant:
             self.state = State.IDLE
             return stop
         return stop + self._join(plan)
+
+    def _goes_on(self, plan: Plan) -> bool:
+        """Whether what is being trained still counts under this plan of an asynchronous federation."""
+        allowed = plan.state != "done" and objection(self.policy, plan) is None
+        return bool(plan.stalest) and allowed and 0 <= plan.round - self.started[0] <= plan.stalest
+
+    def _next(self) -> list[Action]:
+        """After a training: what a plan that came meanwhile asks for."""
+        plan = self.plan
+        if plan is None or plan.state != "open" or not _newer(plan, self.handled):
+            return []
+        self.failures, self._due = 0, 0
+        return self._join(plan)
 
     def _join(self, plan: Plan) -> list[Action]:
         against = objection(self.policy, plan)
@@ -222,7 +242,7 @@ class Participant:
             self.state = State.WAITING
         else:
             self.state = State.TRAINING
-            plan = self.plan
+            plan, self.started = self.plan, _named(self.plan)
             return [StartTraining(plan.round, plan.base, plan.bits, plan.opened_ms, plan.keep_ppm)]
         return []
 
@@ -238,13 +258,17 @@ class Participant:
 
     def on_trained(self, event: Trained) -> list[Action]:
         """The update stands in the outbox."""
-        if self.plan and event.round == self.plan.round:
-            self.state, self.handled = State.SENT, _named(self.plan)
-        return []
+        if event.round != self.started[0]:
+            return []
+        self.state, self.handled = State.SENT, self.started
+        return self._next()
 
     def on_failed(self, event: TrainingFailed) -> list[Action]:
         """Wait for data, try again, or give up on this round and say so."""
-        if self.plan is None or event.round != self.plan.round:
+        if self.plan is None or event.round != self.started[0]:
+            return []
+        if self.plan.state != "open":
+            self.state = State.IDLE  # the round that it was for is over, and no other is open yet
             return []
         if event.wait_for:
             self._due = self.windows + event.wait_for
@@ -253,6 +277,8 @@ class Participant:
         self.failures += 1
         if self.failures >= MAX_FAILURES:
             return self._decline("training-failed", event.reason)
+        if self.started != _named(self.plan):
+            return self._join(self.plan)
         return self._begin()  # the base may have gone on meanwhile
 
     def on_settled(self, event: Settled) -> list[Action]:

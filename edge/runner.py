@@ -26,6 +26,7 @@ from edge.store import Outgoing
 from edge.tags import Sample
 from edge.train import NotEnoughError, Result, Trainer, job_for
 from edge.update import seal_update
+from edge.verdicts import hear
 from edge.wiring import wire
 from models.errors import LocalError, PeerError, UserError
 from models.scale import Scale
@@ -148,6 +149,10 @@ class Runner:
             self.fetch = None
             self._spawn(self._install(fetch, self._envelope))
 
+    def on_feedback(self, payload: bytes) -> None:
+        """Take what an operator said of a window."""
+        self._spawn(hear(self.shop, self.memory, self.model, payload))
+
     def on_receipt(self, receipt: m.Receipt) -> None:
         """Let the outbox go of what the aggregator has answered for."""
         if any(out.digest == receipt.digest for out in self.shop.state.waiting):
@@ -225,10 +230,10 @@ class Runner:
             return
         try:
             await asyncio.to_thread(self.shop.samples.flush)
-            text, folder = model.terms.task_text, self.shop.folder
-            job = job_for(self.shop.config, folder, text, live.wiring, model.layout, action.round)
-            folder = self.shop.folder / f"training-{self.name}"
-            result = await self._trainer.train(job, model.personalised(self.personal), folder, self.own)
+            said, home = await self.shop.state.commit(self.memory.corrections), self.shop.folder
+            job = job_for(self.shop.config, home, model.terms.task_text, live.wiring, model.layout, action.round, said)
+            base = model.personalised(self.personal)
+            result = await self._trainer.train(job, base, home / f"training-{self.name}", self.own)
             await self._send(action, model, result)
         except NotEnoughError as error:
             log.info("%s: round %d waits for data: %s", self.name, action.round, error)
@@ -267,12 +272,15 @@ class Runner:
 
     async def _elect(self, model: Model, result: Result) -> None:
         """After a training: choose by the holdout what scores here; the global model is one of the candidates."""
-        table, vector = self.shop.config.scoring, model.personalised(self.personal, self.average)
         async with self._installing:
-            # Without the lock, or with a newer model here already, this would undo a choice made since.
-            if self.live is None or not len(result.holdout) or self.model is not model:
+            # Without the lock, or in step and with a newer model here already, this would undo a choice made since.
+            newest = self.model
+            if self.live is None or newest is None or not len(result.holdout):
                 return
-            found = await asyncio.to_thread(after_training, table, model, vector, result)
+            if newest is not model and (model.task.round.full is None or newest.graph != model.graph):
+                return
+            model, vector = newest, newest.personalised(self.personal, self.average)
+            found = await asyncio.to_thread(after_training, self.shop.config.scoring, model, vector, result)
             chosen, body = await asyncio.to_thread(elect, found.scorers, result.holdout)
             self._swap(chosen, model)
             self.kept = body | {"task": self.name, "version": chosen.version}

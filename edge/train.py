@@ -19,6 +19,7 @@ import numpy as np
 
 from edge.config import Config
 from edge.dataset import Dataset
+from edge.feedback import Correction
 from edge.window import Wiring
 from models.delta import Layout, Vector
 from models.errors import LocalError
@@ -51,6 +52,7 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """What the child is told. `layout` is `Layout.to_wire()`; the base weights lie beside it as base.npy.
 
     own.npy, where it lies there too, is the net that has only seen this gateway's data, as the last training left it.
+    `corrections` are what operators said of windows, by the windows' ends in ms.
     """
 
     task_text: str
@@ -62,6 +64,7 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     nice: int
     memory: int
     cpu_seconds: int
+    corrections: dict[int, Correction] = {}
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,10 @@ class Result:
     own: Vector | None = None
 
 
-def job_for(config: Config, folder: Path, text: str, wiring: Wiring, layout: Layout, round_: int) -> Job:
-    """Make the job of a round: this gateway's caps, and a seed that is its own."""
+def job_for(
+    config: Config, folder: Path, text: str, wiring: Wiring, layout: Layout, round_: int, said: dict[int, Correction]
+) -> Job:
+    """Make the job of a round: this gateway's caps, a seed that is its own, and what operators said of windows."""
     caps = config.training
     return Job(
         task_text=text,
@@ -97,6 +102,7 @@ def job_for(config: Config, folder: Path, text: str, wiring: Wiring, layout: Lay
         nice=caps.nice,
         memory=config.training_memory,
         cpu_seconds=caps.cpu_seconds,
+        corrections=said,
     )
 
 

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from edge.dataset import MAX_HOLDOUT, Dataset, split
+from edge.feedback import corrected
 from edge.history import SampleReader
 from edge.stored import stored_windows
 from edge.train import DIVERGED, DONE, NOT_ENOUGH, Job, Result, lower_priority, write_result
@@ -90,7 +91,7 @@ def stored_dataset(task: Task, job: Job) -> tuple[Dataset, Dataset]:
     stored = ((ref, reader.columns(ref, first, limits[ref])) for ref in job.wiring.tags)
     columns = {ref: column for ref, column in stored if column is not None}
     reader.close()
-    return split(task, stored_windows(job.wiring, columns))
+    return split(task, corrected(stored_windows(job.wiring, columns), job.corrections))
 
 
 if __name__ == "__main__":

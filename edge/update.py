@@ -34,20 +34,24 @@ def seal_update(
     if residual is not None and residual.size == delta.size:
         delta = delta + residual
     encoded = codec.encode(delta, action.bits, action.keep_ppm / 1e6)
-    metric, before = (
-        build(shop.config.scoring, model, vector, result.scale).metric(result.holdout)
+    trained, base = (
+        build(shop.config.scoring, model, vector, result.scale)
         for vector in (result.vector, model.personalised(personal))
     )
+    holdout = result.holdout
+    loss = float(base.losses(holdout).mean()) if len(holdout) else math.nan
     update = m.Update(
-        m.VERSION, action.round, action.base, result.samples, _finite(metric), encoded.data, _finite(before)
-    )
+        m.VERSION, action.round, action.base, result.samples, _finite(trained.metric(holdout)), encoded.data,
+        _finite(base.metric(holdout)), _finite(loss),
+    )  # fmt: skip
     topic = Uplink(shop.config.path, name, "update").topic
     envelope = shop.signer.seal(update, topic)
     digest = hashlib.sha256(envelope).digest()
     body: dict[str, object] = {
         "task": name, "round": action.round, "base": action.base, "samples": result.samples,
         "digest": digest.hex(), "bytes": len(encoded.data), "message_bytes": len(envelope),
-        "metric": update.metric, "base_metric": update.base_metric, "steps": result.steps, "device": result.device,
+        "metric": update.metric, "base_metric": update.base_metric,
+        "base_loss": update.base_loss, "steps": result.steps, "device": result.device,
         "seconds": round(result.seconds, 3),
     }  # fmt: skip
     return Sealed(topic, envelope, digest, delta - encoded.decoded, body)

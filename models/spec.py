@@ -90,15 +90,18 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 # Of more, most of what is kept is small, and a sparse coding is none any more.
 MOST_KEPT = 0.5
-_WIDE, _NARROW, _NARROWING = 0.05, 0.02, 6
-_DOWN_WIDE, _DOWN_NARROW = 0.1, 0.065
+_DOWN_WIDE, _DOWN_NARROW, _NARROWING = 0.1, 0.065, 6
 
 
 class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How the federation runs the task: `every` from one opening to the next, at most `deadline` per round."""
+    """How the federation runs the task: `every` from one opening to the next, at most `deadline` per round.
+
+    `keep` is the share of values that a sparse update keeps; None: steered by the holdouts (`broker.rate`).
+    """
 
     strategy: str = "fedavg"
-    mode: Literal["sync"] = "sync"
+    mode: Literal["sync", "async"] = "sync"
+    buffer: int | None = None
     min_gateways: int = 1
     deadline: str = "2h"
     every: str = "1d"
@@ -113,18 +116,15 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         """The codec's coding: 0 sparse, else bits per value."""
         return {"sparse": 0, "int2": 2, "int4": 4, "int8": 8, "float32": 32}[self.codec]
 
-    def keep_in(self, number: int) -> float:
-        """Share of values that a sparse update of round `number` (1, 2, …) keeps: `keep`, or wide first, then narrow.
-
-        The first rounds move everything, so that the share falls from 5 % to 2 % over six of them.
-        """
-        narrowing = min(max(number - 1, 0), _NARROWING) / _NARROWING
-        return self.keep if self.keep is not None else _WIDE * (_NARROW / _WIDE) ** narrowing
-
     def down_in(self, version: int) -> float | None:
         """Share of values that the step to `version` (1, 2, …) changes: wide first, then narrow; None: all of them."""
         narrowing = min(max(version - 1, 0), _NARROWING) / _NARROWING
         return _DOWN_WIDE * (_DOWN_NARROW / _DOWN_WIDE) ** narrowing if self.downlink == "sparse" else None
+
+    @property
+    def full(self) -> int | None:
+        """How many updates close an asynchronous round; None for a synchronous one."""
+        return None if self.mode == "sync" else self.buffer or self.min_gateways
 
     @property
     def deadline_s(self) -> float:
@@ -293,6 +293,10 @@ def _check_training(need: _Need, t: Training) -> None:
 def _check_round(file: TomlFile, need: _Need, r: Round) -> None:
     need(r.min_gateways >= 1, ["round", "min_gateways"], "out of range", "write 1 or more")
     need(r.keep is None or 0 < r.keep <= MOST_KEPT, ["round", "keep"], "out of range", "write 0.001 to 0.5")
+    wait = r.mode == "async" or r.buffer is None
+    need(wait, ["round", "buffer"], "a synchronous round waits for everybody", 'write mode = "async", or leave it out')
+    few = r.buffer is not None and r.buffer < r.min_gateways
+    need(not few, ["round", "buffer"], "less than min_gateways", f"write {r.min_gateways} or more")
     need(0 <= r.momentum < 1, ["round", "momentum"], "out of range", "write 0.0 to 0.99")
     need(r.rounds is None or r.rounds >= 1, ["round", "rounds"], "out of range", "write 1 or more, or leave it out")
     for key in ("deadline", "every"):

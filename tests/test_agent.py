@@ -19,8 +19,10 @@ from broker import ledger, topics
 from broker.journal import Journal
 from broker.messages import MAX_PAYLOAD, Birth, Death, ModelManifest, Plan, Signer, Terms, Whole, open_envelope, peek
 from edge.cli import main
+from edge.feedback import Correction
 from edge.lab.physics import FEATURES
 from edge.lab.stage import FEDERATION, Scenario, Stage, gateway_path
+from edge.memory import Memory
 from edge.store import State
 from models.errors import PeerError
 from tests.brokers import BROKERS, BrokerProcess, need_mosquitto
@@ -155,6 +157,49 @@ def test_a_round_completes_and_scores_say_by_which_model(tmp_path: Path, kind: s
     journal = Journal(p.stage.aggregator_state)
     assert list(journal.counted(TASK, 1)) == [str(PATH)]
     journal.close()
+
+
+def test_an_asynchronous_federation_goes_from_version_to_version(tmp_path: Path) -> None:
+    with plant(tmp_path, "amqtt", rounds=3) as p:
+        file = tmp_path / "aggregator" / "task.toml"
+        file.write_text(file.read_text().replace("momentum = 0.5", 'momentum = 0.5\nmode = "async"\nbuffer = 1'))
+        for process in (*p.stage.plcs, p.stage.aggregator, p.gateway):
+            process.start()
+        p.until(lambda: p.aggregator().get("state") == "done")
+        p.until(lambda: p.task().get("model") == 3 and p.status()["outbox"] == 0)
+        end_ms = correct(p)
+    state = State(p.stage.gateway_state(0))
+    entries = [entry["body"] for entry in map(json.loads, state.ledger()) if entry["kind"] == "feedback"]
+    assert [(body["task"], body["window_end_ms"], body["label"]) for body in entries] == [(TASK, end_ms, 1.0)]
+    state.close()
+    journal = Journal(p.stage.aggregator_state)
+    for number in (1, 2, 3):
+        assert list(journal.counted(TASK, number)) == [str(PATH)]
+    journal.close()
+
+
+def correct(p: Plant) -> int:
+    """Say what a window was, as an operator would, after things that can't be used; returns the window's end."""
+    p.until(lambda: p.inference().get("score") is not None)
+    end_ms, topic = int(p.inference()["window_end_ms"]), topics.Local(PATH, "feedback", TASK).topic
+    body = {"timestamp_ms": 5, "window_end_ms": end_ms, "verdict": "label", "label": "outer"}
+    bad: dict[str, dict[str, Any]] = {"window": {"window_end_ms": 7}, "label": {"label": "rust"}, "schema": {"more": 1}}
+    for change in bad.values():
+        p.publish(topic, json.dumps(body | change).encode())
+    p.until(lambda: (said := p.status().get("refused")) and all(said.get(reason) == 1 for reason in bad))
+
+    def known() -> dict[int, Correction]:
+        state = State(p.stage.gateway_state(0))
+        try:
+            return Memory(state, TASK).corrections()
+        finally:
+            state.close()
+
+    for label in ("outer", "inner"):  # the second is no newer than what is known
+        p.publish(topic, json.dumps(body | {"label": label}).encode())
+        p.until(known)
+    assert known() == {end_ms: Correction(5, 1.0)}
+    return end_ms
 
 
 def is_birth(envelope: bytes) -> bool:

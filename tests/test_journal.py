@@ -84,16 +84,49 @@ def test_a_round_and_its_updates(journal: Journal) -> None:
         for path, samples in (("b", 2), ("a", 1), ("c", 3)):
             count(journal, 1, path, path.encode(), samples)
     assert journal.latest_round("t") == (1, 0, 10, 30, "open")
-    assert list(journal.payloads("t", 1)) == [(b"a", 1), (b"b", 2), (b"c", 3)]
-    assert journal.totals("t", 1) == (3, 6)
+    assert list(journal.payloads("t", 1)) == [(b"a", 1, 0), (b"b", 2, 0), (b"c", 3, 0)]
+    assert journal.totals("t", 1) == (3, 6, 0)
     with journal.transaction():
         journal.put_model("t", ModelRow(1, 1, b"weights", bytes(32), 3, 6, 40))
         journal.close_round("t", 1, 40, 1, b"state")
     assert journal.latest_round("t") == (1, 0, 10, 30, "closed")
     assert journal.strategy_state("t") == b"state"
     # Payloads are gone, digests are not.
-    assert [payload for payload, _ in journal.payloads("t", 1)] == [None] * 3
+    assert [payload for payload, *_ in journal.payloads("t", 1)] == [None] * 3
     assert journal.was_counted("t", 1, "a")
+
+
+def test_what_is_late_is_counted_in_a_later_round(journal: Journal) -> None:
+    with journal.transaction():
+        journal.put_task("t", TASK_ROW)
+        for number in (1, 2, 3):
+            journal.open_round("t", number, number - 1, 10, 20)
+        for path, number in (("a", 1), ("b", 3), ("a", 3)):
+            journal.count_update(
+                "t", number, path, digest=bytes(32), samples=2 * number, metric=None, payload=path.encode(),
+                now_ms=1, counted_in=3,
+            )  # fmt: skip
+    assert list(journal.payloads("t", 3)) == [(b"a", 2, 2), (b"a", 6, 0), (b"b", 6, 0)]
+    assert journal.totals("t", 3)[:2] == (2, 14)
+    assert journal.totals("t", 3).age == pytest.approx(4 / 14)
+    assert journal.totals("t", 1) == (0, 0, 0)
+    assert journal.older("t", 3) == {("a", 1)}
+    assert journal.counted("t", 3).keys() == {"a", "b"}
+    assert journal.was_counted("t", 1, "a")
+    assert journal.bases("t", 2) == {2: 1, 3: 2}
+    with journal.transaction():
+        journal.close_round("t", 3, 40, 3, b"")
+    assert [payload for payload, *_ in journal.payloads("t", 3)] == [None] * 3
+
+
+def test_losses_by_gateway(journal: Journal) -> None:
+    with journal.transaction():
+        for path, loss in (("b", 0.5), ("a", 0.25), ("c", None)):
+            journal.count_update(
+                "t", 1, path, digest=bytes(32), samples=7, metric=None, payload=b"", now_ms=1, base_loss=loss
+            )
+    assert journal.losses("t", 1) == {"a": (0.25, 7), "b": (0.5, 7)}
+    assert journal.losses("t", 2) == {}
 
 
 def test_models_and_tasks(journal: Journal) -> None:
@@ -174,7 +207,18 @@ def test_refuses_an_unknown_schema(tmp_path: Path) -> None:
         Journal(tmp_path)
 
 
-def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path) -> None:
+_TO_3 = "ALTER TABLE updates DROP COLUMN counted_in;"
+_TO_2 = f"{_TO_3} ALTER TABLE updates DROP COLUMN base_loss;"
+UNDO = {
+    1: f"{_TO_2} ALTER TABLE tasks DROP COLUMN residual; ALTER TABLE models DROP COLUMN step;"
+    "ALTER TABLE updates DROP COLUMN base_metric;",
+    2: _TO_2,
+    3: _TO_3,
+}
+
+
+@pytest.mark.parametrize("version", UNDO)
+def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path, version: int) -> None:
     row = ModelRow(0, 0, b"weights", bytes(32), 0, 0, 1)
     journal = Journal(tmp_path)
     with journal.transaction():
@@ -182,11 +226,7 @@ def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path) -> None:
         journal.put_model("wear", row)
     journal.close()
     db = sqlite3.connect(tmp_path / "journal.db")
-    db.executescript(
-        "ALTER TABLE tasks DROP COLUMN residual; ALTER TABLE models DROP COLUMN step;"
-        "ALTER TABLE updates DROP COLUMN base_metric;"
-    )
-    db.execute("PRAGMA user_version = 1")
+    db.executescript(f"{UNDO[version]} PRAGMA user_version = {version};")
     db.close()
     for _ in range(2):
         journal = Journal(tmp_path)

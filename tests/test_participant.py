@@ -406,6 +406,40 @@ def test_whatever_happens(script: list[tuple[str, int]], policy: Policy) -> None
         assert world.said[world.number].verdict == "declined"
 
 
+def loose(number: int, base: int, state: str = "open", **more: Any) -> PlanSeen:
+    return seen(number, base, state, stalest=2, **more)
+
+
+def test_a_training_goes_on_while_asynchronous_rounds_pass() -> None:
+    g = gateway()
+    assert tell(g, *READY, loose(1, 0)) == [joined(1), StartTraining(1, 0, 4, 1)]
+    assert tell(g, loose(1, 0, "closed"), loose(2, 1), ModelStored(1, bytes(32)), loose(3, 1)) == []
+    assert tell(g, Trained(1)) == [joined(3), StartTraining(3, 1, 4, 3)]
+    assert g.handled == (1, 1)
+    # Too many rounds later its update would not count.
+    assert tell(g, ModelStored(5, bytes(32)), loose(6, 5)) == [StopTraining(), joined(6), StartTraining(6, 5, 4, 6)]
+    assert tell(g, loose(7, 6), TrainingFailed(6, "")) == [joined(7)]
+    assert g.state is State.FETCHING
+
+
+def test_an_asynchronous_training_ends_between_two_rounds_or_with_the_last() -> None:
+    g = gateway()
+    tell(g, *READY, loose(1, 0), loose(1, 0, "closed"))
+    assert tell(g, Trained(1)) == []
+    assert tell(g, ModelStored(1, bytes(32)), loose(2, 1)) == [joined(2), StartTraining(2, 1, 4, 2)]
+    assert tell(g, loose(2, 1, "closed"), TrainingFailed(2, "")) == []
+    assert tell(g, loose(3, 1), loose(3, 1, "done")) == [joined(3), StartTraining(3, 1, 4, 3), StopTraining()]
+
+
+def test_a_plan_that_breaks_the_policy_ends_an_asynchronous_training() -> None:
+    g = gateway(Policy(min_gateways=3))
+    tell(g, *READY, loose(1, 0))
+    stop, no = tell(g, loose(2, 0, min_gateways=2))
+    assert stop == StopTraining()
+    assert isinstance(no, Answer)
+    assert no.verdict == "declined"
+
+
 def test_a_base_of_the_right_number_and_other_weights_is_not_trained_on() -> None:
     g = gateway()
     assert tell(g, WindowsReady(99), ModelStored(0, b"x" * 32), seen(1)) == [joined(1)]

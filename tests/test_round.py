@@ -180,6 +180,67 @@ def test_a_restart_changes_no_outcome(script: list[tuple[rounds.Event, int]], cr
             assert twin.handle(event, now) == mine
 
 
+def free(number: int = 9, **options: Any) -> Round:
+    """An asynchronous round; round n started from version n - 1."""
+    more: dict[str, Any] = {
+        "buffer": 3,
+        "min_gateways": 2,
+        "expected": "abc",
+        "bases": {n: n - 1 for n in range(20)},
+    } | options
+    return Round(number, number - 1, deadline_ms=100, length_ms=100, **more)
+
+
+def trained(path: str, number: int, base: int | None = None) -> rounds.Submitted:
+    return rounds.Submitted(path, number - 1 if base is None else base, D[0], number)
+
+
+def test_a_buffer_counts_what_is_late_but_not_too_late() -> None:
+    r = free()
+    assert feed(r, trained("a", 9 - rounds.STALEST), trained("a", 8 - rounds.STALEST)) == ["counted", "stale"]
+    assert feed(r, trained("a", 9 - rounds.STALEST)) == ["duplicate"]
+    assert feed(r, trained("b", 8, base=3)) == ["stale"]
+    assert r.waiting_for == {"a", "b", "c"}  # each may still send one of this round
+    # Enough updates, but all of them of one gateway: a sum of fewer gateways than agreed is none.
+    assert feed(r, trained("a", 7), trained("a", 8)) == ["counted", "counted"]
+    assert feed(r, trained("b", 9)) == ["counted", "Close"]
+    assert feed(r, trained("b", 9), trained("a", 8), trained("c", 8)) == ["duplicate", "duplicate", "late"]
+    assert feed(sync(), trained("a", 0)) == ["stale"]
+
+
+def test_a_buffer_closes_early_and_at_its_deadline_too() -> None:
+    assert feed(free(), trained("a", 9), trained("b", 9), rounds.Left("c")) == ["counted", "counted", "Close"]
+    r = free()
+    assert feed(r, trained("a", 8)) == ["counted"]
+    assert feed(r, rounds.Tick(), now=100) == ["Extend"]
+    assert feed(r, trained("b", 7), now=101) == ["counted"]
+    assert feed(r, rounds.Tick(), now=200) == ["Close"]
+
+
+late = st.builds(trained, st.sampled_from("abcd"), st.integers(8 - rounds.STALEST, 9))
+
+
+@settings(max_examples=300)
+@given(st.lists(st.tuples(events | late | late, st.integers(0, 20)), max_size=60), st.integers(1, 4), st.integers(1, 6))
+def test_whatever_happens_to_a_buffer(script: list[tuple[rounds.Event, int]], minimum: int, buffer: int) -> None:
+    """Each gateway counts once for each round, and a buffer closes once, full or in time, never below its quorum."""
+    r, now, counted, closes = free(min_gateways=minimum, buffer=buffer), 0, [], 0
+    for event, step in script:
+        now += step
+        twin = free(min_gateways=minimum, buffer=buffer, counted=r.counted, older=r.older, hold_ms=rounds.FOREVER_MS)
+        is_open = r.state is rounds.State.OPEN
+        actions = r.handle(event, now)
+        if isinstance(event, rounds.Submitted) and is_open:
+            same = [action for action in actions if isinstance(action, Outcome)]
+            assert twin.handle(event, now) == same  # a restart changes no outcome
+        counted += [(a.path, a.round) for a in actions if isinstance(a, Outcome) and a.word == rounds.COUNTED]
+        closes += words(actions).count("Close")
+    assert len(counted) == len(set(counted))
+    assert closes == (r.state is rounds.State.CLOSED)
+    assert not closes or len({path for path, _ in counted}) >= minimum
+    assert closes or len(counted) < buffer or len({path for path, _ in counted}) < minimum
+
+
 # Federations.
 
 
@@ -224,6 +285,24 @@ def test_never_opens_while_one_is_open_nor_with_too_few() -> None:
     f = fed(every=0)
     tell(f, Born("a", 1), Died("a", 1))
     assert tell(f, Born("b", 1)) == []
+
+
+def test_an_asynchronous_federation_goes_on_without_the_slow() -> None:
+    rules = Rules(1, 100, 0, None, 2)
+    f = Federation(rules, version=0, past=None)
+    tell(f, Born("a", 1), Born("b", 1), Born("c", 1))
+    while f.number < 4:
+        for path in "ab":
+            tell(f, update(path, f.number, f.version))
+        assert words(tell(f, Aggregated(f.version + 1))) == ["Open"]
+    slow = update("c", 2, 1)
+    assert f.round
+    assert words(tell(f, slow, slow, update("a", 1, 0, known=True))) == ["counted", "duplicate", "duplicate"]
+    past = Past(4, 3, 0, 100, is_open=True, bases={1: 0, 2: 1, 3: 2}, older=f.round.older)
+    again = Federation(rules, version=3, past=past)
+    assert words(tell(again, slow, update("c", 3, 2), update("c", 5, 4))) == ["duplicate", "counted", "unknown-round"]
+    tell(again, Connected())
+    assert words(tell(again, Tick(), now=federation.SETTLE_MS)) == ["Close"]
 
 
 def test_outcomes_of_other_rounds() -> None:

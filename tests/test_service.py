@@ -37,6 +37,7 @@ from broker.messages import (
     open_envelope,
     peek,
 )
+from broker.round import STALEST
 from broker.service import Service
 from edge.handback import Fetch, Model
 from models import codec
@@ -96,6 +97,7 @@ class Plant:
         rounds: int = 1,
         join: str = "first-seen",
         downlink: str = "float32",
+        more: str = "",
     ) -> None:
         self.config = folder / "federation.toml"
         self.state = folder / "state"
@@ -103,7 +105,8 @@ class Plant:
             f'[federation]\nname = "press"\nroots = ["acme"]\njoin = "{join}"\n'
             f'[mqtt]\nurl = "{url}"\n[[task]]\nfile = "wear.toml"\n'
         )
-        (folder / "wear.toml").write_text(TASK.format(min_gateways=min_gateways, rounds=rounds, downlink=downlink))
+        text = TASK.format(min_gateways=min_gateways, rounds=rounds, downlink=downlink) + more
+        (folder / "wear.toml").write_text(text)
         task, text = load_task(folder / "wear.toml")
         self.first = np.linspace(-1, 1, LAYOUT.size, dtype=np.float32)
         journal = Journal(self.state)
@@ -223,10 +226,12 @@ class Gateway:
         code, reason = ("", "") if verdict == "joined" else ("too-few", "not enough windows")
         self.link.publish(topic, self.signer.seal(Answer(1, number, verdict, code, reason, 1), topic))
 
-    def send(self, plan: Plan, delta: Vector, samples: int = 100, *, base: int | None = None) -> bytes:
+    def send(
+        self, plan: Plan, delta: Vector, samples: int = 100, *, base: int | None = None, loss: float | None = None
+    ) -> bytes:
         topic = topics.Uplink(self.path, "wear", "update").topic
         payload = codec.encode(delta, 32).data
-        update = Update(1, plan.round, plan.base if base is None else base, samples, 0.5, payload)
+        update = Update(1, plan.round, plan.base if base is None else base, samples, 0.5, payload, base_loss=loss)
         envelope = self.signer.seal(update, topic)
         self.link.publish(topic, envelope)
         return envelope
@@ -292,6 +297,63 @@ async def test_a_full_round(broker: BrokerProcess, tmp_path: Path) -> None:
     assert kinds.count("model") == 3
     assert kinds.count("pinned") == 3
     journal.close()
+
+
+async def test_the_share_follows_the_losses_and_a_restart_changes_nothing(
+    broker: BrokerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("broker.rate._FLOOR_AT", SHARED)
+    plant = Plant(tmp_path, broker.url, rounds=9)
+    kept = [50_000, 50_000, 40_000, 60_000]
+    async with gateways(broker.url) as there:
+        for number, loss in enumerate((1.0, 0.5, 2.0), 1):
+            for g in there:
+                g.heard.clear()  # what is heard next is this service's
+            async with plant.service():
+                plan = await open_plan(there, number)
+                assert plan.keep_ppm == kept[number - 1]
+                for i, g in enumerate(there):
+                    g.send(plan, delta(i), loss=loss)
+                plan = await open_plan(there, number + 1)
+                assert plan.keep_ppm == kept[number]
+
+
+async def test_without_steps_a_slow_gateway_holds_up_nobody_and_still_counts(
+    broker: BrokerProcess, tmp_path: Path
+) -> None:
+    plant = Plant(tmp_path, broker.url, min_gateways=1, rounds=4, more='mode = "async"\nbuffer = 2\nmomentum = 0.0\n')
+    async with gateways(broker.url) as there:
+        slow = there[2]
+        process = await plant.process()
+        await until(lambda: process.returncode is not None or plant.has_status())
+        first = await open_plan(there)
+        assert first.stalest == STALEST
+        plan = first
+        for number in (1, 2):
+            for i, g in enumerate(there[:2]):
+                g.send(plan, delta(i))
+            plan = await open_plan(there, number + 1)
+        assert plan.base == 2
+        slow.send(first, delta(2))
+        await until(lambda: slow.outcomes() == ["counted"])
+        process.kill()
+        await process.wait()
+        for g in there:
+            g.heard.clear()
+        process = await plant.process()
+        plan = await open_plan(there, 3)
+        slow.send(first, delta(2))
+        await until(lambda: slow.outcomes() == ["duplicate"])
+        there[0].send(plan, delta(0))
+        await until(lambda: (m := there[0].manifest()) and m.version == 3 and there[0].model() is not None)
+        manifest = there[0].manifest()
+        assert manifest
+        assert (manifest.gateways, manifest.samples) == (2, 200)
+        expected = plant.first.copy()
+        expected[:SHARED] += np.float32(1.5 + 1.5 + (1 + 3 / np.sqrt(3)) / 2)
+        assert np.allclose(there[0].weights(), expected, rtol=1e-5)
+        process.terminate()
+        await process.wait()
 
 
 def lesson(number: int, i: int) -> Vector:
@@ -522,8 +584,8 @@ async def test_a_lost_broker_is_told_to_the_federation(tmp_path: Path) -> None:
 
 async def test_an_update_that_no_message_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant = Plant(tmp_path, "mqtt://127.0.0.1:1")
-    monkeypatch.setattr("broker.job.MAX_PAYLOAD", 4 * 2 + 1023)
-    with pytest.raises(UserError, match="an update of 40 values may be 1032 bytes") as caught:
+    monkeypatch.setattr("broker.job.MAX_PAYLOAD", 4 * 14 + 1023)
+    with pytest.raises(UserError, match="an update of 40 values may be 1080 bytes") as caught:
         await Service(load_federation(plant.config), plant.state).run()
     assert (caught.value.place, caught.value.key) == (str(tmp_path / "wear.toml"), "round.codec")
 

@@ -107,6 +107,15 @@ def test_numbers_are_judged_by_their_error_and_a_codec_can_be_chosen(tmp_path: P
     assert steps["curve"] != whole["curve"]
 
 
+def test_plants_that_lag_behind_still_learn_together(tmp_path: Path) -> None:
+    data = rows(tmp_path)
+    found = figures(tmp_path, data, "--rounds", "8", "--mode", "async", "--stale", "2")
+    assert found["federated"] > 0.75
+    in_step = figures(tmp_path, data, "--rounds", "8")
+    assert found["curve"] != in_step["curve"]
+    assert found["bytes_up"] < in_step["bytes_up"]  # who lags has nothing to say in the first rounds
+
+
 def test_anomalies_need_no_labels(tmp_path: Path) -> None:
     plot = tmp_path / "plot.html"
     found = figures(tmp_path, rows(tmp_path, "anomaly"), "--rounds", "3", "--plot", str(plot))
@@ -124,6 +133,7 @@ def test_anomalies_need_no_labels(tmp_path: Path) -> None:
         (("--rounds", "0"), "--rounds: 0 rounds; write 1 or more"),
         (("--dropout", "1"), "--dropout: 1 is no chance below 1"),
         (("--keep", "0"), "--keep: 0 is no share"),
+        (("--stale", "2"), "--stale: 2 versions; write --mode async, and 0 to 8"),
         (("--strategy", "best"), "--strategy: no strategy 'best'; write one of: fedadam, fedavg"),
         (("--data", "/nowhere.npz"), "/nowhere.npz: can't be read as a recorded set"),
     ],

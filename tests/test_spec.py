@@ -1,12 +1,11 @@
 """task.toml: what it means, and every mistake in it told as file, line, key and remedy."""
 
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from models.errors import UserError
-from models.spec import MAX_TASK_BYTES, Round, load_task, net_names, parse_task, task_digest
+from models.spec import MAX_TASK_BYTES, load_task, net_names, parse_task, task_digest
 from models.tomlfile import line_of, seconds, size_bytes
 
 TASK = """\
@@ -187,18 +186,18 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
         CODECS,
     ),
     "a share": ("min_gateways = 3", "keep = 0.0", 29, "round.keep", "out of range", "write 0.001 to 0.5"),
+    "a buffer in step": ("min_gateways = 3", "buffer = 4", 29, "round.buffer", "waits for everybody", 'mode = "async"'),
+    "a small buffer": (
+        "min_gateways = 3",
+        'min_gateways = 3\nmode = "async"\nbuffer = 2',
+        31,
+        "round.buffer",
+        "less than",
+        "3 or",
+    ),
     "a duration": ('"2h"', '"2 hours"', 30, "round.deadline", "'2 hours' is not a duration", 'write "90s", "2h"'),
     "no unit of time": ('"7d"', '"7"', 31, "round.every", "'7' is not a duration", 'write "90s", "2h"'),
 }
-
-
-def test_an_update_is_wide_at_first_and_narrow_later() -> None:
-    rounds = Round()
-    shares = [rounds.keep_in(number) for number in range(9)]
-    assert shares[1] == pytest.approx(0.05)
-    assert shares[7] == shares[8] == pytest.approx(0.02)
-    assert all(a >= b for a, b in pairwise(shares))
-    assert Round(keep=0.01).keep_in(1) == 0.01
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -131,13 +131,25 @@ def test_next_model_leaves_personal_values_alone(shared: list[bool]) -> None:
     mask = np.array(shared)
     base = np.arange(mask.size, dtype=np.float32)
     payload = codec.encode(np.full(mask.sum(), 2, np.float32), 32).data
-    state, vector = next_model("fedavg", b"", base, mask, iter([(payload, 5), (payload, 1)]), momentum=0.0)
+    state, vector = next_model("fedavg", b"", base, mask, iter([(payload, 5, 0), (payload, 1, 0)]), momentum=0.0)
     assert state == b""
     assert np.array_equal(vector, base + np.where(mask, 2, 0))
+
+
+def test_what_is_late_counts_less_and_so_does_momentum() -> None:
+    base, mask = np.zeros(2, np.float32), np.ones(2, np.bool_)
+    sparse = codec.encode(np.array([0, 2], np.float32), codec.SPARSE, 0.5)
+    exact = codec.encode(np.array([4, 0], np.float32), codec.EXACT)
+    updates = [(exact.data, 1, 3), (sparse.data, 1, 8)]
+    state, vector = next_model("fedavg", b"", base, mask, iter(updates), momentum=0.8)
+    assert np.allclose(vector, [4 / 2 / 2, sparse.decoded[1] / 3 / 2])
+    none = codec.encode(np.zeros(2, np.float32), codec.EXACT).data
+    _, on = next_model("fedavg", state, base, mask, iter([(none, 1, 3)]), momentum=0.8, age=3.0)
+    assert np.allclose(on, 0.8 / 4 * vector)
 
 
 def test_next_model_refuses_an_overflow() -> None:
     base = np.full(2, 3e38, np.float32)
     payload = codec.encode(base, 32).data
     with np.errstate(over="ignore"), pytest.raises(ValueError, match="infinity"):
-        next_model("fedavg", b"", base, np.ones(2, np.bool_), iter([(payload, 1)]), momentum=0.0)
+        next_model("fedavg", b"", base, np.ones(2, np.bool_), iter([(payload, 1, 0)]), momentum=0.0)

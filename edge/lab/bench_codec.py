@@ -18,13 +18,14 @@ import msgspec
 import numpy as np
 
 from broker.aggregate import State, strategy
+from broker.rate import NARROWER
 from edge.infer import Scorer
 from edge.lab.fleet import Site, Workers, complete_task, load_sites
 from edge.lab.physics import test_windows
 from models import codec, evaluate
 from models.delta import Vector
 from models.errors import UserError
-from models.spec import Round, Task, parse_task
+from models.spec import Task, parse_task
 
 _TASK = 'name = "bench"\n[training]\nepochs = 2\nbatch = 32\nlr = 2e-3\n'
 _MOMENTUM = 0.5
@@ -64,7 +65,7 @@ def ways() -> list[Way]:
 
 
 def _ours(bits: int, keep: float | None, vector: Vector, number: int) -> Coded:
-    encoded = codec.encode(vector, bits, Round().keep_in(number) if keep is None else keep)
+    encoded = codec.encode(vector, bits, max(0.02, 0.05 * NARROWER ** (number - 1)) if keep is None else keep)
     return encoded.data, encoded.decoded
 
 

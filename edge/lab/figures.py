@@ -156,7 +156,7 @@ def _plant(stage: Stage, i: int, task: Task, text: str, layout: Layout, steps: i
     """One plant as the baselines see it: the training job that its gateway ran, on all that it stored."""
     config = load_config(stage.folder / f"plant{i + 1}" / "gateway.toml")
     wiring = wire(task, config.tasks[task.name], config.tags, config.file)
-    job = job_for(config, stage.gateway_state(i), text, wiring, layout, 0)
+    job = job_for(config, stage.gateway_state(i), text, wiring, layout, 0, {})
     return Plant(name=gateway_path(i), job=job, steps=steps, test=str(test))
 
 

@@ -56,9 +56,6 @@ def complete_task(text: str, data: Path) -> str:
         head += f'kind = "{kind}"\n'
     if "net" not in said:
         head += f'net = "{"autoencoder" if kind == "anomaly" else _NETS[layout.kind]}"\n'
-    if "personal" not in said:
-        # Plants differ in condition; with a head of its own each learns from the others what they have in common.
-        head += 'personal = ["head"]\n'
     if "window" not in said:
         # A long waveform of one channel is normalised by itself: its level is the machine's, its shape the fault's.
         # So is a picture: its level is the lamp's.

@@ -50,6 +50,12 @@ class Judge:
             return area(data.y, out[:, 1] - out[:, 0])
         return evaluate.accuracy(data.y, out.argmax(1))
 
+    def loss(self, vector: Vector, i: int) -> float:
+        """The mean loss of weights on a plant's holdout; NaN without one."""
+        site = self.sites[i]
+        scorer = Scorer.build(self.task, 0, self.graph, self.layout, vector, site.scale)
+        return float(scorer.losses(site.holdout).mean()) if len(site.holdout) else float("nan")
+
     def test(self, vector: Vector, i: int) -> float:
         """The metric of weights on a plant's fixed test."""
         return self.worth(self.outputs(vector, i, "test"), i, "test")

@@ -10,21 +10,22 @@ from broker import federation, messages, topics
 from broker import round as rounds
 from broker.aggregate import next_model
 from broker.genesis import weights_digest
+from broker.rate import Rate
 from edge import participant as p
 from edge.choose import average
 from edge.config import Policy
 from edge.lab.down import Down
-from edge.lab.fleet import Site, Workers
+from edge.lab.fleet import Workers
+from edge.lab.judge import Judge
 from models import codec
-from models.delta import Layout, Vector
-from models.spec import Task
+from models.delta import Vector
 
 
 @dataclass
 class Gateway:
     """One plant's half: its state machine, its key, and the error that its last updates left."""
 
-    site: Site
+    windows: int
     path: str
     signer: messages.Signer
     machine: p.Participant
@@ -36,18 +37,23 @@ class Gateway:
 class Fleet:
     """Aggregator and gateways joined by function calls."""
 
-    def __init__(self, task: Task, layout: Layout, down: Down, sites: list[Site], count: int, seed: int) -> None:
-        self.task, self.layout, self.down, self.seed = task, layout, down, seed
+    def __init__(self, down: Down, judge: Judge, count: int, seed: int, stale: int = 0) -> None:
+        self.down, self.judge, self.seed, self.stale = down, judge, seed, stale
+        task, layout, sites = judge.task, judge.layout, judge.sites
+        self.task = task
         self.vector = vector = codec.decode(down.rows[0].weights, layout.size)
         self.shared = layout.mask(task.personal)
+        self.rate = Rate.first(int(self.shared.sum()))
+        self.losses: dict[str, tuple[float, int]] = {}
         self.personal = [vector.copy() for _ in sites]
         self.average: Vector | None = None
         self.random = np.random.default_rng(seed)
         self.now, self.version, self.state = 0, 0, b""
-        self.payloads: dict[str, tuple[bytes, int]] = {}
+        self.payloads: dict[tuple[str, int], tuple[bytes, int, int]] = {}
+        self.offers: list[tuple[messages.Plan, Vector]] = []
         self.gateways = {
             path: Gateway(
-                site,
+                len(site.train),
                 path,
                 messages.Signer.from_bytes(bytes([i % 256, i // 256]) * 16),
                 p.Participant(Policy(), 1, windows=len(site.train)),
@@ -56,7 +62,8 @@ class Fleet:
             for i, site in enumerate(sites)
             for path in [f"lab/site{i}/a/l/c"]
         }
-        rules = federation.Rules(1, 1000, 0, count)
+        full = None if task.round.full is None else task.round.buffer or len(sites)
+        rules = federation.Rules(1, 1000, 0, count, full)
         self.federation = federation.Federation(rules, version=0, past=None)
 
     def at(self, i: int) -> Vector:
@@ -97,29 +104,38 @@ class Fleet:
         plan = messages.Plan(
             messages.VERSION, bytes(32), opened.round, opened.base, weights_digest(self.vector), "open",
             opened.opened_ms, opened.deadline_ms, r.min_gateways, r.bits,
-            secure_aggregation=False, keep_ppm=max(1, round(1e6 * r.keep_in(opened.round))),
+            secure_aggregation=False, keep_ppm=max(1, round(1e6 * (self.rate.keep if r.keep is None else r.keep))),
+            stalest=0 if r.full is None else rounds.STALEST,
         )  # fmt: skip
+        self.offers.append((plan, self.vector))
         actions: list[rounds.Action] = []
-        training: list[tuple[Gateway, p.StartTraining, Future[tuple[Vector, int]]]] = []
+        training: list[tuple[Gateway, p.StartTraining, Vector, Future[tuple[Vector, int]]]] = []
         absent = self.random.random(len(self.gateways)) < dropout
         absent[self.random.integers(len(absent))] &= not absent.all()  # somebody is there
         for path, gateway in self.gateways.items():
-            said = gateway.machine.handle(p.ModelStored(opened.base, plan.base_digest))
+            i = self._index(gateway)
+            behind = i % (self.stale + 1)
+            if behind >= len(self.offers):
+                continue  # what reaches this plant so late has not been said yet
+            plan, base = self.offers[-1 - behind]
+            said = gateway.machine.handle(p.ModelStored(plan.base, plan.base_digest))
             said += gateway.machine.handle(p.PlanSeen(plan))
             away = self.random.random() < dropout
             for one in said:
                 if isinstance(one, p.StartTraining) and not away:
-                    i = self._index(gateway)
                     seed, pull = self._seed(one.round, path), self.task.training.proximal
-                    training.append((gateway, one, workers.fit(i, self.at(i), seed, proximal=pull)))
+                    start = self._personalised(base, i)
+                    training.append((gateway, one, start, workers.fit(i, start, seed, proximal=pull)))
                 elif isinstance(one, p.Answer):
                     event = federation.Answered(path, one.round, one.verdict == "joined")
                     actions += self.federation.handle(event, self.now)
-        for gateway, one, job in training:
+        for gateway, one, start, job in training:
             vector, steps = job.result()
             gateway.steps += steps
-            self.personal[self._index(gateway)] = vector
-            actions += self._send(gateway, one, vector)
+            i = self._index(gateway)
+            loss = self.judge.loss(start, i)
+            self.personal[i] = vector
+            actions += self._send(gateway, one, vector - start, loss)
         if len(training) < len(self.gateways):
             self.now = opened.deadline_ms
             actions += self.federation.handle(federation.Tick(), self.now)
@@ -131,13 +147,16 @@ class Fleet:
     def _seed(self, number: int, path: str) -> int:
         return (self.seed * 1_000_003 + number * 1009 + list(self.gateways).index(path)) % 2**31
 
-    def _send(self, gateway: Gateway, action: p.StartTraining, vector: Vector) -> list[rounds.Action]:
-        """Encode with error feedback, seal as the gateway does, and hand the update over."""
-        delta = (vector - self.vector)[self.shared] + gateway.residual
+    def _send(self, gateway: Gateway, action: p.StartTraining, learnt: Vector, loss: float) -> list[rounds.Action]:
+        """Encode with error feedback, seal as the gateway does, and hand the update over; `loss` is the base's."""
+        delta = learnt[self.shared] + gateway.residual
         encoded = codec.encode(delta, action.bits, action.keep_ppm / 1e6)
         gateway.residual = delta - encoded.decoded
-        count = len(gateway.site.train)
-        update = messages.Update(messages.VERSION, action.round, action.base, count, None, encoded.data)
+        count = gateway.windows
+        loss_said = loss if np.isfinite(loss) else None
+        update = messages.Update(
+            messages.VERSION, action.round, action.base, count, None, encoded.data, base_loss=loss_said
+        )
         topic = topics.Uplink(topics.GatewayPath.parse(gateway.path), self.task.name, "update").topic
         envelope = gateway.signer.seal(update, topic)
         gateway.sent.append(len(envelope))
@@ -148,15 +167,21 @@ class Fleet:
             if isinstance(one, rounds.Outcome):
                 gateway.machine.handle(p.Settled(one.round, one.word))
                 if one.word == rounds.COUNTED:
-                    self.payloads[gateway.path] = (encoded.data, count)
+                    late = self.federation.number - action.round
+                    self.payloads[gateway.path, action.round] = (encoded.data, count, late)
+                    self.losses[gateway.path] = loss, count
         return actions
 
     def _close(self) -> None:
-        r, order = self.task.round, sorted(self.payloads)
-        updates = iter([self.payloads[path] for path in order])
-        self.state, goal = next_model(r.strategy, self.state, self.vector, self.shared, updates, momentum=r.momentum)
+        r, updates = self.task.round, [self.payloads[key] for key in sorted(self.payloads)]
+        samples = [count for _, count, _ in updates]
+        age = sum(count * late for _, count, late in updates) / sum(samples)
+        self.state, goal = next_model(
+            r.strategy, self.state, self.vector, self.shared, iter(updates), momentum=r.momentum, age=age
+        )
         self.version += 1
-        samples = [count for _, count in self.payloads.values()]
         self.vector = self.down.publish(goal, self.shared, r.down_in(self.version), samples)
         self.average = average(self.average, self.vector)
         self.payloads.clear()
+        self.rate = self.rate.after(self.losses)
+        self.losses.clear()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from broker.aggregate import strategy_names
+from broker.round import STALEST
 from edge.choose import GLOBAL, OWN, TUNED
 from edge.lab.down import Down
 from edge.lab.fleet import ALL, Workers, complete_task, load_sites
@@ -37,6 +38,8 @@ class Scenario(NamedTuple):
     keep: float | None = None
     strategy: str | None = None
     downlink: str | None = None
+    mode: str | None = None
+    stale: int = 0
 
     def task(self, text: str, place: str) -> tuple[str, Task]:
         """The task as this scenario runs it."""
@@ -46,6 +49,10 @@ class Scenario(NamedTuple):
         if self.strategy is not None and self.strategy not in strategy_names():
             remedy = f"write one of: {', '.join(strategy_names())}"
             raise UserError("--strategy", 0, "", f"no strategy {self.strategy!r}", remedy)
+        more["mode"] = self.mode or task.round.mode
+        if self.stale and (more["mode"] != "async" or not 0 < self.stale <= STALEST):
+            remedy = f"write --mode async, and 0 to {STALEST}"
+            raise UserError("--stale", 0, "", f"{self.stale} versions", remedy)
         more["downlink"] = self.downlink or task.round.downlink
         more["strategy"] = self.strategy or task.round.strategy
         more["keep"] = task.round.keep if self.keep is None else self.keep
@@ -73,7 +80,7 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
             print(told, end="\n" if number == count else "", file=sys.stderr, flush=True)
 
     with Workers(text, layout, sites) as workers:
-        fleet = Fleet(task, layout, Down(text, graph, layout, first), sites, count, seed)
+        fleet = Fleet(Down(text, graph, layout, first), judge, count, seed, scenario.stale)
         fleet.run(workers, scenario.dropout, after)
         plants = list(fleet.gateways.values())
         tuning = [workers.fit(i, fleet.at(i), seed, epochs=max(1, task.training.tune)).result() for i in every]
@@ -119,8 +126,9 @@ def main(args: argparse.Namespace) -> int:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(str(args.task), 0, "", f"can't be read: {error}", "give a task.toml in UTF-8") from None
     scenario = Scenario(
-        args.data, args.rounds, args.seed, args.dropout, args.codec, args.keep, args.strategy, args.downlink
-    )
+        args.data, args.rounds, args.seed, args.dropout, args.codec, args.keep, args.strategy, args.downlink,
+        args.mode, args.stale,
+    )  # fmt: skip
     found = simulate(scenario, text, str(args.task))
     if args.plot:
         try:
