@@ -367,7 +367,7 @@ async def test_steps_down_over_a_kill_9_and_an_empty_broker(broker: BrokerProces
     digests: list[list[bytes]] = []
     for folder in (tmp_path / "calm", tmp_path / "rough"):
         rough, made = folder.name == "rough", list[bytes]()
-        plant = Plant(folder, broker.url, min_gateways=2, rounds=6, downlink="sparse")
+        plant = Plant(folder, broker.url, min_gateways=2, rounds=6, downlink="sparse", more="momentum = 0.0\n")
         async with gateways(broker.url, 2) as there:
             process = await plant.process()
             try:
