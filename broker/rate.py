@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from broker.messages import MAX_PAYLOAD
 
 NARROWER, WIDER = 0.8, 1.5
-LEAST, MOST = 0.01, 0.35
-# So many values at the least, whatever the net's size: 2 % of 30,000 lost nothing on recorded sets.
-_FLOOR, _FLOOR_AT = 0.02, 30_000
+LEAST, MOST = 0.02, 0.35
+# So many values at the least, whatever the net's size: 2 % of 10,000 lost nothing on recorded sets.
+_FEWEST = 200
 _FIRST = 2.5  # floors wide is the first round
 # A loss this much higher is level, however well the gateways agree.
 _LEVEL = 0.01
@@ -30,7 +30,7 @@ Losses = Mapping[str, tuple[float, int]]
 
 def floor_of(count: int) -> float:
     """The least share that an update of `count` values may keep."""
-    return min(MOST, max(LEAST, _FLOOR * _FLOOR_AT / count))
+    return min(MOST, max(LEAST, _FEWEST / count))
 
 
 @dataclass(frozen=True)

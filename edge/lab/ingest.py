@@ -79,8 +79,8 @@ def _soaked(folder: Path, seconds: float) -> dict[str, dict[str, Any]]:
                 gateway.check()
                 last = resident_bytes(gateway.pid)
                 time.sleep(min(1.0, max(0.0, until - time.monotonic())))
-            wait_for("the gateway's figures", lambda: "{" in _said(gateway), [], _WAIT_S)
-            values = json.loads(_said(gateway).splitlines()[-1])["values"]
+            wait_for("the gateway's figures", lambda: bool(_figures(gateway)), [], _WAIT_S)
+            values = _figures(gateway)["values"]
         finally:
             gateway.stop()
     return {
@@ -95,6 +95,16 @@ def _soaked(folder: Path, seconds: float) -> dict[str, dict[str, Any]]:
 
 def _said(process: Process) -> str:
     return process.log.read_text(errors="replace")
+
+
+def _figures(process: Process) -> dict[str, Any]:
+    """What a child measured, among what its libraries log; nothing before it is through."""
+    for line in reversed(_said(process).splitlines()):
+        if line.startswith('{"'):
+            with contextlib.suppress(ValueError):  # half written
+                found: dict[str, Any] = json.loads(line)
+                return found
+    return {}
 
 
 def _model(folder: Path) -> None:
@@ -123,5 +133,4 @@ def _child(folder: Path, role: str, *arguments: object) -> dict[str, Any]:
     log.unlink(missing_ok=True)
     child = Process(role, python(_CHILD, role, *arguments, "--folder", folder), log)
     child.complete()
-    found: dict[str, Any] = json.loads(_said(child).splitlines()[-1])
-    return found
+    return _figures(child)
