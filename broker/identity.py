@@ -12,7 +12,7 @@ from broker.acl import mosquitto_conf
 from broker.config import FederationConfig
 from broker.journal import Journal
 from broker.messages import KEY_BYTES, VERSION, Admission, Request
-from broker.pki import AGGREGATOR, MOST_NAME, Authority, requested_key
+from broker.pki import AGGREGATOR, MOST_NAME, OPERATORS, Authority, requested_key
 from broker.topics import GatewayPath, segment
 from models.errors import LocalError, PeerError, UserError
 
@@ -75,11 +75,14 @@ def acl(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     if not 0 < args.port <= _MOST_PORT:
         raise UserError("--port", 0, "", f"{args.port} is no port", f"write 1 to {_MOST_PORT}")
     authority = Authority(folder(state))
+    for name in args.revoke_operator:
+        _revoke_operator(authority, name)
     for name in args.operator:
         _certify_operator(authority, name)
+    authority.renew()
     with closing(Journal(state)) as journal:
         gateways = sorted(journal.roster())
-    operators = sorted(p.stem for p in (authority.folder / "operators").glob("*.pem"))
+    operators = sorted(p.stem for p in (authority.folder / OPERATORS).glob("*.pem"))
     out: Path = args.out.absolute()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -104,11 +107,22 @@ def _certify_operator(authority: Authority, name: str) -> None:
         raise UserError("--operator", 0, "", error.detail, "write a short name") from error
     if name == AGGREGATOR:
         raise UserError("--operator", 0, "", f"{name!r} is the aggregator's own name", "write another")
-    people = authority.folder / "operators"
+    people = authority.folder / OPERATORS
     people.mkdir(exist_ok=True, mode=0o700)
     if not (people / f"{name}.pem").exists():
-        authority.make_pair(f"operators/{name}", "client", name=name)
+        authority.make_pair(f"{OPERATORS}/{name}", "client", name=name)
         print(f"{people / name}.pem and .key are for {name}")
+
+
+def _revoke_operator(authority: Authority, name: str) -> None:
+    files = [authority.folder / OPERATORS / f"{name}.{end}" for end in ("pem", "key")]
+    if not files[0].exists():
+        known = ", ".join(sorted(path.stem for path in files[0].parent.glob("*.pem"))) or "none"
+        raise UserError("--revoke-operator", 0, "", f"no operator {name!r}", f"there are: {known}")
+    authority.revoke(name)
+    for file in files:
+        file.unlink(missing_ok=True)
+    print(f"{name} is an operator no more")
 
 
 def _path(text: str, config: FederationConfig) -> GatewayPath:
@@ -143,19 +157,21 @@ def _admit(journal: Journal, path: str, key: bytes, state: Path) -> int:
 
 def _revoke(journal: Journal, path: str, state: Path) -> int:
     """Out of the roster at once, which ends what it may say; and its certificate onto the list, if it has one."""
-    key = journal.key_of(path)
-    if key is None:
-        raise LocalError(f"{path} is not in the roster")
-    now_ms = time.time_ns() // 1_000_000
-    with journal.transaction():
-        journal.remove_from_roster(path)
-        journal.note(now_ms, "revoked", {"path": path, "key": key.hex()})
-    print(f"{path} takes part no more (state: {state})")
+    key, certificates = journal.key_of(path), 0
+    if key is not None:
+        now_ms = time.time_ns() // 1_000_000
+        with journal.transaction():
+            journal.remove_from_roster(path)
+            journal.note(now_ms, "revoked", {"path": path, "key": key.hex()})
+        print(f"{path} takes part no more (state: {state})")
+    # Also where the roster has forgotten it: an earlier try may have ended between the two.
     if (folder(state) / "ca.key").exists():
         try:
-            serial = Authority(folder(state)).revoke(path)
+            certificates = Authority(folder(state)).revoke(path)
         except LocalError as error:
             print(error)
         else:
-            print(f"its certificate {serial:x} is revoked; tundish broker acl tells the MQTT broker")
+            print(f"{certificates} certificates of it are revoked; tundish broker acl tells the MQTT broker")
+    if key is None and not certificates:
+        raise LocalError(f"{path} is not in the roster, and has no certificate")
     return 0

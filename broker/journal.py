@@ -19,6 +19,8 @@ from broker.round import STALEST
 from models.errors import LocalError
 
 SCHEMA_VERSION = 4
+# Versions whose weights are kept: enough to go back, and to lead on whoever trains on an old one.
+_KEPT_VERSIONS = 64
 _SCHEMA = """
 CREATE TABLE keys(name TEXT PRIMARY KEY, private_key BLOB NOT NULL) STRICT;
 CREATE TABLE roster(path TEXT PRIMARY KEY, public_key BLOB NOT NULL, since_ms INTEGER NOT NULL,
@@ -211,8 +213,10 @@ class Journal:
         self._do("UPDATE tasks SET residual = ? WHERE task = ?", residual, task)
 
     def put_model(self, task: str, row: ModelRow) -> None:
-        """Store a version of the weights."""
+        """Store a version of the weights; what is long past keeps its digest and its numbers alone."""
         self._do("INSERT INTO models VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", task, *row)
+        gone = "UPDATE models SET weights = x'', step = NULL WHERE task = ? AND version = ? AND version > 0"
+        self._do(gone, task, row.version - _KEPT_VERSIONS)
 
     def model(self, task: str, version: int | None = None) -> ModelRow | None:
         """One version, or the newest; None if there is none."""

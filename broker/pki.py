@@ -3,7 +3,8 @@
     ca.pem, ca.key              the authority, made once by `tundish broker init`; the key stays where it was made
     broker.pem, broker.key      what the MQTT broker shows
     aggregator.pem, .key        what the aggregator shows
-    issued/NAME.pem             the newest certificate of each name, `/` written as `+`
+    operators/NAME.pem, .key    what people show who read scores and give feedback
+    issued/NAME.pem             the certificates of each name, oldest first, `/` written as `+`
     crl.pem                     serial numbers that are no longer good
 
 Certificates are X.509 version 3 (RFC 5280) on P-256. A name is put there by the operator, as the common name and a
@@ -13,6 +14,7 @@ Certificates are X.509 version 3 (RFC 5280) on P-256. A name is put there by the
 import contextlib
 import ipaddress
 import os
+import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -29,7 +31,7 @@ from models.errors import LocalError, PeerError, UserError
 Role = Literal["broker", "client"]
 PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | rsa.RSAPublicKey
 
-AGGREGATOR = "aggregator"
+AGGREGATOR, OPERATORS = "aggregator", "operators"
 # The standard's bound of a common name (RFC 5280, ub-common-name), which OpenSSL keeps.
 MOST_NAME = 64
 MOST_REQUEST = 16 * 1024
@@ -38,6 +40,7 @@ _CA_DAYS = 3650
 # An expired list would shut everybody out, so it lives as long as the authority; a new one replaces it at once.
 _CRL_DAYS = _CA_DAYS
 _LEAST_RSA_BITS = 2048
+_HOST = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 # A machine whose clock is a little behind must not find its new certificate to be of the future.
 _EARLIER = timedelta(hours=1)
 
@@ -45,12 +48,12 @@ _EARLIER = timedelta(hours=1)
 class Authority:
     """The CA in a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, key_file: Path | None = None) -> None:
         """Load it; LocalError where there is none."""
         self.folder = folder
         try:
             self.certificate = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
-            key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+            key = serialization.load_pem_private_key((key_file or folder / "ca.key").read_bytes(), None)
         except FileNotFoundError as error:
             raise LocalError(f"{error.filename} is not there; make the authority with tundish broker init") from None
         except (OSError, ValueError) as error:
@@ -65,6 +68,8 @@ class Authority:
         if (folder / "ca.key").exists():
             remedy = "it is made once: every certificate hangs on it; tundish broker acl writes the broker's files"
             raise UserError(str(folder), 0, "", "there is an authority already", remedy)
+        for host in hosts:
+            _general_name(host)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         key, name = ec.generate_private_key(ec.SECP256R1()), _name(f"tundish {federation}"[:MOST_NAME])
         builder = _begun(name, name, key.public_key(), _CA_DAYS)
@@ -74,13 +79,31 @@ class Authority:
             .sign(key, hashes.SHA256())
         )
         write_file(folder / "ca.pem", certificate.public_bytes(serialization.Encoding.PEM))
-        # Last: an authority that was only half made is made again.
-        write_file(folder / "ca.key", key_pem(key), secret=True)
-        made = cls(folder)
+        part = folder / "ca.key.part"
+        write_file(part, key_pem(key), secret=True)
+        made = cls(folder, part)
         made._revoke_serials(())
         made.make_pair("broker", "broker", hosts)
         made.make_pair(AGGREGATOR, "client")
+        # Last: an authority that was only half made is made again.
+        part.rename(folder / "ca.key")
         return made
+
+    def renew(self) -> None:
+        """Make the pairs anew that were made here and have less than a third of their time left."""
+        pairs: list[tuple[Path, Role]] = [(self.folder / "broker.pem", "broker")]
+        pairs += [(self.folder / f"{AGGREGATOR}.pem", "client")]
+        pairs += [(path, "client") for path in sorted((self.folder / OPERATORS).glob("*.pem"))]
+        for path, role in pairs:
+            old = x509.load_pem_x509_certificate(path.read_bytes())
+            if old.not_valid_after_utc - datetime.now(UTC) > timedelta(days=_DAYS / 3):
+                continue
+            names = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+            hosts = names.get_values_for_type(x509.DNSName) + [
+                str(address) for address in names.get_values_for_type(x509.IPAddress)
+            ]
+            file = str(path.relative_to(self.folder).with_suffix(""))
+            self.make_pair(file, role, hosts, name=path.stem)
 
     def make_pair(self, file: str, role: Role, hosts: Sequence[str] = (), *, name: str = "") -> None:
         """Make a key and its certificate here, for `name` (or `file`): of who lives on the aggregator's own machine."""
@@ -106,18 +129,20 @@ class Authority:
         )
         pem = certificate.public_bytes(serialization.Encoding.PEM)
         (self.folder / "issued").mkdir(exist_ok=True, mode=0o700)
-        write_file(self._issued(name), pem)
+        before = self._issued(name).read_bytes() if self._issued(name).is_file() else b""
+        write_file(self._issued(name), before + pem)
         return pem
 
     def revoke(self, name: str) -> int:
-        """Put a name's newest certificate on the list; return its serial number, LocalError if it never had one."""
+        """Put every certificate of a name on the list; return how many, LocalError if it never had one."""
         try:
-            serial = x509.load_pem_x509_certificate(self._issued(name).read_bytes()).serial_number
+            issued = x509.load_pem_x509_certificates(self._issued(name).read_bytes())
         except OSError:
             raise LocalError(f"{name} has no certificate of this authority") from None
         old = x509.load_pem_x509_crl((self.folder / "crl.pem").read_bytes())
-        self._revoke_serials({*(entry.serial_number for entry in old), serial})
-        return serial
+        serials = {one.serial_number for one in issued}
+        self._revoke_serials(serials.union(entry.serial_number for entry in old))
+        return len(serials)
 
     def _issued(self, name: str) -> Path:
         return self.folder / "issued" / f"{name.replace('/', '+')}.pem"
@@ -195,10 +220,9 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 def _general_name(host: str) -> x509.GeneralName:
     with contextlib.suppress(ValueError):
         return x509.IPAddress(ipaddress.ip_address(host))
-    try:
-        return x509.DNSName(host)
-    except ValueError as error:
-        raise UserError("--host", 0, "", f"{host!r} is no host", "write a name or an address") from error
+    if not _HOST.fullmatch(host):
+        raise UserError("--host", 0, "", f"{host!r} is no host", "write a name or an address")
+    return x509.DNSName(host)
 
 
 def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -7,7 +7,7 @@ is the one that `_inference` published. Who may send one is the broker's to say,
 |---|---|---|---|
 | classification | that class is the label | of two classes the other one; else not trained on | that class |
 | regression | refused | refused | that number, in the target's unit |
-| anomaly | not trained on: it was one | trained on as normal | refused |
+| anomaly | that it is one: not trained on; that it is normal: trained on | the other way round | refused |
 """
 
 import math
@@ -22,6 +22,8 @@ from models.spec import Task
 
 MAX_BYTES = 4096
 _NS_PER_MS = 1_000_000
+_JUDGED = {"anomaly", "normal"}
+_LARGEST = 1e15  # whose square a float32 still holds
 
 Millis = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
@@ -60,12 +62,17 @@ def resolve(task: Task, said: Feedback, scored: str) -> float | None:
     if task.kind == "anomaly":
         if said.verdict == "label":
             raise PeerError("verdict", "an anomaly task has no labels: write ack or reject")
-        return None if said.verdict == "ack" else 0.0
+        if scored not in _JUDGED:
+            raise PeerError("verdict", f"that window was {scored}, which says nothing of it")
+        return None if (scored == "anomaly") == (said.verdict == "ack") else 0.0
     if task.kind == "regression" or task.target is None:
         if said.verdict != "label":
             raise PeerError("verdict", "of a number, the right one must be said: write label")
         if not isinstance(said.label, float) or not math.isfinite(said.label):
             raise PeerError("label", f"{said.label!r} is no number")
+        low, high = (task.target.range if task.target else None) or (-_LARGEST, _LARGEST)
+        if not low <= said.label <= high:
+            raise PeerError("label", f"{said.label:g} is out of range: {low:g} to {high:g}")
         return said.label
     classes = task.target.classes
     name = said.label if said.verdict == "label" else scored

@@ -123,10 +123,13 @@ class Watch:
     def take(self, part: Part) -> None:
         """Take one flush of a tag, or of tags that are read together."""
         with self._lock:
+            before = self._waiting.get(part.refs)
+            # A waveform that was Bad is a column of its own, and its width may change.
+            if before and before[-1].columns[1].shape[1:] != part.columns[1].shape[1:]:
+                self._count(part.refs)
             waiting = self._waiting.setdefault(part.refs, [])
             waiting.append(part)
-            # Waveforms may change their width.
-            if len(waiting) >= _FLUSHES or part.columns[1].ndim > 1:
+            if len(waiting) >= _FLUSHES:
                 self._count(part.refs)
 
     def _count(self, refs: tuple[str, ...]) -> None:

@@ -31,6 +31,7 @@ CREATE INDEX IF NOT EXISTS block_tag ON block (tag, id, last_ns);
 CREATE TABLE IF NOT EXISTS score (
   id INTEGER PRIMARY KEY, task TEXT NOT NULL, scored_ms INTEGER NOT NULL, end_ns INTEGER NOT NULL,
   score REAL, verdict TEXT NOT NULL, version INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS score_end ON score (task, end_ns);
 """
 
 

@@ -16,9 +16,10 @@ import msgspec
 from broker import admission
 from broker.messages import VERSION, Admission, Request, Signer
 from broker.settings import MqttSettings, endpoint
+from broker.topics import segment
 from edge.config import Config
 from edge.store import State
-from models.errors import UserError
+from models.errors import PeerError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,10 @@ def import_admission(args: argparse.Namespace, config: Config, folder: Path) -> 
     from broker.pki import write_file  # noqa: PLC0415 - X.509 is for enrolment alone
 
     answer = admission.read(args.file, Admission)
+    try:
+        segment(answer.federation)
+    except PeerError as error:
+        raise UserError(str(args.file), 0, "", error.detail, "let the operator make it again") from error
     if answer.path != str(config.path):
         problem = f"is for {answer.path}, this is {config.path}"
         raise UserError(str(args.file), 0, "", problem, "give the file that was made for this gateway")

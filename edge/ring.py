@@ -164,9 +164,12 @@ class Samples:
         self._taken += sum(map(len, batches))
         parts, lost = parts_of(batches)
         self.dropped += lost
-        if self._watch:
-            for part in parts:
-                self._watch(part)
+        try:
+            for part in parts if self._watch else ():
+                self._watch(part)  # type: ignore[misc]
+        except Exception:
+            # What is counted wrongly must cost no sample.
+            log.exception("health of the tags")
         return parts
 
     def _write(self, parts: list[Part], scores: list[Score], *, days: bool) -> None:

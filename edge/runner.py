@@ -26,7 +26,7 @@ from edge.store import Outgoing
 from edge.tags import Sample
 from edge.train import NotEnoughError, Result, Trainer, job_for
 from edge.update import seal_update
-from edge.verdicts import hear
+from edge.verdicts import Ear
 from edge.wiring import wire
 from models.errors import LocalError, PeerError, UserError
 from models.scale import Scale
@@ -43,18 +43,17 @@ class Runner:
     def __init__(self, name: str, table: TaskTable, shop: Shop) -> None:
         self.name, self.table, self.shop = name, table, shop
         self.memory = Memory(shop.state, name)
+        self._ear = Ear(shop, self.memory)
         self.live: Live | None = None
         self.model: Model | None = None
         self.fetch: Fetch | None = None
-        self.problem = ""
+        self.problem, self._envelope = "", b""
         self.kept: dict[str, Any] = {}
-        self._envelope = b""
-        self._wanted_ms = -1
+        self._wanted_ms, self._stored_before = -1, 0
         self._installing = asyncio.Lock()
         self._jobs: set[asyncio.Task[None]] = set()
         self._trainer = Trainer()
         self._training: asyncio.Task[None] | None = None
-        self._stored_before = 0
         # What the memory holds, at hand for the event loop.
         self.scale, self.holdout = self.memory.scale(), self.memory.holdout()
         self.personal, self.own = self.memory.vector("personal"), self.memory.vector("own")
@@ -151,7 +150,8 @@ class Runner:
 
     def on_feedback(self, payload: bytes) -> None:
         """Take what an operator said of a window."""
-        self._spawn(hear(self.shop, self.memory, self.model, payload))
+        if self._ear.take(self.model, payload):
+            self._spawn(self._ear.drain())
 
     def on_receipt(self, receipt: m.Receipt) -> None:
         """Let the outbox go of what the aggregator has answered for."""

@@ -18,6 +18,10 @@ from models.errors import LocalError
 
 T = TypeVar("T")
 
+# Keys of the state that a federation gave, each followed by the task's name.
+_FEDERATIONS = (
+    "manifest", "terms", "graph", "weights", "scoring", "residual", "personal", "average", "handled", "answered",
+)  # fmt: skip
 # Of each file; 2,000 as it comes. What is written once and read by another process gains nothing from more.
 _CACHE_KIB = 256
 
@@ -153,7 +157,7 @@ class State:
     def forget_federation(self) -> None:
         """Drop what a federation gave and what waits for it; key, normalisation, holdout and ledger stay."""
         self._db.execute("DELETE FROM outbox")
-        for name in ("manifest", "terms", "graph", "weights", "scoring", "residual", "personal", "handled", "answered"):
+        for name in _FEDERATIONS:
             self._db.execute("DELETE FROM state WHERE key LIKE ? || '/%'", (name,))
 
     def record(self, kind: str, body: dict[str, object]) -> None:

@@ -49,6 +49,8 @@ def said(verdict: str, label: str | float | None = None, **more: Any) -> Feedbac
         (of("regression"), ("label", 3), "ok", 3.0),
         (of("anomaly"), ("ack",), "anomaly", None),
         (of("anomaly"), ("reject",), "anomaly", 0.0),
+        (of("anomaly"), ("ack",), "normal", 0.0),
+        (of("anomaly"), ("reject",), "normal", None),
     ],
 )
 def test_what_is_said_becomes_a_label(
@@ -67,6 +69,8 @@ def test_what_is_said_becomes_a_label(
         (of("regression"), ("ack",), "ok", "verdict"),
         (of("regression"), ("label", "3"), "ok", "label"),
         (of("anomaly"), ("label", "normal"), "anomaly", "verdict"),
+        (of("anomaly"), ("ack",), "learning", "verdict"),
+        (of("regression"), ("label", 1e39), "ok", "label"),
     ],
 )
 def test_what_can_not_be_used_is_refused(

@@ -116,3 +116,14 @@ def test_tags_read_together_are_each_as_well_as_one_alone() -> None:
     assert shown == alone.snapshot("p", at(60))
     assert [shown[name]["samples"] for name in "abc"] == [60, 60, 60]
     assert all(shown[name]["out_of_range"] for name in "abc")
+
+
+def test_a_waveform_that_was_bad_for_a_moment_costs_nothing() -> None:
+    watch = Watch({"p/w": Tag(source="p", name="w", address="x", width=4)})
+    times, _, quality = columns(0, [0.0] * 3)
+    watch.take(Part(("p/w",), 3, (times, np.zeros((3, 4), np.float32), quality)))
+    watch.take(Part(("p/w",), 1, columns(3, [float("nan")], BAD)))
+    times, _, quality = columns(4, [0.0] * 2)
+    watch.take(Part(("p/w",), 2, (times, np.zeros((2, 4), np.float32), quality)))
+    shown = watch.snapshot("p", at(6))["w"]
+    assert (shown["samples"], shown["rate_hz"]) == (6, 1.0)

@@ -202,7 +202,47 @@ def test_one_who_was_taken_out_is_a_stranger(operator: Operator, tmp_path: Path)
     )
     assert crl.get_revoked_certificate_by_serial_number(issued.serial_number)
     with pytest.raises(LocalError, match="not in the roster"):
-        operator.run("enrol", "--path", HERE, "--revoke")
+        operator.run("enrol", "--path", THERE, "--revoke")
+    assert operator.run("enrol", "--path", HERE, "--revoke") == 0  # again: an earlier try may have ended half-way
+
+
+def test_every_certificate_of_a_name_is_taken_back(operator: Operator, tmp_path: Path) -> None:
+    enrolled(operator, tmp_path / "stolen")
+    enrolled(operator, tmp_path / "new")
+    operator.run("enrol", "--path", HERE, "--revoke")
+    crl = x509.load_pem_x509_crl((operator.state / "pki" / "crl.pem").read_bytes())
+    assert len(list(crl)) == 2
+    assert operator.run("acl", "--out", tmp_path / "out", "--operator", "marie") == 0
+    assert operator.run("acl", "--out", tmp_path / "out", "--revoke-operator", "marie") == 0
+    assert len(list(x509.load_pem_x509_crl((tmp_path / "out" / "crl.pem").read_bytes()))) == 3
+    assert "marie" not in (tmp_path / "out" / "acl").read_text()
+    with pytest.raises(UserError, match="no operator 'marie'"):
+        operator.run("acl", "--out", tmp_path / "out", "--revoke-operator", "marie")
+
+
+def test_pairs_that_were_made_here_are_renewed_in_time(operator: Operator) -> None:
+    authority = Authority(operator.state / "pki")
+    file = authority.folder / "broker.pem"
+    before = file.read_bytes()
+    authority.renew()
+    assert file.read_bytes() == before
+    key = ec.generate_private_key(ec.SECP256R1())
+    file.write_bytes(authority.issue(key.public_key(), "broker", "broker", ["localhost", "127.0.0.1"], days=5))
+    authority.renew()
+    made = x509.load_pem_x509_certificate(file.read_bytes())
+    assert made.not_valid_after_utc > x509.load_pem_x509_certificate(before).not_valid_before_utc
+    names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["localhost"]
+    assert [str(one) for one in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
+    assert made.public_key() != key.public_key()
+
+
+@pytest.mark.parametrize("host", ["münchen", "bad host", "", "a..b"])
+def test_a_host_that_is_none_leaves_no_half_authority(tmp_path: Path, host: str) -> None:
+    made = Operator(tmp_path / "office")
+    with pytest.raises(UserError, match="is no host"):
+        made.run("init", "--host", "localhost", "--host", host)
+    assert made.run("init", "--host", "localhost") == 0
 
 
 # -- a real Mosquitto --------------------------------------------------------------------------------------------------

@@ -75,6 +75,11 @@ async def test_json_of_every_shape(kind: str) -> None:
         ):
             rig.put("x", wrong)
             await until(lambda said=said: driver.health.quarantined.get("plc/x") == said)  # type: ignore[misc]
+        for ragged in ("[[1, [2]]]", "[[1], 2]", "[]", '[{"a": 1}]'):  # no value, whatever is in it
+            rig.put("x", "3.0")
+            await until(lambda: last(sink, "x") == (3.0, GOOD))
+            rig.put("x", ragged)
+            await until(lambda: sink.of("plc/x")[-1].quality is BAD)
         rig.put("part", '"part 7"')
         await until(lambda: last(sink, "part") == (float(zlib.crc32(b"part 7")), GOOD))
         rig.put("w", "[1, 2, 3.5]")

@@ -123,9 +123,9 @@ def misfit(tag: Tag, raw: object) -> str:
         # A checksum that is scored as a number would look like one.
         text = f"{tag.address} is a text; write type = string: its checksum then tells segments apart"
         return "" if tag.type == "string" else text
-    if tag.width or not isinstance(raw, list | np.ndarray) or np.ndim(raw[:1]) != 1:
+    if tag.width or not isinstance(raw, list | np.ndarray):
         return ""
-    numbers = isinstance(raw, np.ndarray) or (raw and all(isinstance(one, int | float) for one in raw))
+    numbers = raw.ndim == 1 if isinstance(raw, np.ndarray) else raw and all(isinstance(one, int | float) for one in raw)
     return f"{tag.address} is an array of {len(raw)} numbers; write type = float32[{len(raw)}]" if numbers else ""
 
 

@@ -132,9 +132,9 @@ def _compare(stage: Stage, journal: Journal, task: Task, layout: Layout, steps: 
     newest = journal.model(name)
     if row is None or newest is None:
         raise LocalError("the aggregator has no model")
-    versions = range(newest.version + 1)
-    models = [journal.model(name, v) for v in versions]
-    vectors = np.stack([codec.decode(m.weights, layout.size) for m in models if m])
+    models = [m for v in range(newest.version + 1) if (m := journal.model(name, v)) and m.weights]
+    versions = [m.version for m in models]
+    vectors = np.stack([codec.decode(m.weights, layout.size) for m in models])
     graph = np.frombuffer(codec.inflate(row.graph, row.graph_size), np.uint8)
     np.savez(folder / "models.npz", graph=graph, versions=np.array(versions), vectors=vectors)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
