@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -27,7 +28,7 @@ def folder(state: Path) -> Path:
 
 def init(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     """Make the authority; say what comes next."""
-    made = Authority.create(folder(state), config.name, args.host or ["localhost"])
+    made = Authority.create(folder(state.absolute()), config.name, args.host or ["localhost"])
     print(f"the authority of {config.name} is {made.folder / 'ca.pem'}; its key {made.folder / 'ca.key'} stays here")
     print("[mqtt] of federation.toml:")
     for key, name in (("ca", "ca.pem"), ("cert", f"{AGGREGATOR}.pem"), ("key", f"{AGGREGATOR}.key")):
@@ -41,6 +42,8 @@ def enrol(args: argparse.Namespace, config: FederationConfig, state: Path) -> in
     path = _path(args.path, config)
     if args.request is not None and args.out is None:
         raise UserError("--out", 0, "", "missing", "name the file that goes back to the gateway")
+    if not state.is_dir():
+        print(f"no aggregator has run with its state in {state}; is --state its own?", file=sys.stderr)
     with closing(Journal(state)) as journal:
         if args.revoke and config.join != "enrolled":
             remedy = 'write join = "enrolled" first, or its key is taken when it is next seen'
@@ -65,7 +68,10 @@ def enrol(args: argparse.Namespace, config: FederationConfig, state: Path) -> in
         answer = Admission(VERSION, str(path), signer.public_key, config.name, certificate, root)
         admission.write(args.out, signer, answer)
         _admit(journal, str(path), request.public_key, state)
-    print(f"{args.out} goes back to the gateway: tundish edge import {args.out.name} -c gateway.toml")
+    print(
+        f"{args.out} goes back to the gateway: tundish edge import {args.out.name} -c gateway.toml, "
+        "with the --state that it runs with"
+    )
     print("tundish broker acl writes the access list anew")
     return 0
 

@@ -128,7 +128,11 @@ class Intake:
 
     def _first_birth(self, path: str, inbound: Inbound, now_ms: int) -> Birth:
         if self._config.join != "first-seen":
-            key = peek(inbound.payload, Birth).public_key
+            try:
+                key = peek(inbound.payload, Birth).public_key
+            except PeerError:
+                peek(inbound.payload, Death)  # of one who was taken out, or never in
+                raise PeerError("unknown-gateway", f"{path}, which is not in the roster, went away") from None
             open_envelope(inbound.payload, inbound.topic, key, Birth)
             if len(self.strangers) < MAX_STRANGERS:
                 self.strangers[path] = key.hex()

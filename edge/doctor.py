@@ -30,6 +30,8 @@ from edge.status import STATUS_FILE
 from edge.tags import Source
 from models.errors import UserError
 
+_FRESH_S = 10.0  # a status that is older is of a gateway that ended
+
 GATEWAY, BROKER = "gateway", "broker"
 _SOURCE_S = 60.0  # for all steps of one source, whatever happens
 _LEAST_FREE = 256 << 20
@@ -224,15 +226,28 @@ async def federation(config: Config, state: Path) -> AsyncIterator[Step]:
     filters = [FederationStatus(name).topic]
     for task in config.tasks:
         filters += downlink_filters(name, task, config.path)
+    settings, said = with_own_tls(config.mqtt, state), _said(state)
+    if settings.cert and said.get("running") and time.time() - said["time_ms"] / 1000 < _FRESH_S:
+        # A broker may let each certificate in once: a second client would throw the gateway out.
+        mqtt = said["mqtt"]
+        how = "is connected" if mqtt["connected"] else f"is not connected: {mqtt['error']}"
+        yield note("connection", f"the gateway runs and {how}; stop it, or ask again then, to go through each step")
+        return
     # Under the gateway's own area, and no topic that an aggregator reads.
-    async for step in look(with_own_tls(config.mqtt, state), filters, f"{config.path}/_fl/doctor/probe"):
+    async for step in look(settings, filters, f"{config.path}/_fl/doctor/probe"):
         yield step
 
 
 def _pinned(state: Path) -> str:
     """Return the federation that the gateway follows, as its status says; nothing if none is known."""
+    federation = _said(state).get("federation")
+    return str(federation.get("name", "")) if isinstance(federation, dict) else ""
+
+
+def _said(state: Path) -> dict[str, Any]:
+    """What the gateway said of itself last; nothing if it never ran."""
     try:
         status: dict[str, Any] = json.loads((state / STATUS_FILE).read_text())
-        return str(status["federation"]["name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    except (OSError, ValueError):
+        return {}
+    return status

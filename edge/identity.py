@@ -58,7 +58,7 @@ def export_request(args: argparse.Namespace, config: Config, folder: Path) -> in
         with state.transaction():
             state.record("request-made", {"path": str(config.path), "public_key": signer.public_key.hex()})
     print(
-        f"{args.request} is for the operator, who runs: tundish broker enrol --path {config.path} "
+        f"{args.request} is for the operator, who runs: tundish broker enrol -c federation.toml --path {config.path} "
         f"--request {args.request.name} --out {args.request.with_suffix('.admission').name}"
     )
     print(f"he can tell it by its key: {signer.public_key.hex()}")

@@ -391,7 +391,7 @@ class Runner:
             self.shop.state.record("model-adopted" if adopt else "model-kept", body)
 
         await self.shop.state.commit(work)
-        word = "scores now" if adopt else f"is worse here; version {old.version if old else 0} goes on scoring"
+        word = "scores now" if adopt else f"is not clearly better here; version {old.version if old else 0} goes on"
         worth = f"{body['metric']} {body.get('new')}, was {body.get('old')}"
         log.info("%s: model %d %s (%s)", self.name, model.manifest.version, word, worth)
 

@@ -59,8 +59,8 @@ def _print_stranger(status: dict[str, Any]) -> None:
     planned = any(task["round"] is not None for task in status["tasks"].values())
     if status["mqtt"]["connected"] and not status.get("answered", True) and (status["outbox"] or not planned):
         what = "receipt" if status["outbox"] else "plan"
-        enrol = f"--path {status['path']} --key {status['public_key']}"
-        print(f"  ENROL    no {what} for this gateway yet: ask the operator to enrol it: tundish broker enrol {enrol}")
+        enrol = f"tundish broker enrol -c federation.toml --path {status['path']} --key {status['public_key']}"
+        print(f"  ENROL    no {what} for this gateway yet: ask the operator to enrol it: {enrol}")
 
 
 def _print_source(name: str, health: dict[str, Any]) -> None:
