@@ -20,6 +20,7 @@ import numpy as np
 
 from edge.blocks import MOST_VALUES, Tags, pack, unpack
 from edge.flush import DENSE, Part, parts_of
+from edge.heap import give_back
 from edge.history import FILE, SCHEMA, SCORE, TABLES, Score, in_order, joined, sections
 from edge.store import SchemaError, open_database
 from edge.tags import Sample
@@ -253,6 +254,9 @@ class Samples:
         for number, columns_ in parts.items():
             self._add(number, columns_)
         self._db.execute("DELETE FROM journal")
+        # This takes far more memory than all between two of it.
+        del parts
+        give_back()
 
     def _add(self, tag: int, parts: list[Columns]) -> None:
         """Store a tag's samples as one block, together with its newest blocks as far as they are not much larger.

@@ -302,7 +302,7 @@ async def test_a_full_round(broker: BrokerProcess, tmp_path: Path) -> None:
 async def test_the_share_follows_the_losses_and_a_restart_changes_nothing(
     broker: BrokerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("broker.rate._FLOOR_AT", SHARED)
+    monkeypatch.setattr("broker.rate._FEWEST", 0)
     plant = Plant(tmp_path, broker.url, rounds=9)
     kept = [50_000, 50_000, 40_000, 60_000]
     async with gateways(broker.url) as there:
