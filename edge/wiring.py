@@ -69,8 +69,3 @@ def unit_notes(task: Task, wiring: Wiring, tags: dict[str, Tag]) -> list[str]:
             plus = f" {wiring.offsets[i]:+.6g}" if wiring.offsets[i] else ""
             notes.append(f"{tag.ref}: {tag.unit} to {signal.unit}, x {wiring.gains[i]:.6g}{plus}")
     return notes
-
-
-def shape_of(task: Task) -> tuple[object, ...]:
-    """What of a task decides how windows are made and judged; the rest may change while it scores."""
-    return task.kind, task.net, task.window, task.signal, task.target
