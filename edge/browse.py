@@ -18,14 +18,13 @@ from edge.drivers._opcua_browse import MOST_NODES, Found, Tree, Walk
 from edge.drivers._opcua_errors import explain
 from edge.drivers._opcua_link import Link, server_url
 from edge.drivers._opcua_nodes import parse_node
-from edge.drivers._opcua_security import Security
+from edge.drivers._opcua_security import OPTIONS, Security
 from edge.tags import Source
 from edge.tagscsv import COLUMNS, MAX_TAGS
 from models.errors import LocalError, UserError
 
 _TIMEOUT_S = 10.0
 _SHOWN = 20
-_OPTIONS = ("security", "user", "password_file", "user_certificate", "user_key")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -56,7 +55,7 @@ def _source(args: argparse.Namespace) -> Source:
     state = args.state or (
         Path(os.environ["STATE_DIRECTORY"].partition(":")[0]) if "STATE_DIRECTORY" in os.environ else None
     )
-    options: dict[str, object] = {key: str(getattr(args, key)) for key in _OPTIONS if getattr(args, key)}
+    options: dict[str, object] = {key: str(getattr(args, key)) for key in OPTIONS if getattr(args, key)}
     if args.security and args.security != "None" and state is None:
         raise UserError("--state", 0, "", "certificates lie in the gateway's state folder", "add --state DIR")
     pki = str(state / "pki") if state else ""

@@ -21,7 +21,7 @@ from asyncua.ua.status_codes import StatusCodes
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from edge.drivers._opcua_security import Identity, make_identity
+from edge.drivers._opcua_pki import Identity, make_identity
 from edge.tags import Source, Tag
 from tests.rigs import OpcuaRig, free_port
 
