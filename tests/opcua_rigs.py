@@ -22,8 +22,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from edge.drivers._opcua_pki import Identity, make_identity
+from edge.lab.processes import free_port
 from edge.tags import Source, Tag
-from tests.rigs import OpcuaRig, free_port
+from tests.rigs import OpcuaRig
 
 NODE = Path(__file__).parent / "node_opcua"
 URI = "urn:rig:server"
