@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,14 @@ def ring(folder: Path, max_bytes: int = PLENTY, max_days: int = 0) -> Iterator[S
         yield opened
     finally:
         opened.close()
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Puts the gateway's clock so many seconds ahead; what is too old is looked for at each flush."""
+    real = time.time
+    monkeypatch.setattr("edge.ring._DAYS_S", 0.0)
+    return lambda ahead_s: monkeypatch.setattr(time, "time", lambda: real() + ahead_s)
 
 
 def reader(folder: Path) -> contextlib.closing[SampleReader]:
@@ -83,12 +91,10 @@ def test_samples_of_a_stretch_of_time(tmp_path: Path) -> None:
         assert found.columns("a/none") is None
 
 
-def test_samples_go_when_their_days_are_over_but_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = time.time
-    monkeypatch.setattr("edge.ring._DAYS_S", 0.0)
+def test_samples_go_when_their_days_are_over_but_the_newest(tmp_path: Path, later: Callable[[float], None]) -> None:
     with ring(tmp_path, max_days=2) as store:
         for day in range(6):
-            monkeypatch.setattr(time, "time", lambda day=day: real() + day * 86_401)
+            later(day * 86_401)
             seconds(store, day * 86_400, day * 86_400 + 3, "a/x", *(["a/once"] if day == 0 else []))
         with reader(tmp_path) as found:
             columns = found.columns("a/x")
@@ -118,12 +124,10 @@ def test_samples_go_by_days_while_nothing_comes(tmp_path: Path, monkeypatch: pyt
         assert rows(tmp_path, "SELECT first_ns FROM block") == [(START + 10 * S,)]
 
 
-def test_merging_makes_no_sample_younger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = time.time
-    monkeypatch.setattr("edge.ring._DAYS_S", 0.0)
+def test_merging_makes_no_sample_younger(tmp_path: Path, later: Callable[[float], None]) -> None:
     with ring(tmp_path, max_days=1) as store:
         for half_day in range(12):
-            monkeypatch.setattr(time, "time", lambda half_day=half_day: real() + half_day * 43_200)
+            later(half_day * 43_200)
             seconds(store, half_day, half_day + 1, "a/x")
         with reader(tmp_path) as found:
             columns = found.columns("a/x")
