@@ -18,7 +18,7 @@ from broker.messages import Signer
 from broker.round import STALEST
 from models.errors import LocalError
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 # Versions whose weights are kept: enough to go back, and to lead on whoever trains on an old one.
 _KEPT_VERSIONS = 64
 _SCHEMA = """
@@ -36,10 +36,10 @@ CREATE TABLE rounds(task TEXT NOT NULL, round INTEGER NOT NULL, base INTEGER NOT
     PRIMARY KEY(task, round)) STRICT;
 CREATE TABLE updates(task TEXT NOT NULL, round INTEGER NOT NULL, path TEXT NOT NULL, digest BLOB NOT NULL,
     samples INTEGER NOT NULL, metric REAL, payload BLOB, counted_ms INTEGER NOT NULL,
-    base_metric REAL, base_loss REAL, counted_in INTEGER, UNIQUE(task, round, path)) STRICT;
+    base_loss REAL, counted_in INTEGER, UNIQUE(task, round, path)) STRICT;
 CREATE TABLE ledger(seq INTEGER PRIMARY KEY, hash TEXT NOT NULL, line TEXT NOT NULL) STRICT;
 """
-# What a journal of each earlier schema lacks against the next one.
+# What leads from each earlier schema to the next one.
 _UPGRADE = {
     1: """
 ALTER TABLE tasks ADD COLUMN residual BLOB NOT NULL DEFAULT x'';
@@ -48,6 +48,7 @@ ALTER TABLE updates ADD COLUMN base_metric REAL;
 """,
     2: "ALTER TABLE updates ADD COLUMN base_loss REAL;",
     3: "ALTER TABLE updates ADD COLUMN counted_in INTEGER; UPDATE updates SET counted_in = round;",
+    4: "ALTER TABLE updates DROP COLUMN base_metric;",
 }
 
 
@@ -280,14 +281,13 @@ class Journal:
         metric: float | None,
         payload: bytes,
         now_ms: int,
-        base_metric: float | None = None,
         base_loss: float | None = None,
         counted_in: int | None = None,
     ) -> None:
         """Count an update trained for round `number`, in it or in a later one; LocalError if one was before."""
         into = number if counted_in is None else counted_in
-        values = (task, number, path, digest, samples, metric, payload, now_ms, base_metric, base_loss, into)
-        self._do("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *values)
+        values = (task, number, path, digest, samples, metric, payload, now_ms, base_loss, into)
+        self._do("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *values)
 
     def counted(self, task: str, number: int) -> dict[str, bytes]:
         """Path -> digest of the counted updates that were trained for a round."""
@@ -352,8 +352,8 @@ class Journal:
         if version == 0:
             self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         elif version in _UPGRADE:
-            missing = " ".join(_UPGRADE[v] for v in range(version, SCHEMA_VERSION))
-            self._db.executescript(f"BEGIN IMMEDIATE; {missing} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            steps = " ".join(_UPGRADE[v] for v in range(version, SCHEMA_VERSION))
+            self._db.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         elif version != SCHEMA_VERSION:
             self._db.close()
             raise LocalError(

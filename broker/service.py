@@ -236,7 +236,6 @@ class Service:
                     samples=update.samples,
                     metric=update.metric,
                     payload=update.payload,
-                    base_metric=update.base_metric,
                     base_loss=update.base_loss,
                     counted_in=job.federation.number,
                     now_ms=now_ms,

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -207,14 +208,29 @@ def test_refuses_an_unknown_schema(tmp_path: Path) -> None:
         Journal(tmp_path)
 
 
-_TO_3 = "ALTER TABLE updates DROP COLUMN counted_in;"
+_TO_4 = "".join(
+    f"ALTER TABLE updates {change};"
+    for change in (
+        "DROP COLUMN counted_in", "DROP COLUMN base_loss", "ADD COLUMN base_metric REAL", "ADD COLUMN base_loss REAL",
+        "ADD COLUMN counted_in INTEGER",
+    )
+)  # fmt: skip
+_TO_3 = f"{_TO_4} ALTER TABLE updates DROP COLUMN counted_in;"
 _TO_2 = f"{_TO_3} ALTER TABLE updates DROP COLUMN base_loss;"
 UNDO = {
     1: f"{_TO_2} ALTER TABLE tasks DROP COLUMN residual; ALTER TABLE models DROP COLUMN step;"
     "ALTER TABLE updates DROP COLUMN base_metric;",
     2: _TO_2,
     3: _TO_3,
+    4: _TO_4,
 }
+
+
+def columns(folder: Path) -> dict[str, list[str]]:
+    """The columns of each table in their order, which inserts rely on."""
+    with closing(sqlite3.connect(folder / "journal.db")) as db:
+        names = [name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+        return {name: [row[1] for row in db.execute(f"PRAGMA table_info({name})")] for name in names}
 
 
 @pytest.mark.parametrize("version", UNDO)
@@ -225,6 +241,7 @@ def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path, version: int) -
         journal.put_task("wear", TaskRow("", "[]", b"", 0, b""))
         journal.put_model("wear", row)
     journal.close()
+    tables = columns(tmp_path)
     db = sqlite3.connect(tmp_path / "journal.db")
     db.executescript(f"{UNDO[version]} PRAGMA user_version = {version};")
     db.close()
@@ -234,6 +251,7 @@ def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path, version: int) -
         with journal.transaction():
             journal.put_residual("wear", b"")
         journal.close()
+    assert columns(tmp_path) == tables
     journal = Journal(tmp_path)
     with journal.transaction():
         count(journal, 1, "a")
