@@ -21,15 +21,15 @@ import numpy as np
 from broker import aggregate, federation, intake, topics
 from broker import round as rounds
 from broker.config import FederationConfig
-from broker.downlink import Downlink, Offer
-from broker.genesis import ensure_model, weights_digest
+from broker.downlink import Downlink, Offer, plan_of
+from broker.genesis import ensure_model
 from broker.job import Job, load_job
 from broker.journal import Journal, ModelRow
 from broker.link import Inbound, Link
-from broker.messages import Receipt
+from broker.messages import VERSION, Receipt
 from broker.steps import Step, step_towards
 from models import codec
-from models.delta import Vector
+from models.delta import Vector, weights_digest
 from models.errors import LocalError, PeerError, UserError
 
 log = logging.getLogger(__name__)
@@ -216,7 +216,7 @@ class Service:
             body = {"path": heard.path, "task": heard.task, "digest": digest.hex(), "reason": reason, "detail": detail}
             self._journal.note(now_ms, "refused", body)
         if heard.round is not None:
-            receipt = Receipt(1, heard.round, digest, f"refused-{reason}", detail, now_ms)
+            receipt = Receipt(VERSION, heard.round, digest, f"refused-{reason}", detail, now_ms)
             self._receipt(heard.task, heard.path, receipt)
             self._tell(self._jobs[heard.task], federation.Refused(heard.path, heard.round), now_ms)
 
@@ -262,7 +262,7 @@ class Service:
                     body = {"path": path, "task": name, "round": number, "digest": digest.hex(), "outcome": word}
                     if word == rounds.COUNTED:
                         self._journal.note(now_ms, "update", body)
-                    self._receipt(name, path, Receipt(1, number, digest, word, detail, now_ms))
+                    self._receipt(name, path, Receipt(VERSION, number, digest, word, detail, now_ms))
                 case federation.Open(number, base, opened_ms, deadline_ms):
                     log.info("%s round %d: open, from version %d", name, number, base)
                     self._noted.clear()
@@ -346,10 +346,13 @@ class Service:
         self._downlink.clear(name, {key: data for key, data in older.items() if key not in now.objects() | last})
 
     def _put_plan(self, job: Job) -> None:
+        if not job.federation.number:
+            return  # no round yet
         digest, deadline_ms = job.model.digest, job.deadline_ms
-        self._downlink.put_plan(
+        plan = plan_of(
             job.task, job.row.text, job.federation, base_digest=digest, deadline_ms=deadline_ms, keep=job.keep
         )
+        self._downlink.put_plan(job.task.name, plan)
 
     def _write_status(self) -> None:
         """Replace `status.json`, so that a reader sees the old one or the new one."""

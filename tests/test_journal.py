@@ -1,5 +1,6 @@
 """The journal: what was committed is there after kill -9, and a file of another schema is left alone."""
 
+import asyncio
 import os
 import signal
 import sqlite3
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from broker import ledger
-from broker.genesis import put_first_model
+from broker.config import TaskFile
+from broker.genesis import ensure_model, put_first_model
 from broker.journal import Journal, ModelRow, TaskRow
 from models.delta import Layout
 from models.errors import LocalError
@@ -170,6 +172,14 @@ def test_the_first_model(journal: Journal) -> None:
     assert journal.model("t").version == 0  # type: ignore[union-attr]
 
 
+def test_a_first_model_that_takes_too_long(journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = 'name = "t"\nkind = "anomaly"\nnet = "autoencoder"\n[window]\nlength = 2\n[[signal]]\nname = "s"\n'
+    monkeypatch.setattr("broker.genesis._TIMEOUT_S", 0)
+    with pytest.raises(LocalError, match="no first model in 0 s"):
+        asyncio.run(ensure_model(journal, TaskFile(parse_task(text), text, tmp_path / "task.toml"), 1))
+    assert journal.task("t") is None
+
+
 def test_kill_9_loses_nothing_committed(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, str(tmp_path / "state")], stdout=subprocess.PIPE, text=True
@@ -189,6 +199,30 @@ def test_kill_9_loses_nothing_committed(tmp_path: Path) -> None:
     for number in range(1, lines + 1):
         assert journal.counted("t", number).keys() == {"a", "b", "c"}
     assert journal.counted("t", lines + 1) == {}
+
+
+def test_a_full_disk_is_named_and_costs_nothing_that_was_committed(journal: Journal) -> None:
+    with journal.transaction():
+        count(journal, 1, "a")
+    journal._db.execute("PRAGMA cache_size = 5")  # what is changed goes to the disk before the end
+    journal._db.execute("PRAGMA max_page_count = 40")
+
+    def many() -> None:
+        with journal.transaction():
+            for number in range(2, 200):
+                count(journal, number, "a", bytes(5000))
+
+    with pytest.raises(LocalError, match="disk is full; check the disk"):
+        many()
+    with journal.transaction():
+        count(journal, 2, "a")
+    assert [journal.counted("t", number).keys() for number in (1, 2, 3)] == [{"a"}, {"a"}, set()]
+
+
+def test_a_lost_table_is_this_machines_fault(journal: Journal) -> None:
+    journal._db.execute("DROP TABLE roster")
+    with pytest.raises(LocalError, match="no such table: roster; check the disk"):
+        journal.roster()
 
 
 def test_one_aggregator_a_folder(tmp_path: Path, journal: Journal) -> None:

@@ -1,7 +1,5 @@
 """The way down in a simulation: the aggregator's own steps, manifests and offers, on lists instead of a journal."""
 
-import hashlib
-import json
 from statistics import mean
 from typing import Any
 
@@ -9,12 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.downlink import Downlink, Offer
-from broker.genesis import weights_digest
-from broker.journal import ModelRow, TaskRow
+from broker.genesis import task_row
+from broker.journal import ModelRow
 from broker.messages import Signer
 from broker.steps import step_towards
 from models import codec
-from models.delta import Layout, Vector
+from models.delta import Layout, Vector, weights_digest
 
 _NAME = "lab"
 
@@ -23,8 +21,7 @@ class Down:
     """What the versions of a task are, and what they cost a gateway that misses none."""
 
     def __init__(self, text: str, graph: bytes, layout: Layout, first: Vector) -> None:
-        wire = json.dumps(layout.to_wire())
-        self.row = TaskRow(text, wire, codec.deflate(graph), len(graph), hashlib.sha256(graph).digest())
+        self.row = task_row(text, graph, layout)
         self.rows = [_row(0, first, 0, 0, None)]
         self.residual: Vector | None = None
         self._downlink = Downlink(_NAME, Signer.from_bytes(bytes(32)), 0)

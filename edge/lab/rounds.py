@@ -9,7 +9,7 @@ import numpy as np
 from broker import federation, messages, topics
 from broker import round as rounds
 from broker.aggregate import next_model
-from broker.genesis import weights_digest
+from broker.downlink import plan_of
 from broker.rate import Rate
 from edge import participant as p
 from edge.choose import average
@@ -18,7 +18,7 @@ from edge.lab.down import Down
 from edge.lab.fleet import Workers
 from edge.lab.judge import Judge
 from models import codec
-from models.delta import Vector
+from models.delta import Vector, weights_digest
 
 
 @dataclass
@@ -100,13 +100,10 @@ class Fleet:
 
     def _round(self, opened: federation.Open, workers: Workers, dropout: float) -> list[rounds.Action]:
         """Let every gateway that is there answer the plan, train, and send."""
-        r = self.task.round
-        plan = messages.Plan(
-            messages.VERSION, bytes(32), opened.round, opened.base, weights_digest(self.vector), "open",
-            opened.opened_ms, opened.deadline_ms, r.min_gateways, r.bits,
-            secure_aggregation=False, keep_ppm=max(1, round(1e6 * (self.rate.keep if r.keep is None else r.keep))),
-            stalest=0 if r.full is None else rounds.STALEST,
-        )  # fmt: skip
+        keep = self.rate.keep if self.task.round.keep is None else self.task.round.keep
+        digest, deadline_ms = weights_digest(self.vector), opened.deadline_ms
+        text = self.down.row.text
+        plan = plan_of(self.task, text, self.federation, base_digest=digest, deadline_ms=deadline_ms, keep=keep)
         self.offers.append((plan, self.vector))
         actions: list[rounds.Action] = []
         training: list[tuple[Gateway, p.StartTraining, Vector, Future[tuple[Vector, int]]]] = []
