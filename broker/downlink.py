@@ -127,27 +127,14 @@ class Downlink:
     def put_terms(self, task: str, row: TaskRow) -> None:
         """Put what all models of a task share; ValueError when it does not fit into a message."""
         self.put_chunks(task, 0, GRAPH, row.graph)
-        self.put(self._terms_topic(task), self._terms(task, row))
+        self.put(self._terms_topic(task), self.terms(task, row))
 
     def put_model(self, task: str, row: TaskRow, offer: Offer, *, new: bool) -> None:
         """Put the way to a version, all of it, or (`new`) what the version before did not have; then its manifest."""
         for (version, name), data in offer.objects().items():
             if not new or version == offer.newest.version:
                 self.put_chunks(task, version, name, data)
-        topic = topics.Manifest(self._federation, task).topic
-        self.put(topic, self._signer.seal(self.manifest(task, row, offer), topic))
-
-    def sizes(self, task: str, row: TaskRow, offer: Offer, *, held: bool = False) -> tuple[int, int, int]:
-        """Bytes that a gateway reads to have a version: manifest, weights, and what is fetched once.
-
-        `held`: it holds the version before, and with it terms and graph.
-        """
-        topic = topics.Manifest(self._federation, task).topic
-        manifest = len(self._signer.seal(self.manifest(task, row, offer), topic))
-        if held and offer.steps:
-            return manifest, len(offer.steps[0]), 0
-        weights = len(offer.whole.weights) + sum(map(len, offer.steps[: offer.newest.version - offer.whole.version]))
-        return manifest, weights, 0 if held else len(self._terms(task, row)) + len(row.graph)
+        self.put(topics.Manifest(self._federation, task).topic, self.manifest(task, row, offer))
 
     def clear(self, task: str, gone: Objects) -> None:
         """Clear what no manifest leads to any more."""
@@ -155,26 +142,27 @@ class Downlink:
             for i in range(len(_pieces(data))):
                 self.put(topics.Chunk(self._federation, task, version, f"{name}{i}").topic, b"")
 
-    def manifest(self, task: str, row: TaskRow, offer: Offer) -> ModelManifest:
-        """Make the manifest of a version."""
+    def manifest(self, task: str, row: TaskRow, offer: Offer) -> bytes:
+        """Seal the manifest of a version."""
         model = offer.newest
-        return ModelManifest(
+        manifest = ModelManifest(
             v=VERSION,
             version=model.version,
             round=model.round,
             created_ms=model.created_ms,
             gateways=model.gateways,
             samples=model.samples,
-            terms=hashlib.sha256(self._terms(task, row)).digest(),
+            terms=hashlib.sha256(self.terms(task, row)).digest(),
             digest=model.digest,
             whole=Whole(offer.whole.version, _digests(offer.whole.weights)),
             steps=tuple(hashlib.sha256(step).digest()[:STEP_DIGEST] for step in offer.steps),
         )
+        return self._signer.seal(manifest, topics.Manifest(self._federation, task).topic)
 
     def _terms_topic(self, task: str) -> str:
         return topics.Chunk(self._federation, task, 0, f"{TERMS}0").topic
 
-    def _terms(self, task: str, row: TaskRow) -> bytes:
+    def terms(self, task: str, row: TaskRow) -> bytes:
         """Seal the terms; the same bytes every time, since neither CBOR nor Ed25519 leaves a choice."""
         layout = Layout.from_json(row.layout).to_wire()
         graph = Object(GRAPH, 0, row.graph_size, row.graph_digest, _digests(row.graph))
