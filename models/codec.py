@@ -47,6 +47,7 @@ _LEVEL = 19
 # A frame may ask its reader for a window of this many bytes at most.
 _WINDOW_LOG_MAX = 27
 _PIECE = 128
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,7 @@ def decode_sparse(data: bytes, count: int) -> Sparse | Vector:
     if declared != count or not 0 < count <= MAX_PARAMETERS:
         raise PeerError("codec", f"{declared} values, the layout has {count}")
     top = sparse.MOST if bits == SPARSE else 2 ** (bits - 1) - 1
-    if (
-        not np.isfinite(step)
-        or step <= 0
-        or (bits == EXACT and step != 1)
-        or step * top > float(np.finfo(np.float32).max)
-    ):
+    if not 0 < step <= _LARGEST / top or (bits == EXACT and step != 1):
         raise PeerError("codec", f"step {step}")
     if bits == SPARSE:
         places, q = sparse.decode(data[HEADER.size :], count)

@@ -68,7 +68,8 @@ def decode(data: bytes, count: int) -> tuple[Places, Integers]:
     if inner.size:
         raise PeerError("codec", f"a magnitude above {MOST}")
     stream.end()
-    return places, np.where(negative, -values, values)
+    values *= 1 - 2 * negative.view(np.int8)
+    return places, values
 
 
 def _plane(places: NDArray[np.int64], parent: int) -> list[Bits]:
@@ -108,14 +109,14 @@ class _Stream:
     """A peer's bits, read from the front; every read is bounded by what is there."""
 
     def __init__(self, data: bytes) -> None:
-        self.bits = np.unpackbits(np.frombuffer(data, np.uint8)).view(np.bool_)
+        bits = np.unpackbits(np.frombuffer(data, np.uint8))
+        self.bits = bits.view(np.bool_)
         self.at = 0
         self.ones = np.flatnonzero(self.bits)
-        # For each byte, it and the two after it: a field of up to 15 bits lies in one of them wherever it begins.
-        padded = np.frombuffer(data + b"\0\0", np.uint8).astype(np.int32)
-        self.words = padded[:-2] << 16 | padded[1:-1] << 8 | padded[2:]
+        # For each byte, it and the three after it: a field of up to 15 bits lies in them wherever it begins.
+        self.words = np.ndarray(len(data), ">u4", data + bytes(3), strides=(1,)).astype(np.uint32)
         # The same bits as digits: Python reads single fields faster from a string than numpy from an array.
-        self.text = f"{int.from_bytes(data):0{8 * len(data)}b}" if data else ""
+        self.text = (bits + ord("0")).tobytes()
 
     def _skip(self, count: int) -> int:
         """Move on by `count` bits; return where they begin."""
@@ -142,7 +143,8 @@ class _Stream:
         k = self._field(parent.bit_length())
         if k > parent:
             raise PeerError("codec", f"{k} members of {parent}")
-        parameters = [self._field(_R_BITS) for _ in range(-(-k // _CHUNK))]
+        start = self._skip(_R_BITS * -(-k // _CHUNK))
+        parameters = [int(self.text[i : i + _R_BITS], 2) for i in range(start, self.at, _R_BITS)]
         places = self._few(k, parameters[0]) if 0 < k <= _FEW else self._many(k, parameters)
         if k and places[-1] >= parent:
             raise PeerError("codec", f"a place beyond the {parent} that there are")
@@ -152,7 +154,7 @@ class _Stream:
         """Read a plane's gaps one by one: for a handful, numpy's calls cost more than its loops save."""
         low, place, places = self._skip(k * r), -1, []
         for i in range(k):
-            one = self.text.find("1", self.at)
+            one = self.text.find(b"1", self.at)
             if one < 0:
                 raise PeerError("codec", "the bits end early")
             rest = int(self.text[low + i * r : low + (i + 1) * r], 2) if r else 0
@@ -164,11 +166,11 @@ class _Stream:
     def _many(self, k: int, parameters: list[int]) -> Places:
         if not k:
             return np.zeros(0, np.int64)
-        r = np.repeat(np.array(parameters), _CHUNK)[:k]
+        r = np.array(parameters).repeat(_CHUNK)[:k]
         ends = r.cumsum()
         starts = self._skip(int(ends[-1])) + ends - r
-        # Where r is 0 nothing is read; the last byte stands in for one behind the end.
-        low = self.words[np.minimum(starts >> 3, self.words.size - 1)] >> (24 - r - (starts & 7)) & ((1 << r) - 1)
+        # Where r is 0 nothing is read, even of a word behind the end.
+        low = self.words.take(starts >> 3, mode="clip") >> (32 - r - (starts & 7)) & ((1 << r) - 1)
         first = int(self.ones.searchsorted(self.at))
         ones = self.ones[first : first + k]
         if ones.size < k:

@@ -251,6 +251,16 @@ def test_a_sparse_update_keeps_the_largest_values(keep: float) -> None:
     assert len(encoded.data) < 1.1 * entropy + 32
 
 
+def test_fields_at_every_bit_of_a_byte() -> None:
+    """Gaps that fill a Rice code of 15 bits, behind 0 to 7 bits of others."""
+    count = 1_000_000
+    for lead in range(8):
+        q = np.zeros(count, np.int16)
+        q[np.arange(lead)] = 1
+        q[np.arange(1, 31) * 32_767 + lead] = -1
+        assert np.array_equal(decoded(sparse.encode(q), count), q)
+
+
 def test_a_stream_of_many_planes_with_a_long_tail_is_refused() -> None:
     """255 planes of one member each, and two million ones behind them: what is there is looked through once."""
     width = (50_000).bit_length()
