@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edge.blocks import unpack
+from edge.blocks import Tags, unpack
 from edge.window import Columns
 from models.errors import LocalError
 
@@ -127,10 +127,13 @@ class SampleReader:
 
 def sections(data: bytes) -> Iterator[tuple[int, Columns]]:
     """Each tag's columns of a block, which begin where the number changes; 0 for the tag of an unmixed one."""
-    (times, values, quality), tags = unpack(data)
-    if tags is None:
-        yield 0, (times, values, quality)
-        return
+    columns, tags = unpack(data)
+    yield from [(0, columns)] if tags is None else by_tag(columns, tags)
+
+
+def by_tag(columns: Columns, tags: Tags) -> Iterator[tuple[int, Columns]]:
+    """Each tag's columns where samples of many follow each other, one tag's in one piece."""
+    times, values, quality = columns
     starts = [0, *(np.nonzero(np.diff(tags))[0] + 1).tolist(), len(tags)]
     for start, end in pairwise(starts):
         yield int(tags[start]), (times[start:end], values[start:end], quality[start:end])

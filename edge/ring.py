@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edge.blocks import MOST_VALUES, Tags, pack, unpack
+from edge.blocks import MOST_VALUES, Block, Tags, pack, unpack
 from edge.flush import DENSE, Part, parts_of
 from edge.heap import give_back
-from edge.history import FILE, SCHEMA, SCORE, TABLES, Score, in_order, joined, sections
+from edge.history import FILE, SCHEMA, SCORE, TABLES, Score, by_tag, in_order, joined
 from edge.store import SchemaError, open_database
 from edge.tags import Sample
 from edge.window import Columns
@@ -243,16 +243,19 @@ class Samples:
 
     def _compact(self) -> None:
         """Turn the journal into blocks."""
-        parts: dict[int, list[Columns]] = {}
+        parts: list[Block] = []
         for count, data in self._db.execute("SELECT count, data FROM journal ORDER BY id").fetchall():
             try:
-                for number, columns in sections(data):
-                    parts.setdefault(number, []).append(columns)
+                parts.append(unpack(data))
             except LocalError as error:
                 self.dropped += count
                 log.error("%d samples are lost: %s", count, error)
-        for number, columns_ in parts.items():
-            self._add(number, columns_)
+        if parts:
+            tags = np.concatenate([part.tags for part in parts])
+            order = np.argsort(tags, kind="stable")
+            times, values, quality = joined([part.columns for part in parts])
+            for number, columns in by_tag((times[order], values[order], quality[order]), tags[order]):
+                self._add(number, [columns])
         self._db.execute("DELETE FROM journal")
         # This takes far more memory than all between two of it.
         del parts

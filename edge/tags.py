@@ -72,7 +72,7 @@ class Scan(Sequence[Sample]):
     """Samples of scalar tags of one source, read together, as columns: what a polled device gives in one cycle.
 
     A batch like any other; who looks at the columns instead pays for the cycle, not for each value. `refs` (N) is one
-    and the same tuple from cycle to cycle. values (N,) float64 hold NaN where quality (N,) int8 is BAD.
+    and the same tuple from cycle to cycle. values (N,) float64 hold NaN where quality (N,) int8 is not GOOD.
     """
 
     __slots__ = ("quality", "refs", "time_ns", "values")
