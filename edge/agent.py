@@ -4,7 +4,6 @@ It holds numpy, ONNX Runtime and the protocol stacks; torch lives in the trainin
 """
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -36,10 +35,11 @@ from edge.ring import Samples
 from edge.runner import Runner
 from edge.shop import Shop
 from edge.sources import Sources
-from edge.status import health_message, sources_status, task_status, write_status
+from edge.status import health_message, sources_status, write_status
 from edge.store import State
 from edge.tags import Health, Quality, Sample
 from edge.train import resident_bytes
+from edge.trust import Trust
 from edge.wiring import wire
 from models.errors import PeerError, UserError
 
@@ -63,6 +63,7 @@ class Agent:
         self.state.claim()
         self.watch = Watch(config.tags)
         self.samples = Samples(folder, config.store_bytes, config.store_days, self.watch.take)
+        self.samples.mean(config.meanings)
         self.stopped, self._hangup = asyncio.Event(), asyncio.Event()
         signer = own_signer(self.state)
         self.session = self._next_session()
@@ -77,12 +78,12 @@ class Agent:
             config, folder, self.state, self.samples, signer,
             self.link.publish, self.link.subscribe, self.link.unsubscribe,
         )  # fmt: skip
-        self._trust()
+        self.trust = Trust(self.shop)
         self.runners = {name: Runner(name, table, self.shop) for name, table in config.tasks.items()}
         self.sources = Sources(folder / "pki", self._sink)
-        self.problem, self._unread, self._restart = "", "", tuple[str, ...]()
+        self._unread, self._restart = "", tuple[str, ...]()
         self._health_at, self._tags = 0.0, dict[str, dict[str, dict[str, object]]]()
-        self._resend_at, self._resend_s, self._aggregator = 0.0, _RESEND_S[0], 0
+        self._resend_at, self._resend_s = 0.0, _RESEND_S[0]
 
     def _next_session(self) -> int:
         """A number that grows with every start, even if the clock was set back."""
@@ -90,31 +91,6 @@ class Agent:
         session = max(int(time.time() * 1000), last + 1)
         self.state.put("session", session.to_bytes(8, "big"))
         return session
-
-    def _trust(self) -> None:
-        """Take up the federation that was configured, or pinned by an earlier run."""
-        pinned = self.state.get("federation")
-        name, key = self.config.federation.name, self.config.federation.key
-        if pinned is not None and (not key or pinned[:32].hex() == key):
-            self.shop.federation_key, self.shop.federation = pinned[:32], pinned[32:].decode()
-        elif name and key:
-            work = self._pin(name, bytes.fromhex(key), "configured")
-            with self.state.transaction():
-                work()
-
-    def _pin(self, federation: str, key: bytes, how: str) -> Callable[[], None]:
-        """Trust a federation from now on; the result is what to commit. What another one gave is forgotten."""
-        self.shop.federation, self.shop.federation_key = federation, key
-        log.warning("federation %s is trusted from now on, by key %s (%s)", federation, key.hex(), how)
-
-        def work() -> None:
-            before = self.state.get("federation")
-            if before is not None and before[:32] != key:
-                self.state.forget_federation()
-            self.state.put("federation", key + federation.encode())
-            self.state.record("federation-pinned", {"federation": federation, "key": key.hex(), "how": how})
-
-        return work
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -181,6 +157,8 @@ class Agent:
         await self._stop_sources(new.stop)
         self.config = self.shop.config = new.config
         self.watch.retag(new.config.tags, new.changed)
+        await asyncio.to_thread(self.samples.flush)
+        self.samples.mean(new.config.meanings)
         for ref in new.changed:
             self.shop.latest.forget(ref)
         for source in new.config.sources:
@@ -192,7 +170,9 @@ class Agent:
             await runner.stop()
         for name in new.join:
             # The state file is its thread's own.
-            self.runners[name] = await self.state.commit(partial(self._joined, name))
+            runner = await self.state.commit(partial(Runner, name, new.config.tasks[name], self.shop))
+            self.runners[name] = runner
+            runner.guard("start", runner.start)
         for name, runner in self.runners.items():
             runner.reconfigure(rewire=name in new.rewire)
         if self.shop.federation:
@@ -203,11 +183,6 @@ class Agent:
         log.info("reload: %s", new.summary)
         for key in new.restart:
             log.warning("reload: %s has changed, which takes a restart: systemctl restart tundish-edge", key)
-
-    def _joined(self, name: str) -> Runner:
-        runner = Runner(name, self.config.tasks[name], self.shop)
-        runner.guard("start", runner.start)
-        return runner
 
     def _sink(self, samples: Sequence[Sample], /) -> None:
         """Every batch of every driver: to the store's queue, and at once to the windows."""
@@ -335,36 +310,14 @@ class Agent:
         if not inbound.payload:
             return
         if not self.shop.federation:
-            offered = m.peek(inbound.payload, m.FederationBirth).public_key
-            if self.config.federation.key and offered.hex() != self.config.federation.key:
-                raise PeerError("signature", f"federation {topic.federation} has another key than the configured one")
-            m.open_envelope(inbound.payload, inbound.topic, offered, m.FederationBirth)
-            self._pinning = asyncio.ensure_future(self.state.commit(self._pin(topic.federation, offered, "first seen")))
+            self.trust.first_seen(topic.federation, inbound)
             self._follow(self.config.tasks)
         elif topic.federation != self.shop.federation:
             return
-        try:
-            birth = m.open_envelope(inbound.payload, inbound.topic, self.shop.federation_key, m.FederationBirth)
-        except PeerError as error:
-            if error.reason == "signature":
-                with contextlib.suppress(PeerError):
-                    self._other_key(topic.federation, inbound)
-            raise
-        self.problem = ""
-        if birth.state == "up" and birth.session > self._aggregator:
-            self._aggregator = birth.session
+        if self.trust.birth(inbound):
             for runner in self.runners.values():
                 runner.reconnected()
             self._hurry()
-
-    def _other_key(self, federation: str, inbound: Inbound) -> None:
-        """Tell a replaced aggregator, whose birth verifies with a key of its own, from noise; PeerError for noise."""
-        offered = m.peek(inbound.payload, m.FederationBirth).public_key
-        m.open_envelope(inbound.payload, inbound.topic, offered, m.FederationBirth)
-        self.problem = (
-            f"federation {federation} now signs with key {offered.hex()}, trusted is {self.shop.federation_key.hex()}; "
-            "if the aggregator was replaced, write name and key under [federation]"
-        )
 
     # -- status -----------------------------------------------------------------------------------------------------
 
@@ -377,13 +330,13 @@ class Agent:
             "time_ms": int(time.time() * 1000),
             "resident_mb": round(resident_bytes(os.getpid()) / 2**20, 1),
             "mqtt": {"connected": self.link.connected, "version": self.link.version, "error": self.link.error},
-            "problem": self._unread or self.problem,
+            "problem": self._unread or self.trust.problem,
             "restart": self._restart,
             "federation": {"name": self.shop.federation, "key": self.shop.federation_key.hex()},
             "sources": sources_status(self.sources.drivers, self._tags),
-            "tasks": {name: task_status(runner) for name, runner in self.runners.items()},
+            "tasks": {name: runner.status() for name, runner in self.runners.items()},
             "outbox": len(self.state.waiting),
-            "answered": not self.shop.federation or self.state.get("answered/receipt") is not None,
+            "answered": not self.shop.federation or self.state.answered,
             "samples_dropped": self.samples.dropped,
             "store_error": self.samples.error,
             "store_notice": self.samples.notice,

@@ -6,26 +6,25 @@ import csv
 import fnmatch
 import io
 import json
-import os
 import sys
 from pathlib import Path
 
 from asyncua import ua
 from asyncua.ua.object_ids import ObjectIds
 
+from edge.config import said_folder
 from edge.doctor import handed_over
 from edge.drivers._opcua_browse import MOST_NODES, Found, Tree, Walk
 from edge.drivers._opcua_errors import explain
 from edge.drivers._opcua_link import Link, server_url
 from edge.drivers._opcua_nodes import parse_node
-from edge.drivers._opcua_security import Security
+from edge.drivers._opcua_security import OPTIONS, Security
 from edge.tags import Source
 from edge.tagscsv import COLUMNS, MAX_TAGS
 from models.errors import LocalError, UserError
 
 _TIMEOUT_S = 10.0
 _SHOWN = 20
-_OPTIONS = ("security", "user", "password_file", "user_certificate", "user_key")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -53,10 +52,8 @@ def main(args: argparse.Namespace) -> int:
 
 def _source(args: argparse.Namespace) -> Source:
     """Make a source of the options; what is wrong with them is told by their own names."""
-    state = args.state or (
-        Path(os.environ["STATE_DIRECTORY"].partition(":")[0]) if "STATE_DIRECTORY" in os.environ else None
-    )
-    options: dict[str, object] = {key: str(getattr(args, key)) for key in _OPTIONS if getattr(args, key)}
+    state = said_folder(args.state)
+    options: dict[str, object] = {key: str(getattr(args, key)) for key in OPTIONS if getattr(args, key)}
     if args.security and args.security != "None" and state is None:
         raise UserError("--state", 0, "", "certificates lie in the gateway's state folder", "add --state DIR")
     pki = str(state / "pki") if state else ""

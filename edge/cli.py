@@ -88,64 +88,59 @@ def _add_bench(commands: Any) -> None:
     add_kinds(kinds)
 
 
+# Verbs of `tundish edge`: what each does, and the arguments of an example.
+_EDGE = {
+    "run": ("read, score, train and federate until stopped", "-c gateway.toml --profile generic-arm64"),
+    "check": (
+        "check gateway.toml, its tags files and (with --task) the wiring of a task",
+        "-c gateway.toml --task spindle-wear.toml",
+    ),
+    "status": ("show what a running gateway is doing; exit code 1 if none runs", "-c gateway.toml --json"),
+    "doctor": (
+        "go every step from this machine to the first good values and to the broker, and explain what fails",
+        "-c gateway.toml --source plc1",
+    ),
+    "wire": (
+        "propose which tags are the signals of a task; written only when you accept it",
+        "spindle-wear.toml -c gateway.toml --source plc1",
+    ),
+    "export": (
+        "write the request by which the operator enrols this gateway, to go by file",
+        "-c gateway.toml --request /media/stick/cell2.request",
+    ),
+    "import": (
+        "take up the operator's answer: certificate, authority and federation",
+        "/media/stick/cell2.admission -c gateway.toml",
+    ),
+}
+
+
 def _add_edge(commands: Any) -> None:
     edge = commands.add_parser("edge", help="the gateway: run it, check its files, ask how it is")
     verbs = edge.add_subparsers(metavar="VERB", required=True)
-    run = verbs.add_parser(
-        "run",
-        help="read, score, train and federate until stopped",
-        epilog="example: tundish edge run -c gateway.toml --profile generic-arm64",
-    )
-    check = verbs.add_parser(
-        "check",
-        help="check gateway.toml, its tags files and (with --task) the wiring of a task",
-        epilog="example: tundish edge check -c gateway.toml --task spindle-wear.toml",
-    )
-    status = verbs.add_parser(
-        "status",
-        help="show what a running gateway is doing; exit code 1 if none runs",
-        epilog="example: tundish edge status -c gateway.toml --json",
-    )
-    doctor = verbs.add_parser(
-        "doctor",
-        help="go every step from this machine to the first good values and to the broker, and explain what fails",
-        epilog="example: tundish edge doctor -c gateway.toml --source plc1",
-    )
-    wire = verbs.add_parser(
-        "wire",
-        help="propose which tags are the signals of a task; written only when you accept it",
-        epilog="example: tundish edge wire spindle-wear.toml -c gateway.toml --source plc1",
-    )
-    export = verbs.add_parser(
-        "export",
-        help="write the request by which the operator enrols this gateway, to go by file",
-        epilog="example: tundish edge export -c gateway.toml --request /media/stick/cell2.request",
-    )
-    export.add_argument("--request", type=Path, required=True, metavar="FILE", help="the file to write")
-    admit = verbs.add_parser(
-        "import",
-        help="take up the operator's answer: certificate, authority and federation",
-        epilog="example: tundish edge import /media/stick/cell2.admission -c gateway.toml",
-    )
-    admit.add_argument("file", type=Path, help="what tundish broker enrol wrote")
-    _add_wire(wire)
-    _add_browse(verbs)
-    for verb in (run, check, status, doctor, wire, export, admit):
-        verb.add_argument("-c", "--config", type=Path, required=verb not in (check, status), help="gateway.toml")
+    made: dict[str, argparse.ArgumentParser] = {}
+    for name, (what, example) in _EDGE.items():
+        made[name] = verb = verbs.add_parser(name, help=what, epilog=f"example: tundish edge {name} {example}")
+        verb.add_argument("-c", "--config", type=Path, required=name not in {"check", "status"}, help="gateway.toml")
         verb.add_argument("--profile", help="board in firmware-configs/ whose caps apply where the file says nothing")
-    for verb in (run, status, doctor, wire, export, admit):
-        verb.add_argument("--state", type=Path, help="state folder (default: the platform's state directory)")
-    for verb in (check, status, doctor, wire):
-        verb.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+        if name != "check":
+            verb.add_argument("--state", type=Path, help="state folder (default: the platform's state directory)")
+        if name in {"check", "status", "doctor", "wire"}:
+            verb.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    _add_browse(verbs)
+    _add_wire(made["wire"])
+    made["run"].set_defaults(run=_run)
+    made["status"].set_defaults(run=_status)
+    check = made["check"]
     check.add_argument("--task", type=Path, action="append", default=[], help="task.toml to check the wiring of")
     check.add_argument("--schema", action="store_true", help="print the JSON Schema of gateway.toml, for editors")
-    run.set_defaults(run=_run)
-    export.set_defaults(run=_identity("export_request"))
-    admit.set_defaults(run=_identity("import_admission"))
     check.set_defaults(run=_check)
-    doctor.add_argument("--source", metavar="NAME", help="look at this source alone")
-    doctor.set_defaults(run=_doctor)
-    status.set_defaults(run=_status)
+    made["doctor"].add_argument("--source", metavar="NAME", help="look at this source alone")
+    made["doctor"].set_defaults(run=_doctor)
+    made["export"].add_argument("--request", type=Path, required=True, metavar="FILE", help="the file to write")
+    made["export"].set_defaults(run=_identity("export_request"))
+    made["import"].add_argument("file", type=Path, help="what tundish broker enrol wrote")
+    made["import"].set_defaults(run=_identity("import_admission"))
 
 
 def _add_wire(wire: argparse.ArgumentParser) -> None:
@@ -200,10 +195,11 @@ def _load(args: argparse.Namespace) -> Any:
 
 def _state(args: argparse.Namespace) -> Path:
     """Where the state is; where that is said, a gateway.toml that is being edited need not be right."""
-    from edge.config import state_folder  # noqa: PLC0415
+    from edge.config import said_folder, state_folder  # noqa: PLC0415
 
-    if args.state or "STATE_DIRECTORY" in os.environ:
-        return Path(args.state or os.environ["STATE_DIRECTORY"].partition(":")[0])
+    said = said_folder(args.state)
+    if said is not None:
+        return said
     if args.config is None:
         raise UserError("--config", 0, "", "missing", "write -c gateway.toml, or --state DIR")
     return state_folder(_load(args), None)

@@ -48,6 +48,11 @@ class TaskTable(_Struct, frozen=True, kw_only=True):
     segment: str | None = None
     max_lag: str = "2s"
 
+    @property
+    def gate(self) -> tuple[Condition, ...]:
+        """The conditions of `active_when`; ValueError says what is wrong with them."""
+        return parse_gate(self.active_when) if self.active_when else ()
+
 
 class Policy(_Struct, frozen=True, kw_only=True):
     """What this gateway allows; a plan that asks for less protection is declined, and scoring goes on."""
@@ -116,6 +121,11 @@ class Config(_Struct, frozen=True, kw_only=True):
     def tags(self) -> dict[str, Tag]:
         """Every tag by its ref."""
         return {tag.ref: tag for source in self.sources for tag in source.tags}
+
+    @property
+    def meanings(self) -> dict[str, str]:
+        """Ref -> what makes a tag's stored values what they are."""
+        return {tag.ref: source.meaning(tag) for source in self.sources for tag in source.tags}
 
 
 def load_config(path: Path, profile: Path | None = None) -> Config:
@@ -261,20 +271,17 @@ def _check_task(file: TomlFile, name: str, table: TaskTable, tags: dict[str, Tag
     for key in ("target", "segment"):
         if ref := getattr(table, key):
             known(ref, ["task", name, key])
-    for condition in _gate(file, name, table):
+    try:
+        gate = table.gate
+    except ValueError as error:
+        remedy = 'write "plc1/Running == 1", joined by "and"'
+        raise file.error(["task", name, "active_when"], str(error), remedy) from None
+    for condition in gate:
         known(condition.tag, ["task", name, "active_when"])
     try:
         seconds(table.max_lag)
     except ValueError as error:
         raise file.error(["task", name, "max_lag"], str(error), 'write "2s"') from None
-
-
-def _gate(file: TomlFile, name: str, table: TaskTable) -> tuple[Condition, ...]:
-    try:
-        return parse_gate(table.active_when) if table.active_when else ()
-    except ValueError as error:
-        remedy = 'write "plc1/Running == 1", joined by "and"'
-        raise file.error(["task", name, "active_when"], str(error), remedy) from None
 
 
 def _raw_topics(file: TomlFile, refs: tuple[str, ...], tags: dict[str, Tag]) -> dict[str, str]:
@@ -319,12 +326,17 @@ def _apply_profile(file: TomlFile, profile: Profile) -> None:
                 table.setdefault(key, value)
 
 
+def said_folder(override: Path | None) -> Path | None:
+    """The state folder that `--state` or else $STATE_DIRECTORY (systemd) says; None where neither does."""
+    systemd = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    return override or (Path(systemd) if systemd else None)
+
+
 def state_folder(config: Config, override: Path | None) -> Path:
-    """Where this gateway keeps its state: `--state`, $STATE_DIRECTORY (systemd), or the platform's place."""
-    if override is not None:
-        return override
-    if systemd := os.environ.get("STATE_DIRECTORY"):
-        return Path(systemd.partition(":")[0])
+    """Where this gateway keeps its state: where that is said, else in the platform's place."""
+    said = said_folder(override)
+    if said is not None:
+        return said
     import platformdirs  # noqa: PLC0415 - only where neither of the above says
 
     return platformdirs.user_state_path("tundish") / "edge" / str(config.path).replace("/", "-")

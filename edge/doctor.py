@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -26,11 +25,9 @@ from broker.topics import FederationStatus, downlink_filters
 from edge.config import Config
 from edge.drivers import registry
 from edge.identity import with_own_tls
-from edge.status import STATUS_FILE
+from edge.status import is_alive, read_status
 from edge.tags import Source
 from models.errors import UserError
-
-_FRESH_S = 10.0  # a status that is older is of a gateway that ended
 
 GATEWAY, BROKER = "gateway", "broker"
 _SOURCE_S = 60.0  # for all steps of one source, whatever happens
@@ -222,12 +219,13 @@ def _give(name: str, parent: int, owner: os.stat_result) -> None:
 
 async def federation(config: Config, state: Path) -> AsyncIterator[Step]:
     """Go to the broker, and see whether what the gateway needs there is allowed."""
-    name = config.federation.name or _pinned(state) or "+"
+    said = read_status(state)
+    name = config.federation.name or (said["federation"]["name"] if said else "") or "+"
     filters = [FederationStatus(name).topic]
     for task in config.tasks:
         filters += downlink_filters(name, task, config.path)
-    settings, said = with_own_tls(config.mqtt, state), _said(state)
-    if settings.cert and said.get("running") and time.time() - said["time_ms"] / 1000 < _FRESH_S:
+    settings = with_own_tls(config.mqtt, state)
+    if settings.cert and said and is_alive(said):
         # A broker may let each certificate in once: a second client would throw the gateway out.
         mqtt = said["mqtt"]
         how = "is connected" if mqtt["connected"] else f"is not connected: {mqtt['error']}"
@@ -236,18 +234,3 @@ async def federation(config: Config, state: Path) -> AsyncIterator[Step]:
     # Under the gateway's own area, and no topic that an aggregator reads.
     async for step in look(settings, filters, f"{config.path}/_fl/doctor/probe"):
         yield step
-
-
-def _pinned(state: Path) -> str:
-    """Return the federation that the gateway follows, as its status says; nothing if none is known."""
-    federation = _said(state).get("federation")
-    return str(federation.get("name", "")) if isinstance(federation, dict) else ""
-
-
-def _said(state: Path) -> dict[str, Any]:
-    """What the gateway said of itself last; nothing if it never ran."""
-    try:
-        status: dict[str, Any] = json.loads((state / STATUS_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return status

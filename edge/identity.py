@@ -85,14 +85,8 @@ def import_admission(args: argparse.Namespace, config: Config, folder: Path) -> 
         state.claim()  # a running gateway would go on with the old ones
         write_file(folder / _TLS / "ca.pem", answer.authority)
         write_file(folder / _TLS / "cert.pem", answer.certificate)
-        before = state.get("federation")
         with state.transaction():
-            if before is not None and before[:32] != answer.public_key:
-                state.forget_federation()
-            state.put("federation", answer.public_key + answer.federation.encode())
-            state.record("federation-pinned", {
-                "federation": answer.federation, "key": answer.public_key.hex(), "how": "imported",
-            })  # fmt: skip
+            state.pin(answer.federation, answer.public_key, "imported")
     print(f"{config.path} takes part in {answer.federation}, whose key is {answer.public_key.hex()}")
     return 0
 

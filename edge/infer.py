@@ -77,7 +77,11 @@ class Scorer:
 
     def outputs(self, x: Windows) -> NDArray[np.float32]:
         """Raw windows (N, C, T), NaN where masked -> the net's outputs (N, outputs)."""
-        return self.run(np.nan_to_num(self.scale.inputs(self.task, x), copy=False))
+        return self.run(self._inputs(x))
+
+    def _inputs(self, x: Windows) -> Windows:
+        """Raw windows (N, C, T) -> scaled ones without NaN."""
+        return np.nan_to_num(self.scale.inputs(self.task, x), copy=False)
 
     def run(self, inputs: Windows) -> NDArray[np.float32]:
         """Scaled windows (N, C, T) without NaN -> the net's outputs (N, outputs), so many at once as memory allows."""
@@ -125,7 +129,7 @@ class Scorer:
         Anomaly: each channel's part of the error. Else occlusion (Zeiler & Fergus 2014, arXiv:1311.2901): how far the
         output moves when one channel is set to its mean, in one batch of C windows more.
         """
-        inputs = np.nan_to_num(self.scale.inputs(self.task, x[None]), copy=False)[0]
+        inputs = self._inputs(x[None])[0]
         if self.task.kind == "anomaly":
             weight = ((self.run(inputs[None])[0].reshape(inputs.shape) - inputs) ** 2).mean(1)
         else:
@@ -141,7 +145,7 @@ class Scorer:
         """The task's metric on labelled windows; NaN without any. Also sets an anomaly model's threshold."""
         if not len(data):
             return float("nan")
-        inputs = np.nan_to_num(self.scale.inputs(self.task, data.x), copy=False)
+        inputs = self._inputs(data.x)
         out = self.run(inputs)
         if data.y is None:
             errors = ((out - inputs.reshape(len(inputs), -1)) ** 2).mean(1)
@@ -153,7 +157,7 @@ class Scorer:
 
     def losses(self, data: Dataset) -> NDArray[np.float64]:
         """What this model loses on each window (N,): -log p of the class, or the squared error, normalised."""
-        inputs = np.nan_to_num(self.scale.inputs(self.task, data.x), copy=False)
+        inputs = self._inputs(data.x)
         out = self.run(inputs).astype(np.float64)[: len(data)]
         if data.y is None:
             lost = ((out - inputs.reshape(len(inputs), -1)) ** 2).mean(1)

@@ -68,9 +68,7 @@ class Live:
 
     def fits(self, task: Task, wiring: Wiring) -> bool:
         """Whether windows are made and judged as they are; what else a task says may change while it scores."""
-        same = (wiring, task.kind, task.net, task.window, task.signal, task.target)
-        was = self.task
-        return same == (self.wiring, was.kind, was.net, was.window, was.signal, was.target)
+        return wiring == self.wiring and _shape(task) == _shape(self.task)
 
     def go_on(self, before: "Live") -> None:
         """Score with the model of before, whose windows were wired otherwise; the counts go on too."""
@@ -182,3 +180,8 @@ class Live:
             },
         }
         self.publish(json.dumps(self.last).encode())
+
+
+def _shape(task: Task) -> tuple[object, ...]:
+    """What of a task decides how windows are made and judged."""
+    return task.kind, task.net, task.window, task.signal, task.target

@@ -10,7 +10,6 @@ import msgspec
 
 from edge.config import Config, TaskTable
 from edge.tags import Source, Tag
-from edge.window import parse_gate
 
 # Attributes of Config that are fixed from start to end -> how gateway.toml calls them.
 _FIXED = {
@@ -83,8 +82,7 @@ def plan(old: Config, new: Config, offline: frozenset[str] = frozenset()) -> Pla
 
 def wired(table: TaskTable) -> list[str]:
     """Return the refs of all tags that a task's table names."""
-    gate = parse_gate(table.active_when) if table.active_when else ()
-    named = [*table.signals.values(), table.target, table.segment, *(condition.tag for condition in gate)]
+    named = [*table.signals.values(), table.target, table.segment, *(condition.tag for condition in table.gate)]
     return [ref for ref in named if ref]
 
 

@@ -1,36 +1,31 @@
-"""One task on this gateway: the shell around its participant. Fetches models, trains, sends, and hands back.
+"""One task on this gateway: the shell around its participant. Fetches models, trains, and sends.
 
-The participant decides, this carries out. Scoring is `edge.live` and never waits for anything here.
+The participant decides, this carries out. Scoring is `edge.scoring` and never waits for anything here.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import asdict
 from typing import Any
 
-import msgspec
-
 from broker import messages as m
-from broker.topics import Local, Uplink
+from broker.topics import Uplink
 from edge import participant as p
-from edge.candidates import after_training, build, stored
-from edge.choose import GLOBAL
 from edge.config import TaskTable
 from edge.handback import Fetch, Model, probe
-from edge.infer import Scorer, contest, elect
+from edge.infer import Scorer
 from edge.live import Live
 from edge.memory import Memory
+from edge.scoring import Scoring
 from edge.shop import Shop
 from edge.store import Outgoing
 from edge.tags import Sample
 from edge.train import NotEnoughError, Result, Trainer, job_for
 from edge.update import seal_update
 from edge.verdicts import Ear
-from edge.wiring import wire
 from models.errors import LocalError, PeerError, UserError
-from models.scale import Scale
-from models.tomlfile import seconds
 
 log = logging.getLogger(__name__)
 
@@ -41,33 +36,44 @@ class Runner:
     """One configured task, from its plan to its update and from a manifest to a new scorer."""
 
     def __init__(self, name: str, table: TaskTable, shop: Shop) -> None:
+        """Read the state: before the event loop, or in the state's own thread."""
         self.name, self.table, self.shop = name, table, shop
         self.memory = Memory(shop.state, name)
+        self.scoring = Scoring(shop, self.memory, self._spawn)
         self._ear = Ear(shop, self.memory)
-        self.live: Live | None = None
         self.model: Model | None = None
         self.fetch: Fetch | None = None
         self.problem, self._envelope = "", b""
-        self.kept: dict[str, Any] = {}
+        self._stored: tuple[Model, Scorer] | None = None
         self._wanted_ms, self._stored_before = -1, 0
         self._installing = asyncio.Lock()
         self._jobs: set[asyncio.Task[None]] = set()
         self._trainer = Trainer()
         self._training: asyncio.Task[None] | None = None
-        # What the memory holds, at hand for the event loop.
-        self.scale, self.holdout = self.memory.scale(), self.memory.holdout()
-        self.personal, self.own = self.memory.vector("personal"), self.memory.vector("own")
-        self.average = self.memory.vector("average")
         self.participant = p.Participant(shop.config.policy, 1, handled=self.memory.handled())
+        self.guard("start", self._load)
+
+    def _load(self) -> None:
+        model = self.memory.model()
+        if model is not None:
+            self._stored = model, self.scoring.stored(model)
 
     def start(self) -> None:
         """Score at once with what is stored from before."""
-        stored = self.memory.model()
-        if stored is not None:
-            self._wire(stored)
-            # Of what an earlier run stored the child alone knows how much is good; it says so if it is too little.
-            self._stored_before = stored.task.training.min_windows
-            self._adopt_stored(stored)
+        if self._stored is None:
+            return
+        (model, scorer), self._stored = self._stored, None
+        self._wire(model)
+        # Of what an earlier run stored the child alone knows how much is good; it says so if it is too little.
+        self._stored_before = model.task.training.min_windows
+        self.model, self._wanted_ms = model, model.manifest.created_ms
+        self.participant.handle(p.ModelStored(model.manifest.version, model.manifest.digest))
+        self.scoring.swap(scorer, model)
+
+    @property
+    def live(self) -> Live | None:
+        """What scores, once the task is wired."""
+        return self.scoring.live
 
     def reconfigure(self, *, rewire: bool) -> None:
         """Take up a new configuration; with `rewire` the windows begin again."""
@@ -75,17 +81,16 @@ class Runner:
         if not rewire:
             return
         self.table = self.shop.config.tasks[self.name]
-        before, self.live = self.live, None
+        before, self.scoring.live = self.live, None
         live = self._wire(self.model) if self.model else None
         if live and before and before.fits(live.task, before.wiring):
             live.go_on(before)
-        elif live and self.model:
-            self._spawn(self._offer(self.model, changed=True))
+        elif live:
+            self._spawn(self._offer_again())
 
     async def stop(self) -> None:
         """End scoring, training and fetching; nothing of it is lost that a restart would not do again."""
-        if self.live and self.live.last:
-            self._publish_inference(self.live.farewell())
+        self.scoring.end()
         for job in self._jobs:
             job.cancel()
         await asyncio.gather(*self._jobs, return_exceptions=True)
@@ -165,7 +170,6 @@ class Runner:
         def work() -> bool:
             if not self.shop.state.settle(receipt.digest):
                 return False
-            self.shop.state.put("answered/receipt", b"1")
             self.shop.state.record("receipt", body)
             return True
 
@@ -176,8 +180,7 @@ class Runner:
     def reconnected(self) -> None:
         """Say again what the aggregator may have missed, and ask again for missing chunks."""
         self._do(self.participant.handle(p.Reconnected()))
-        if self.live and self.live.last:
-            self._publish_inference(msgspec.json.encode(self.live.last))
+        self.scoring.repeat()
 
     # -- actions ----------------------------------------------------------------------------------------------------
 
@@ -217,9 +220,6 @@ class Runner:
         )
         self.shop.publish(topic, self.shop.signer.seal(word, topic))
 
-    def _publish_inference(self, payload: bytes) -> None:
-        self.shop.publish(Local(self.shop.config.path, "inference", self.name).topic, payload, qos=0, retain=True)
-
     # -- training ---------------------------------------------------------------------------------------------------
 
     async def _train(self, action: p.StartTraining, before: asyncio.Task[None] | None) -> None:
@@ -232,8 +232,8 @@ class Runner:
             await asyncio.to_thread(self.shop.samples.flush)
             said, home = await self.shop.state.commit(self.memory.corrections), self.shop.folder
             job = job_for(self.shop.config, home, model.terms.task_text, live.wiring, model.layout, action.round, said)
-            base = model.personalised(self.personal)
-            result = await self._trainer.train(job, base, home / f"training-{self.name}", self.own)
+            base = model.personalised(self.scoring.personal)
+            result = await self._trainer.train(job, base, home / f"training-{self.name}", self.scoring.own)
             await self._send(action, model, result)
         except NotEnoughError as error:
             log.info("%s: round %d waits for data: %s", self.name, action.round, error)
@@ -251,7 +251,7 @@ class Runner:
     async def _send(self, action: p.StartTraining, model: Model, result: Result) -> None:
         """Put what was learnt into the outbox, with the state that belongs to it, in one commit; then send it."""
         residual = await self.shop.state.commit(lambda: self.memory.vector("residual"))
-        out = await asyncio.to_thread(seal_update, self.shop, action, model, result, residual, self.personal)
+        out = await asyncio.to_thread(seal_update, self.shop, action, model, result, residual, self.scoring.personal)
         personal = not model.layout.mask(model.task.personal).all()
 
         def work() -> None:
@@ -262,36 +262,13 @@ class Runner:
 
         await self.shop.state.commit(work)
         self.problem = ""
-        self.scale, self.holdout, self.own = result.scale, result.holdout, result.own
-        if personal:
-            self.personal = result.vector
+        self.scoring.take_result(result, personal=personal)
         log.info("%s: round %d: %d windows, %d bytes", self.name, action.round, result.samples, len(out.envelope))
         self._do(self.participant.handle(p.Trained(action.round)))
         self.shop.publish(out.topic, out.envelope)
-        await self._elect(model, result)
-
-    async def _elect(self, model: Model, result: Result) -> None:
-        """After a training: choose by the holdout what scores here; the global model is one of the candidates."""
         async with self._installing:
-            # Without the lock, or in step and with a newer model here already, this would undo a choice made since.
-            newest = self.model
-            if self.live is None or newest is None or not len(result.holdout):
-                return
-            if newest is not model and (model.task.round.full is None or newest.graph != model.graph):
-                return
-            model, vector = newest, newest.personalised(self.personal, self.average)
-            found = await asyncio.to_thread(after_training, self.shop.config.scoring, model, vector, result)
-            chosen, body = await asyncio.to_thread(elect, found.scorers, result.holdout)
-            self._swap(chosen, model)
-            self.kept = body | {"task": self.name, "version": chosen.version}
-            parts = [(share, found.weights[kind]) for kind, share in body["shares"].items()]
-
-            def work() -> None:
-                self.memory.keep_scoring(chosen.version, chosen.kind, parts)
-                self.shop.state.record("model-chosen", self.kept)
-
-            await self.shop.state.commit(work)
-            log.info("%s: scores with %s of version %d", self.name, chosen.kind, chosen.version)
+            if self.model:
+                await self.scoring.elect(model, self.model, result)
 
     # -- models -----------------------------------------------------------------------------------------------------
 
@@ -299,7 +276,7 @@ class Runner:
         """Match the published task to this gateway's tags; a mismatch (None) is said, and stops this task alone."""
         task = model.task
         try:
-            wiring = wire(task, self.table, self.shop.config.tags, self.shop.config.file)
+            live = self.scoring.wire(task, self.table)
         except UserError as error:
             self.problem = str(error)
             self._do(self.participant.handle(p.Unable(str(error)[:400])))
@@ -307,37 +284,15 @@ class Runner:
             return None
         self.problem = ""
         self.participant.min_windows = task.training.min_windows
-        unable = "" if wiring.target or task.kind == "anomaly" else "no target tag is wired"
+        unable = "" if live.wiring.target or task.kind == "anomaly" else "no target tag is wired"
         self._do(self.participant.handle(p.Unable(unable)))
-        if self.live and self.live.fits(task, wiring):
-            self.live.task = task
-        else:
-            lag = int(seconds(self.table.max_lag) * 1e9)
-            self.live = Live(task, wiring, lag, self._publish_inference, self.shop.samples.score, self._first_scale)
-            self.live.feed(self.shop.latest.samples())
-        return self.live
+        return live
 
-    def _first_scale(self, scale: Scale) -> None:
-        """Keep a normalisation that was learnt before any training."""
-        self.scale = scale
-        self._spawn(self.shop.state.commit(lambda: self.memory.keep_scale(scale)))
-
-    def _adopt_stored(self, model: Model) -> None:
-        """At start: the model that scored when the gateway went down."""
-        self.model, self._wanted_ms = model, model.manifest.created_ms
-        self.participant.handle(p.ModelStored(model.manifest.version, model.manifest.digest))
-        scorer = stored(self.shop.config.scoring, self.memory, model, model.personalised(self.personal), self.scale)
-        if self.holdout is not None and scorer.scale.mean:
-            scorer.metric(self.holdout)
-        self._swap(scorer, model)
-
-    def _swap(self, scorer: Scorer, model: Model) -> None:
-        """Between two windows (this is the event loop, and so is scoring): the next window meets the new model."""
-        if self.live:
-            self.live.scorer = scorer
-            self.live.learnt = scorer.learnt
-            # Of a model that was kept in place of a newer one, the age is not known after a restart.
-            self.live.made_ms = model.manifest.created_ms if scorer.version == model.manifest.version else 0
+    async def _offer_again(self) -> None:
+        """Let the model that is here score with other windows than before."""
+        async with self._installing:
+            if self.model:
+                await self.scoring.offer(self.model, changed=True)
 
     async def _install(self, fetch: Fetch, envelope: bytes) -> None:
         """One model after the other: a fault of this machine is tried again, a fault of the model is not."""
@@ -364,38 +319,31 @@ class Runner:
         if self.model is None or model.graph != self.model.graph:
             await probe(model, self.shop.folder)
         changed = self.model is None or self.model.layout != model.layout
-        self.average = await self.shop.state.commit(lambda: self.memory.keep_model(model, envelope))
+        self.scoring.average = await self.shop.state.commit(lambda: self.memory.keep_model(model, envelope))
         self.model = model
         self._wire(model)
-        if changed:
-            self.kept = {}
         self._do(self.participant.handle(p.ModelStored(model.manifest.version, model.manifest.digest)))
-        await self._offer(model, changed=changed)
-
-    async def _offer(self, model: Model, *, changed: bool) -> None:
-        live, holdout = self.live, self.holdout
-        if live is None:
-            return
-        vector = model.personalised(self.personal)
-        new = await asyncio.to_thread(build, self.shop.config.scoring, model, vector, self.scale)
-        old = live.scorer
-        adopt, body = await asyncio.to_thread(contest, new, None if changed else old, holdout)
-        body |= {"task": self.name, "version": model.manifest.version}
-        if adopt:
-            self._swap(new, model)
-        self.kept = body | {"adopted": adopt}
-
-        def work() -> None:
-            if adopt:
-                self.memory.keep_scoring(new.version, GLOBAL, [(1.0, vector)])
-            self.shop.state.record("model-adopted" if adopt else "model-kept", body)
-
-        await self.shop.state.commit(work)
-        word = "scores now" if adopt else f"is not clearly better here; version {old.version if old else 0} goes on"
-        worth = f"{body['metric']} {body.get('new')}, was {body.get('old')}"
-        log.info("%s: model %d %s (%s)", self.name, model.manifest.version, word, worth)
+        await self.scoring.offer(model, changed=changed)
 
     def refuse(self, error: PeerError, what: str) -> None:
         """Count and log a peer's bytes that were refused; nothing stops because of them."""
         self.shop.refused[error.reason] += 1
         log.warning("%s: %s refused: %s", self.name, what, error)
+
+    # -- status -----------------------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, object]:
+        """How the task is; plain JSON types."""
+        plan, answer, live = self.participant.plan, self.participant.answer, self.live
+        return {
+            "state": self.participant.state.name.lower(),
+            "round": plan.round if plan else None,
+            "answer": f"{answer.verdict}: {answer.reason}".rstrip(": ") if answer else "",
+            "model": self.model.manifest.version if self.model else None,
+            "scoring_model": live.scorer.version if live and live.scorer else None,
+            "scoring_kind": live.scorer.kind if live and live.scorer else None,
+            "last_model": self.scoring.kept,
+            "problem": self.problem,
+            "last": live.last if live else {},
+            **(asdict(live.stats) if live else {}),
+        }

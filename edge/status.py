@@ -1,34 +1,18 @@
-"""What a gateway says of itself in status.json, for `tundish edge status` and whoever else reads the file."""
+"""What a gateway says of itself in status.json: written by the agent, read by whoever asks how it is."""
 
 import json
 import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from edge.runner import Runner
 from edge.tags import Driver, Health
 
 log = logging.getLogger(__name__)
 
-STATUS_FILE = "status.json"
-
-
-def task_status(runner: Runner) -> dict[str, object]:
-    """Return how one task is; plain JSON types."""
-    plan, answer, live = runner.participant.plan, runner.participant.answer, runner.live
-    return {
-        "state": runner.participant.state.name.lower(),
-        "round": plan.round if plan else None,
-        "answer": f"{answer.verdict}: {answer.reason}".rstrip(": ") if answer else "",
-        "model": runner.model.manifest.version if runner.model else None,
-        "scoring_model": live.scorer.version if live and live.scorer else None,
-        "scoring_kind": live.scorer.kind if live and live.scorer else None,
-        "last_model": runner.kept,
-        "problem": runner.problem,
-        "last": live.last if live else {},
-        **(asdict(live.stats) if live else {}),
-    }
+_FILE = "status.json"
+_FRESH_S = 10.0  # a status that is older is of a gateway that ended
 
 
 def sources_status(drivers: dict[str, Driver], tags: dict[str, dict[str, dict[str, object]]]) -> dict[str, object]:
@@ -46,6 +30,20 @@ def write_status(folder: Path, snapshot: dict[str, object]) -> None:
     text = json.dumps(snapshot, default=str)
     try:
         (folder / "status.tmp").write_text(text)
-        (folder / "status.tmp").rename(folder / STATUS_FILE)
+        (folder / "status.tmp").rename(folder / _FILE)
     except OSError as error:
         log.error("status.json can't be written: %s", error)
+
+
+def read_status(folder: Path) -> dict[str, Any] | None:
+    """What the gateway with its state in a folder said of itself last; None if it never ran."""
+    try:
+        status: dict[str, Any] = json.loads((folder / _FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return status
+
+
+def is_alive(status: dict[str, Any]) -> bool:
+    """Whether that was said by a gateway that still runs."""
+    return bool(status["running"]) and time.time() - status["time_ms"] / 1000 < _FRESH_S

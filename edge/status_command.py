@@ -5,20 +5,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from edge.status import is_alive, read_status
 from models.errors import LocalError
 
-_FRESH_S = 10.0
 _SHOWN = 10
 _SKEW_S = 2.0
 
 
 def main(folder: Path, *, as_json: bool) -> int:
     """Print the status of the gateway with its state in a folder; 1 if it does not run."""
-    try:
-        status = json.loads((folder / "status.json").read_text())
-    except (OSError, ValueError):
-        raise LocalError(f"no gateway has run with its state in {folder}; start one with tundish edge run") from None
-    alive = bool(status["running"]) and time.time() - status["time_ms"] / 1000 < _FRESH_S
+    status = read_status(folder)
+    if status is None:
+        raise LocalError(f"no gateway has run with its state in {folder}; start one with tundish edge run")
+    alive = is_alive(status)
     if as_json:
         print(json.dumps(status | {"alive": alive}))
     else:

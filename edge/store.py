@@ -25,6 +25,9 @@ _FEDERATIONS = (
 # Of each file; 2,000 as it comes. What is written once and read by another process gains nothing from more.
 _CACHE_KIB = 256
 
+_PINNED, _ANSWERED = "federation", "answered/receipt"
+_KEY_BYTES = 32
+
 SCHEMA = 1
 _STATE_SCHEMA = """
 CREATE TABLE IF NOT EXISTS state (key TEXT PRIMARY KEY, value BLOB NOT NULL);
@@ -76,7 +79,8 @@ class State:
     """`state.db`: every commit is on the disk when the call returns, which on a bad day takes seconds.
 
     So the event loop, where scoring lives, calls the methods directly only before it starts; later they run inside
-    `commit`, in a thread of the state's own. `waiting` mirrors the outbox for those who only want to look.
+    `commit`, in a thread of the state's own. For those who only want to look, `waiting` mirrors the outbox, and
+    `answered` says whether the pinned federation has ever answered for an update.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -88,7 +92,11 @@ class State:
         except sqlite3.Error as error:
             raise LocalError(f"{path} can't be opened: {error}") from error
         self._thread = ThreadPoolExecutor(1, "state")
-        self.waiting: tuple[Outgoing, ...] = tuple(self.outbox())
+        self._mirror()
+
+    def _mirror(self) -> None:
+        self.waiting = tuple(self.outbox())
+        self.answered = self.get(_ANSWERED) is not None
 
     def close(self) -> None:
         """Finish what was begun, and release the file."""
@@ -115,7 +123,6 @@ class State:
                 raise LocalError(
                     f"state can't be stored: {error}; free space on the disk of the state folder"
                 ) from error
-            self.waiting = tuple(self.outbox())
             return done
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, run)
@@ -131,6 +138,7 @@ class State:
                 self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
+        self._mirror()
 
     def get(self, key: str) -> bytes | None:
         """Return a value, None if there is none."""
@@ -152,9 +160,25 @@ class State:
 
     def settle(self, digest: bytes) -> bool:
         """Delete one update from the outbox on its receipt; False if it was not there."""
-        return self._db.execute("DELETE FROM outbox WHERE digest = ?", (digest,)).rowcount > 0
+        if not self._db.execute("DELETE FROM outbox WHERE digest = ?", (digest,)).rowcount:
+            return False
+        self.put(_ANSWERED, b"1")
+        return True
 
-    def forget_federation(self) -> None:
+    def pinned(self) -> tuple[str, bytes] | None:
+        """The federation that this gateway trusts: its name and its Ed25519 key (32 bytes); None before a first."""
+        data = self.get(_PINNED)
+        return None if data is None else (data[_KEY_BYTES:].decode(), data[:_KEY_BYTES])
+
+    def pin(self, name: str, key: bytes, how: str) -> None:
+        """Trust a federation from now on, with a line in the ledger; what one with another key gave is forgotten."""
+        before = self.pinned()
+        if before is not None and before[1] != key:
+            self._forget_federation()
+        self.put(_PINNED, key + name.encode())
+        self.record("federation-pinned", {"federation": name, "key": key.hex(), "how": how})
+
+    def _forget_federation(self) -> None:
         """Drop what a federation gave and what waits for it; key, normalisation, holdout and ledger stay."""
         self._db.execute("DELETE FROM outbox")
         for name in _FEDERATIONS:

@@ -1,6 +1,7 @@
 """What comes in from a plant: Tag, Sample, Quality, and the contract between a driver and the agent."""
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -109,6 +110,12 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     options: dict[str, object] = {}
     pki: str = ""
     folder: str = ""
+
+    def meaning(self, tag: Tag) -> str:
+        """What makes a tag's stored values what they are; a new URL does not, for a machine that moved is the same."""
+        device = [self.options.get(key) for key in ("device_id", "address_base")]
+        row = (self.driver, *device, tag.address, tag.type, tag.unit, tag.scale, tag.offset, tag.width)
+        return hashlib.blake2b(repr(row).encode(), digest_size=8).hexdigest()
 
 
 @dataclass

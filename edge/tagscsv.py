@@ -5,6 +5,7 @@ import io
 import math
 import re
 from collections.abc import Iterable
+from functools import partial
 
 from edge.tags import NO_BOUND, Tag
 from models.errors import UserError
@@ -54,20 +55,7 @@ def _tag(source: str, path: str, line: int, row: dict[str, str], *, decimal_comm
     if re.search(r"[\s/]", row["tag"]):
         raise UserError(path, line, "tag", f"{row['tag']!r} holds a space or a slash", "use letters, digits, . _ -")
 
-    def number(key: str, default: float) -> float:
-        text = row.get(key, "")
-        try:
-            value = float(text.replace(",", ".") if decimal_comma else text) if text else default
-        except ValueError:
-            raise UserError(path, line, key, f"{text!r} is no number", "write one, such as 0.1") from None
-        if (
-            not math.isfinite(value)
-            or (text and abs(value) > MAX_NUMBER)
-            or (value < 0 and key in {"deadband", "sampling_ms"})
-        ):
-            raise UserError(path, line, key, f"{text!r} is out of range", "write one, such as 0.1")
-        return value
-
+    number = partial(_number, path, line, row, decimal_comma=decimal_comma)
     low, high = number("low", -NO_BOUND), number("high", NO_BOUND)
     if low > high:
         raise UserError(path, line, "low", f"{low:g} is above high, {high:g}", "swap them, or leave one empty")
@@ -99,3 +87,16 @@ def _tag(source: str, path: str, line: int, row: dict[str, str], *, decimal_comm
         file=path,
         line=line,
     )
+
+
+def _number(path: str, line: int, row: dict[str, str], key: str, default: float, *, decimal_comma: bool) -> float:
+    """Return the number in a cell, or the default where it is empty; UserError."""
+    text = row.get(key, "")
+    try:
+        value = float(text.replace(",", ".") if decimal_comma else text) if text else default
+    except ValueError:
+        raise UserError(path, line, key, f"{text!r} is no number", "write one, such as 0.1") from None
+    negative = value < 0 and key in {"deadband", "sampling_ms"}
+    if not math.isfinite(value) or (text and abs(value) > MAX_NUMBER) or negative:
+        raise UserError(path, line, key, f"{text!r} is out of range", "write one, such as 0.1")
+    return value

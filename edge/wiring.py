@@ -3,7 +3,7 @@
 from edge.config import TaskTable
 from edge.tags import NO_BOUND, Tag
 from edge.units import SAME, Conversion, UnitError, conversion
-from edge.window import Wiring, parse_gate
+from edge.window import Wiring
 from models.errors import UserError
 from models.spec import Task
 
@@ -38,7 +38,7 @@ def wire(task: Task, table: TaskTable, tags: dict[str, Tag], place: str) -> Wiri
         gains=() if same else tuple(c.gain for c in conversions),
         ranges=() if all(r == (-NO_BOUND, NO_BOUND) for r in ranges) else ranges,
         offsets=() if same else tuple(c.offset for c in conversions),
-        gate=parse_gate(table.active_when) if table.active_when else (),
+        gate=table.gate,
         segment=table.segment,
     )
 
@@ -69,8 +69,3 @@ def unit_notes(task: Task, wiring: Wiring, tags: dict[str, Tag]) -> list[str]:
             plus = f" {wiring.offsets[i]:+.6g}" if wiring.offsets[i] else ""
             notes.append(f"{tag.ref}: {tag.unit} to {signal.unit}, x {wiring.gains[i]:.6g}{plus}")
     return notes
-
-
-def shape_of(task: Task) -> tuple[object, ...]:
-    """What of a task decides how windows are made and judged; the rest may change while it scores."""
-    return task.kind, task.net, task.window, task.signal, task.target

@@ -1,10 +1,8 @@
 """Two real MQTT brokers as child processes on a free port of 127.0.0.1: Mosquitto (MQTT 5) and amqtt (3.1.1 alone)."""
 
 import os
-import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,40 +10,16 @@ from typing import Self
 
 import pytest
 
+from edge.lab.processes import free_port, mosquitto_path, python
+
 BROKERS = ("mosquitto", "amqtt")
 START_S = 20
-
-_AMQTT = """
-import asyncio, logging, sys
-from amqtt.broker import Broker
-logging.disable(logging.CRITICAL)
-async def main():
-    await Broker({
-        "listeners": {"default": {"type": "tcp", "bind": "127.0.0.1:" + sys.argv[1]}},
-        "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
-    }).start()
-    await asyncio.Event().wait()
-asyncio.run(main())
-"""
-
-
-def mosquitto_path() -> str | None:
-    """Where the binary is; Debian keeps it out of the users' PATH."""
-    return shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
 
 
 def need_mosquitto() -> None:
     """Skip where Mosquitto is missing; where CI promises to have installed it, let the test fail."""
     if mosquitto_path() is None and "CI" not in os.environ:
         pytest.skip("mosquitto is not installed")
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 class BrokerProcess:
@@ -92,7 +66,7 @@ class BrokerProcess:
 
     def _command(self) -> list[str]:
         if self.kind == "amqtt":
-            return [sys.executable, "-c", _AMQTT, str(self.port)]
+            return python("edge.lab.mqtt", self.port)
         lines = [f"listener {self.port} 127.0.0.1", "allow_anonymous true", "persistence false"]
         if self._tls:
             ca, cert, key = self._tls

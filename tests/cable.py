@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 from cryptography.x509 import load_pem_x509_certificate
 
-from edge.drivers._opcua_security import make_identity, own_identity
+from edge.drivers._opcua_pki import make_identity, own_identity
 from edge.drivers.registry import load
 from edge.tags import Driver, Quality, Sample, Source
 from tests.opcua_rigs import (

@@ -21,9 +21,10 @@ from asyncua.ua.status_codes import StatusCodes
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from edge.drivers._opcua_security import Identity, make_identity
+from edge.drivers._opcua_pki import Identity, make_identity
+from edge.lab.processes import free_port
 from edge.tags import Source, Tag
-from tests.rigs import OpcuaRig, free_port
+from tests.rigs import OpcuaRig
 
 NODE = Path(__file__).parent / "node_opcua"
 URI = "urn:rig:server"

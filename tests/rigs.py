@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import struct
 import tempfile
 import time
@@ -22,18 +21,12 @@ from pymodbus.constants import ExcCodes
 from pymodbus.server import ModbusSerialServer, ModbusTcpServer
 from pymodbus.simulator import DataType, SimData, SimDevice
 
+from edge.lab.processes import free_port
 from edge.tags import Driver, Sample, Source, Tag
 from tests.brokers import BrokerProcess
 from tests.sparkplug_node import SparkplugNode
 
 LATER_S = 20.0  # an upper bound for whatever is awaited, generous on a busy machine
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def labels() -> list[Tag]:

@@ -13,9 +13,9 @@ from asyncua import ua
 from edge.cli import main
 from edge.config import load_config
 from edge.drivers._opcua_browse import clean
-from edge.drivers._opcua_security import own_identity
+from edge.drivers._opcua_pki import own_identity
+from edge.lab.processes import free_port
 from tests.opcua_rigs import PASSWORD, USER, AsyncuaPlant, NodePlant, Plant, install_node
-from tests.rigs import free_port
 
 GATEWAY = """\
 [gateway]

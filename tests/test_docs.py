@@ -33,17 +33,31 @@ def commands(parser: argparse.ArgumentParser, path: str = "tundish") -> Iterator
 ALL = dict(commands(build_parser()))
 
 
-@pytest.mark.parametrize("path", ALL)
-def test_every_command_and_option_is_in_the_reference(path: str) -> None:
+def section_of(path: str) -> str:
     *group, verb = path.split()
     heads = [line for line in REFERENCE.splitlines() if line.startswith(f"### `{' '.join(group)}")]
     heading = next((line for line in heads if f"`{path}`" in line or f"`{verb}`" in line), "")
     assert heading, f"{path} has no heading"
-    section = REFERENCE[REFERENCE.index(heading) :].split("\n### ")[0].split("\n## ")[0]
+    return REFERENCE[REFERENCE.index(heading) :].split("\n### ")[0].split("\n## ")[0]
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_every_command_and_option_is_in_the_reference(path: str) -> None:
+    section = section_of(path)
     for action in ALL[path]._actions:
         for option in action.option_strings:
             if option not in {"-h", "--help"}:
                 assert re.search(rf"`{re.escape(option)}[ `]", section), f"{path} {option} is undocumented"
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_every_number_that_is_a_default_is_in_the_reference(path: str) -> None:
+    rows = section_of(path).splitlines()
+    for action in ALL[path]._actions:
+        if isinstance(action.default, int | float) and not isinstance(action.default, bool):
+            named = [row for row in rows if f"`{action.option_strings[-1]}" in row.partition("|")[2].partition("|")[0]]
+            said = "".join(named)
+            assert not action.default or f"({action.default:g})" in said, f"{path} {action.option_strings[-1]}"
 
 
 @pytest.mark.parametrize("path", ALL)

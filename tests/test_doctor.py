@@ -25,10 +25,11 @@ from edge.cli import main
 from edge.config import load_config
 from edge.drivers.modbus import diagnose as diagnose_modbus
 from edge.drivers.opcua import diagnose as diagnose_opcua
+from edge.lab.processes import free_port, mosquitto_path
 from edge.store import State
-from tests.brokers import BrokerProcess, mosquitto_path, need_mosquitto
+from tests.brokers import BrokerProcess, need_mosquitto
 from tests.opcua_rigs import PASSWORD, USER, AsyncuaPlant, source, tag
-from tests.rigs import ModbusRig, OpcuaRig, RtuRig, free_port, until
+from tests.rigs import ModbusRig, OpcuaRig, RtuRig, until
 from tests.test_propose import TASK
 
 shared = pytest.mark.asyncio(loop_scope="module")

@@ -19,12 +19,13 @@ from asyncua import ua
 
 from edge.drivers import registry
 from edge.drivers.registry import driver_names, load
+from edge.lab.processes import free_port
 from edge.tags import Driver, Quality, Source, Tag, sleep_backoff
 from edge.window import Windower, Wiring
 from models.errors import UserError
 from models.spec import Window
 from tests.opcua_rigs import Line
-from tests.rigs import RIGS, Collector, OpcuaRig, Rig, free_port, until
+from tests.rigs import RIGS, Collector, OpcuaRig, Rig, until
 
 
 @contextlib.asynccontextmanager

@@ -39,10 +39,11 @@ from broker.topics import (
 )
 from edge import config, profile
 from edge.cli import build_parser
+from edge.lab.processes import free_port, mosquitto_path
 from edge.profile import load_profile
 from models.errors import UserError
 from models.tomlfile import size_bytes
-from tests.brokers import BrokerProcess, free_port, mosquitto_path, need_mosquitto
+from tests.brokers import BrokerProcess, need_mosquitto
 
 FOLDER = Path(__file__).parent.parent / "firmware-configs"
 BOARDS = sorted(FOLDER.glob("*.toml"))

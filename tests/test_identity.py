@@ -28,8 +28,9 @@ from broker.pki import AGGREGATOR, Authority, key_pem, make_request, requested_k
 from edge import cli as edge_cli
 from edge.config import load_config
 from edge.identity import with_own_tls
+from edge.lab.processes import free_port, mosquitto_path
 from models.errors import LocalError, PeerError, UserError
-from tests.brokers import free_port, mosquitto_path, need_mosquitto
+from tests.brokers import need_mosquitto
 
 FEDERATION = "press-lines"
 HERE, THERE, GONE, OLD = (f"acme/lyon/press/line4/cell{i}" for i in (2, 3, 4, 5))

@@ -18,9 +18,10 @@ from cryptography.x509.oid import NameOID
 from broker import link as link_module
 from broker.link import Inbound, Link, MqttSettings, check_mqtt
 from broker.messages import MAX_PAYLOAD
+from edge.lab.processes import free_port
 from models.errors import UserError
 from models.tomlfile import TomlFile
-from tests.brokers import BROKERS, BrokerProcess, free_port, need_mosquitto
+from tests.brokers import BROKERS, BrokerProcess, need_mosquitto
 
 WAIT_S = 30
 

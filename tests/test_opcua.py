@@ -13,7 +13,7 @@ from asyncua.common.utils import ServiceError
 from asyncua.server.internal_session import InternalSession
 from asyncua.ua.status_codes import StatusCodes
 
-from edge.drivers._opcua_security import make_identity, own_identity
+from edge.drivers._opcua_pki import make_identity, own_identity
 from edge.tags import Quality, Source
 from tests.opcua_rigs import (
     PASSWORD,

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from edge.drivers._opcua_security import SecurityError, check_server, make_identity, own_identity, parse_chain
+from edge.drivers._opcua_pki import SecurityError, check_server, make_identity, own_identity, parse_chain
 from edge.drivers.opcua import Driver
 from edge.tags import Source
 from models.errors import UserError

@@ -19,9 +19,10 @@ import pytest
 from edge.drivers import modbus, opcua
 from edge.lab.physics import SNAPSHOT
 from edge.lab.plc import CLOCK, HEADER, DataLayout, data_layout, main, recorded_steps, tags_csv
+from edge.lab.processes import free_port
 from edge.tags import Driver, Quality, Source, Tag
 from models.errors import UserError
-from tests.rigs import Collector, free_port, until
+from tests.rigs import Collector, until
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,9 +12,9 @@ import pytest
 
 from edge.cli import main
 from edge.config import load_config
-from edge.lab.processes import Process, python
+from edge.lab.processes import Process, free_port, python
 from edge.reload import plan
-from tests.rigs import ModbusRig, OpcuaRig, free_port, until
+from tests.rigs import ModbusRig, OpcuaRig, until
 from tests.test_agent import plant
 from tests.test_config import DRIVE, GATEWAY, PLC1, change
 

@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,14 @@ def ring(folder: Path, max_bytes: int = PLENTY, max_days: int = 0) -> Iterator[S
         yield opened
     finally:
         opened.close()
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Puts the gateway's clock so many seconds ahead; what is too old is looked for at each flush."""
+    real = time.time
+    monkeypatch.setattr("edge.ring._DAYS_S", 0.0)
+    return lambda ahead_s: monkeypatch.setattr(time, "time", lambda: real() + ahead_s)
 
 
 def reader(folder: Path) -> contextlib.closing[SampleReader]:
@@ -83,12 +91,10 @@ def test_samples_of_a_stretch_of_time(tmp_path: Path) -> None:
         assert found.columns("a/none") is None
 
 
-def test_samples_go_when_their_days_are_over_but_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = time.time
-    monkeypatch.setattr("edge.ring._DAYS_S", 0.0)
+def test_samples_go_when_their_days_are_over_but_the_newest(tmp_path: Path, later: Callable[[float], None]) -> None:
     with ring(tmp_path, max_days=2) as store:
         for day in range(6):
-            monkeypatch.setattr(time, "time", lambda day=day: real() + day * 86_401)
+            later(day * 86_401)
             seconds(store, day * 86_400, day * 86_400 + 3, "a/x", *(["a/once"] if day == 0 else []))
         with reader(tmp_path) as found:
             columns = found.columns("a/x")
@@ -118,12 +124,10 @@ def test_samples_go_by_days_while_nothing_comes(tmp_path: Path, monkeypatch: pyt
         assert rows(tmp_path, "SELECT first_ns FROM block") == [(START + 10 * S,)]
 
 
-def test_merging_makes_no_sample_younger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = time.time
-    monkeypatch.setattr("edge.ring._DAYS_S", 0.0)
+def test_merging_makes_no_sample_younger(tmp_path: Path, later: Callable[[float], None]) -> None:
     with ring(tmp_path, max_days=1) as store:
         for half_day in range(12):
-            monkeypatch.setattr(time, "time", lambda half_day=half_day: real() + half_day * 43_200)
+            later(half_day * 43_200)
             seconds(store, half_day, half_day + 1, "a/x")
         with reader(tmp_path) as found:
             columns = found.columns("a/x")
@@ -350,3 +354,32 @@ def test_scans_are_stored_as_their_samples(tmp_path: Path) -> None:
                 assert len(one[0]) > 20
                 for found, expected in zip(one, other, strict=True):
                     np.testing.assert_array_equal(found, expected)
+
+
+def test_what_a_tag_was_before_its_row_changed_is_not_mixed_in(tmp_path: Path) -> None:
+    with ring(tmp_path) as store, reader(tmp_path) as found:
+
+        def known() -> list[float]:
+            columns = found.columns("a/x")
+            return [] if columns is None else columns[1].tolist()
+
+        store.mean({"a/x": "ABCD", "a/y": "ABCD"})
+        seconds(store, 0, 100, "a/x", "a/y")
+        store.mean({"a/x": "CDAB", "a/y": "ABCD"})
+        store.flush()
+        assert known() == []  # before the first sample of the new kind
+        assert found.newest_ns(["a/x"]) == 0
+        seconds(store, 100, 170, "a/x", "a/y")
+        assert known() == [float(i) for i in range(100, 170)]
+        other = found.columns("a/y")
+        assert other is not None
+        assert len(other[0]) == 170
+        store.mean({"a/x": "ABCD", "a/y": "ABCD"})  # the first row was right after all
+        seconds(store, 170, 180, "a/x")
+        assert known() == [*map(float, range(100)), *map(float, range(170, 180))]
+    with ring(tmp_path) as store, reader(tmp_path) as found:
+        store.mean({"a/x": "ABCD"})
+        store.flush()
+        columns = found.columns("a/x")
+        assert columns is not None
+        assert len(columns[0]) == 110

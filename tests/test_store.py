@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -286,6 +287,27 @@ def test_the_outbox(tmp_path: Path) -> None:
     state.close()
     state = State(tmp_path)
     assert sorted(state.outbox()) == sorted([out(3, 1, "u"), out(4, 1)])
+    state.close()
+
+
+def test_another_key_forgets_what_a_federation_gave(tmp_path: Path) -> None:
+    state = State(tmp_path)
+    assert state.pinned() is None
+    with state.transaction():
+        state.pin("north", bytes(32), "configured")
+        state.put("weights/t", b"theirs")
+        state.put("scale/t", b"ours")
+        state.send(out(1, 1))
+        state.send(out(2, 2))
+        state.settle(out(2, 2).digest)
+    with state.transaction():
+        state.pin("renamed", bytes(32), "imported")
+    assert (state.pinned(), state.answered, state.waiting) == (("renamed", bytes(32)), True, (out(1, 1),))
+    with state.transaction():
+        state.pin("south", b"k" * 32, "configured")
+    assert (state.pinned(), state.answered, state.waiting) == (("south", b"k" * 32), False, ())
+    assert (state.get("weights/t"), state.get("scale/t")) == (None, b"ours")
+    assert [json.loads(line)["kind"] for line in state.ledger()] == ["federation-pinned"] * 3
     state.close()
 
 

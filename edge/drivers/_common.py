@@ -22,6 +22,7 @@ from models.errors import UserError
 T = TypeVar("T", int, float, str)
 
 _GOOD, _BAD = Quality.GOOD, Quality.BAD
+MOST_MS = 2**63 // 1_000_000  # the last time in milliseconds whose nanoseconds an int64 holds
 _BACK_NS = 10_000_000_000  # behind the newest stamp of a tag, from which on its clock may have been set back
 _log = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from edge.drivers._common import endpoint
 from edge.drivers._diagnose import listen
 from edge.drivers._opcua_errors import explain
 from edge.drivers._opcua_link import server_url
-from edge.drivers._opcua_security import Security, SecurityError, application_uri, check_server, offered, parse_chain
+from edge.drivers._opcua_pki import SecurityError, application_uri
+from edge.drivers._opcua_security import Security, offered
 from edge.tags import Source
 
 _TIMEOUT_S = 5.0
@@ -79,14 +80,10 @@ async def _endpoints(url: str) -> list[ua.EndpointDescription]:
 
 def _certificate(security: Security, chosen: Any, host: str) -> Step:
     """Check the server's certificate as the driver does; blocks (RSA, disk)."""
-    if security.pki is None:
-        return fail("certificate", "no state folder for certificates is known; start with --state DIR")
     try:
-        chain = parse_chain(chosen.ServerCertificate or b"")
-        check_server(chain, security.pki, chosen.Server.ApplicationUri or "", host)
+        leaf = security.check(chosen, host)
     except (SecurityError, OSError) as error:
         return fail("certificate", str(error))
-    leaf = chain[0]
     print_ = leaf.fingerprint(hashes.SHA256()).hex()[:16]
     return ok("certificate", f"trusted (SHA-256 {print_}…), valid until {leaf.not_valid_after_utc:%Y-%m-%d}")
 

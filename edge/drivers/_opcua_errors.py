@@ -5,7 +5,8 @@ import socket
 from asyncua.ua import uaerrors
 
 from edge.drivers._common import LostError
-from edge.drivers._opcua_security import SecurityError, UntrustedError
+from edge.drivers._opcua_pki import SecurityError
+from edge.drivers._opcua_security import UntrustedError
 from models.errors import UserError
 
 _USER = "refuses the user; check user and password_file, or user_certificate and user_key, of the source"

@@ -20,7 +20,8 @@ from asyncua.ua.attribute_ids import AttributeIds
 from asyncua.ua.object_ids import ObjectIds
 
 from edge.drivers._common import LostError, endpoint
-from edge.drivers._opcua_security import Security, UntrustedError, application_uri
+from edge.drivers._opcua_pki import application_uri
+from edge.drivers._opcua_security import Security, UntrustedError
 from edge.tags import Source
 
 LIFETIME_S = 120.0  # of a session and a subscription without a connection; then a server may forget them

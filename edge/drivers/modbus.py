@@ -56,7 +56,10 @@ class _Refused(NamedTuple):
     @property
     def name(self) -> str:
         """The standard's name of the code."""
-        return ExcCodes(self.code).name if self.code in ExcCodes._value2member_map_ else f"code {self.code}"
+        try:
+            return ExcCodes(self.code).name
+        except ValueError:
+            return f"code {self.code}"
 
 
 class _Request(NamedTuple):

@@ -13,17 +13,17 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import msgspec
-import numpy as np
 
 from broker.diagnose import Step, look
 from broker.link import Inbound, Link
 from broker.settings import MqttSettings, check_mqtt
 from edge.drivers import _sparkplug as sparkplug
-from edge.drivers._common import LostError, Point, Reader, located, option, refusal
+from edge.drivers._common import MOST_MS, LostError, Point, Reader, located, option, refusal
 from edge.drivers._diagnose import listen
+from edge.drivers._sparkplug_node import MESSAGES, Node, stamp_ns
 from edge.tags import Quality, Sample, Sink, Source, Tag
 from models.errors import PeerError, UserError
 
@@ -45,68 +45,10 @@ _SPARKPLUG = re.compile(
     r"spBv1\.0/(?P<group>[^/+#]+)/(?:NDATA/(?P<node>[^/+#]+)|DDATA/(?P<edge>[^/+#]+)/(?P<device>[^/+#]+))#(?P<metric>.+)"
 )
 _EXAMPLE = "write a topic, acme/lyon/_raw/Temp, or spBv1.0/Group/DDATA/Edge/Device#Metric"
-_MESSAGES = ("NBIRTH", "NDATA", "NDEATH", "DBIRTH", "DDATA", "DDEATH")
 _MOST_TOPIC = 65_535
-_MOST_MS = 2**63 // 1_000_000
-_ASK_S = (10.0, 600.0)  # between two rebirth requests to one edge node that doesn't answer them: first, most
-_GOOD = 192
 _TEND_S = 0.25
 _MOST_SHOWN = 20  # topics that the doctor subscribes to one by one
 _REMEDY = "check what publishes there"
-
-
-class _Asset:
-    """An edge node's own metrics, or one device's: the points by name, and what its birth says of their aliases."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.points: dict[str, list[Point]] = defaultdict(list)
-        self.aliases: dict[int, str] = {}
-        self.types: dict[str, int] = {}
-
-    @property
-    def all(self) -> list[Point]:
-        """Every point here."""
-        return [point for points in self.points.values() for point in points]
-
-
-class _Node:
-    """One edge node: its assets by device ("" is its own), where its sequence is, and whether it owes its births."""
-
-    def __init__(self, group: str, name: str) -> None:
-        self.group, self.name = group, name
-        self.assets: dict[str, _Asset] = {}
-        self.reset()
-
-    def reset(self) -> None:
-        """Know nothing, as at the start of a connection."""
-        self.ask_at = 0.0
-        self.asked = 0
-        self.forget()
-
-    def forget(self) -> None:
-        """Know nothing, as before a birth."""
-        self.seq: int | None = None
-        self.bd_seq: int | None = None
-        self.unborn = True
-        for asset in self.assets.values():
-            asset.aliases.clear()
-            asset.types.clear()
-
-    @property
-    def filters(self) -> list[str]:
-        """What to subscribe to: a node's sequence runs over the messages of all its devices."""
-        return [f"spBv1.0/{self.group}/{m}/{self.name}{'/+' if m[0] == 'D' else ''}" for m in _MESSAGES]
-
-
-class _Message(NamedTuple):
-    """A Sparkplug message: its type, whose it is, its payload, and the time it was sent in nanoseconds."""
-
-    kind: str
-    node: _Node
-    asset: _Asset | None
-    payload: sparkplug.Payload
-    sent_ns: int
 
 
 class Driver(Reader[Point]):
@@ -121,7 +63,7 @@ class Driver(Reader[Point]):
         self._timeout_s = option(source, "timeout_s", 10.0, 0.1, 120.0)
         self._rebirth = bool(option(source, "rebirth", True))  # noqa: FBT003 - the default of an option
         self._topics: dict[str, list[Point]] = defaultdict(list)
-        self._nodes: dict[tuple[str, str], _Node] = {}
+        self._nodes: dict[tuple[str, str], Node] = {}
         for point in self.points:
             self._place(point)
         self._link: Link | None = None
@@ -132,9 +74,8 @@ class Driver(Reader[Point]):
         tag = point.tag
         if match := _SPARKPLUG.fullmatch(tag.address):
             group, name, device = match["group"], match["node"] or match["edge"], match["device"] or ""
-            node = self._nodes.setdefault((group, name), _Node(group, name))
-            what = f"{group}/{name}/{device}".rstrip("/")
-            node.assets.setdefault(device, _Asset(what)).points[match["metric"]].append(point)
+            node = self._nodes.setdefault((group, name), Node(group, name))
+            node.asset(device).points[match["metric"]].append(point)
         else:
             self._topics[_topic(tag)].append(point)
 
@@ -175,7 +116,8 @@ class Driver(Reader[Point]):
                 self.health.error = f"{self.source.name}: {link.error}"
             if self._ended.is_set():
                 raise LostError(link.error)
-            self._ask(link)
+            if self._rebirth:
+                self._ask(link)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), _TEND_S)
 
@@ -224,7 +166,7 @@ class Driver(Reader[Point]):
     def _sparkplug(self, inbound: Inbound) -> None:
         _, group, kind, name, *rest = [*inbound.topic.split("/"), "", "", ""]
         node = self._nodes.get((group, name))
-        if node is None or kind not in _MESSAGES:
+        if node is None or kind not in MESSAGES:
             return
         try:
             payload = sparkplug.decode(inbound.payload)
@@ -232,91 +174,36 @@ class Driver(Reader[Point]):
             self.health.error = f"{self.source.name}: {inbound.topic}: {error.detail}; {_REMEDY}"
             node.unborn = True
             return
-        stamp = payload.timestamp_ms
-        sent_ns = stamp * 1_000_000 if stamp is not None and 0 < stamp < _MOST_MS else time.time_ns()
-        message = _Message(kind, node, node.assets.get(rest[0]), payload, sent_ns)
         if kind == "NDEATH":
-            self._died(message)
+            if node.died(payload):
+                # The broker sends it as a will, made when the node connected: its time is not now.
+                self.deliver(self._bad([point for asset in node.assets.values() for point in asset.all]))
             return
-        self._sequence(message)
-        if message.asset is None:
-            return
-        if kind == "DDEATH":
-            self.deliver(self._bad(message.asset.all), sent_ns)
-        elif kind in {"NBIRTH", "DBIRTH"}:
-            self._born(message)
-        else:
-            self._values(message)
-
-    def _sequence(self, message: _Message) -> None:
-        """Count what an edge node sends: a gap means that something was lost, perhaps a birth."""
-        node, seq = message.node, message.payload.seq
-        if message.kind == "NBIRTH":
-            node.forget()
-            node.seq, node.bd_seq, node.unborn = seq, _bd_seq(message.payload), False
+        if kind == "NBIRTH":
+            node.born(payload)
             self.health.error = ""
-            return
-        if node.seq is not None and seq is not None and seq != (node.seq + 1) % 256:
-            self.health.overflows += (seq - node.seq - 1) % 256
-            node.unborn = True
-        node.seq = seq
-
-    def _died(self, message: _Message) -> None:
-        """Bad for all that an edge node and its devices publish, unless the death is an earlier connection's."""
-        node, bd_seq = message.node, _bd_seq(message.payload)
-        if bd_seq is not None and node.bd_seq is not None and bd_seq != node.bd_seq:
-            return
-        node.seq = None
-        # The broker sends it as a will, made when the node connected: its time is not now.
-        self.deliver(self._bad([p for asset in node.assets.values() for p in asset.all]))
-
-    def _born(self, message: _Message) -> None:
-        """Learn names, aliases and types from a birth; a tag that isn't in it is refused."""
-        asset = message.asset
+        else:
+            self.health.overflows += node.follow(payload)
+        asset, sent_ns = node.assets.get(rest[0]), stamp_ns(payload.timestamp_ms, time.time_ns())
         if asset is None:
             return
-        metrics = message.payload.metrics
-        asset.aliases = {m.alias: m.name for m in metrics if m.alias is not None}
-        asset.types = {m.name: m.datatype for m in metrics if m.name in asset.points}
-        self._values(message)
-        for name in asset.points.keys() - {m.name for m in metrics}:
+        if kind == "DDEATH":
+            self.deliver(self._bad(asset.all), sent_ns)
+            return
+        missing = asset.learn(payload.metrics) if kind in {"NBIRTH", "DBIRTH"} else []
+        self._hand([self.sample(*value) for value in node.values(asset, payload, sent_ns)], sent_ns)
+        for name in missing:
             for point in asset.points[name]:
                 reason = f"the birth of {asset.what} has no metric {name!r}; check the address column"
                 self.quarantine(point, reason)
 
-    def _values(self, message: _Message) -> None:
-        node, asset = message.node, message.asset
-        if asset is None:
-            return
-        samples: list[Sample | None] = []
-        for metric in message.payload.metrics:
-            name = metric.name or asset.aliases.get(-1 if metric.alias is None else metric.alias, "")
-            if not name:
-                node.unborn = True
-            if metric.historical or name not in asset.points:
-                continue
-            stamp = metric.timestamp_ms
-            time_ns = stamp * 1_000_000 if stamp is not None and 0 < stamp < _MOST_MS else message.sent_ns
-            kind = metric.datatype or asset.types.get(name, 0)
-            value: object = None if metric.null else metric.number(kind)
-            if isinstance(value, bytes):
-                value = _array(value, kind)
-            quality = _quality(metric.quality)
-            samples += [self.sample(point, value, time_ns, quality) for point in asset.points[name]]
-        self._hand(samples, message.sent_ns)
-
     def _ask(self, link: Link) -> None:
-        """Request the births that are owed: at once, then less and less often until a node has had a quiet while."""
+        """Request the births that are owed."""
         now = time.monotonic()
         for node in self._nodes.values():
-            if self._rebirth and node.unborn and node.ask_at <= now:
-                if now - node.ask_at > _ASK_S[1]:
-                    node.asked = 0
-                node.ask_at = now + min(_ASK_S[1], _ASK_S[0] * 2 ** min(node.asked, 10))
-                node.asked += 1
-                link.publish(
-                    f"spBv1.0/{node.group}/NCMD/{node.name}", sparkplug.rebirth(time.time_ns() // 1_000_000), qos=0
-                )
+            if node.ask(now):
+                request = sparkplug.rebirth(time.time_ns() // 1_000_000)
+                link.publish(f"spBv1.0/{node.group}/NCMD/{node.name}", request, qos=0)
 
 
 def parse_json(payload: bytes, now_ns: int) -> tuple[object, int]:
@@ -331,27 +218,9 @@ def parse_json(payload: bytes, now_ns: int) -> tuple[object, int]:
     if not isinstance(found, dict):
         return found, now_ns
     stamp = found.get("timestamp_ms")
-    if "value" not in found or not isinstance(stamp, int | float) or not 0 < stamp < _MOST_MS:
+    if "value" not in found or not isinstance(stamp, int | float) or not 0 < stamp < MOST_MS:
         raise PeerError("json", 'the payload is not {"timestamp_ms": milliseconds, "value": a value}')
     return found["value"], int(stamp) * 1_000_000
-
-
-def _array(data: bytes, datatype: int) -> object:
-    """Return a packed array of numbers, None for other bytes."""
-    form = sparkplug.ARRAYS.get(datatype)
-    if form is None or len(data) % int(form[2]):
-        return None
-    return np.frombuffer(data, form)
-
-
-def _quality(code: int | None) -> Quality:
-    """Return what the property `Quality` means (Sparkplug 3.0.0, 6.4.14): good, or else bad or stale."""
-    return Quality.GOOD if code is None or code == _GOOD else Quality.BAD
-
-
-def _bd_seq(payload: sparkplug.Payload) -> int | None:
-    found = next((m.value for m in payload.metrics if m.name == "bdSeq"), None)
-    return found if isinstance(found, int) else None
 
 
 def _topic(tag: Tag) -> str:

@@ -91,6 +91,11 @@ class Process:
         self._child = None
 
 
+def mosquitto_path() -> str | None:
+    """Return where Mosquitto is, None without it; Debian keeps it out of the users' PATH."""
+    return shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
+
+
 def mqtt_broker(kind: str, port: int, folder: Path) -> Process:
     """Make (not start) a broker on loopback: `embedded` is amqtt, `mosquitto` the real one.
 
@@ -99,7 +104,7 @@ def mqtt_broker(kind: str, port: int, folder: Path) -> Process:
     log = folder / "broker.log"
     if kind == "embedded":
         return Process("broker", python("edge.lab.mqtt", port), log)
-    binary = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
+    binary = mosquitto_path()
     if binary is None:
         raise LocalError("mosquitto is not installed; apt-get install mosquitto, or use --broker embedded")
     conf = folder / "mosquitto.conf"

@@ -11,7 +11,7 @@ import numpy as np
 from edge.lab.physics import FEATURES, test_windows
 from edge.lab.plc import CLOCK, DataLayout, data_layout, tags_csv
 from edge.lab.processes import Process, free_port, mqtt_broker, python
-from edge.status import STATUS_FILE
+from edge.status import read_status
 from models.errors import UserError
 
 FEDERATION = "demo"
@@ -261,11 +261,7 @@ class Stage:
 
     def status(self, i: int) -> dict[str, object]:
         """What gateway i last said of itself; empty before it has."""
-        try:
-            found: dict[str, object] = json.loads((self.gateway_state(i) / STATUS_FILE).read_text())
-        except (OSError, ValueError):
-            return {}
-        return found
+        return read_status(self.gateway_state(i)) or {}
 
     def task_status(self, i: int) -> dict[str, object]:
         """What gateway i last said of the task."""

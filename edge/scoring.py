@@ -1,0 +1,144 @@
+"""What one task scores with: its live half, and the choice of a model by this gateway's own holdout.
+
+A new model is built beside the one that scores, in a thread, and swapped in the event loop, where scoring is.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+
+from broker.topics import Local
+from edge.candidates import after_training, build, stored
+from edge.choose import GLOBAL
+from edge.config import TaskTable
+from edge.handback import Model
+from edge.infer import Scorer, contest, elect
+from edge.live import Live
+from edge.memory import Memory
+from edge.shop import Shop
+from edge.train import Result
+from edge.wiring import wire
+from models.scale import Scale
+from models.spec import Task
+from models.tomlfile import seconds
+
+log = logging.getLogger(__name__)
+
+
+class Scoring:
+    """The models of one task. `offer` and `elect` are called one at a time; `kept` is what the last of them decided.
+
+    `live` is None before a first model is wired. `spawn` runs what need not be waited for.
+    """
+
+    def __init__(self, shop: Shop, memory: Memory, spawn: Callable[[Coroutine[Any, Any, None]], object]) -> None:
+        self._shop, self._memory, self._spawn = shop, memory, spawn
+        self.live: Live | None = None
+        self.kept: dict[str, Any] = {}
+        # What the memory holds, at hand for the event loop.
+        self.scale, self.holdout = memory.scale(), memory.holdout()
+        self.personal, self.own = memory.vector("personal"), memory.vector("own")
+        self.average = memory.vector("average")
+
+    def wire(self, task: Task, table: TaskTable) -> Live:
+        """Match the published task to this gateway's tags, and go on where the windows stay as they are; UserError."""
+        config = self._shop.config
+        wiring = wire(task, table, config.tags, config.file)
+        if self.live and self.live.fits(task, wiring):
+            self.live.task = task
+        else:
+            lag_ns = int(seconds(table.max_lag) * 1e9)
+            self.live = Live(task, wiring, lag_ns, self._publish, self._shop.samples.score, self._first_scale)
+            self.live.feed(self._shop.latest.samples())
+        return self.live
+
+    def stored(self, model: Model) -> Scorer:
+        """Build what scored when the gateway went down; blocks, and reads the memory."""
+        vector = model.personalised(self.personal)
+        scorer = stored(self._shop.config.scoring, self._memory, model, vector, self.scale)
+        if self.holdout is not None and scorer.scale.mean:
+            scorer.metric(self.holdout)
+        return scorer
+
+    def swap(self, scorer: Scorer, model: Model) -> None:
+        """Between two windows (this is the event loop, and so is scoring): the next window meets the new model."""
+        if self.live:
+            self.live.scorer = scorer
+            self.live.learnt = scorer.learnt
+            # Of a model that was kept in place of a newer one, the age is not known after a restart.
+            self.live.made_ms = model.manifest.created_ms if scorer.version == model.manifest.version else 0
+
+    def take_result(self, result: Result, *, personal: bool) -> None:
+        """Go by what a training left here; `personal` says that the task keeps some positions to its gateways."""
+        self.scale, self.holdout, self.own = result.scale, result.holdout, result.own
+        if personal:
+            self.personal = result.vector
+
+    async def offer(self, model: Model, *, changed: bool) -> None:
+        """Let a global model score if it is no worse; with `changed` nothing that scored before can be compared."""
+        live, holdout = self.live, self.holdout
+        if changed:
+            self.kept = {}
+        if live is None:
+            return
+        vector = model.personalised(self.personal)
+        new = await asyncio.to_thread(build, self._shop.config.scoring, model, vector, self.scale)
+        old = live.scorer
+        adopt, body = await asyncio.to_thread(contest, new, None if changed else old, holdout)
+        body |= {"task": self._memory.task, "version": model.manifest.version}
+        if adopt:
+            self.swap(new, model)
+        self.kept = body | {"adopted": adopt}
+
+        def work() -> None:
+            if adopt:
+                self._memory.keep_scoring(new.version, GLOBAL, [(1.0, vector)])
+            self._shop.state.record("model-adopted" if adopt else "model-kept", body)
+
+        await self._shop.state.commit(work)
+        word = "scores now" if adopt else f"is not clearly better here; version {old.version if old else 0} goes on"
+        worth = f"{body['metric']} {body.get('new')}, was {body.get('old')}"
+        log.info("%s: model %d %s (%s)", self._memory.task, model.manifest.version, word, worth)
+
+    async def elect(self, trained: Model, newest: Model, result: Result) -> None:
+        """After a training from one model: choose by the holdout what scores here; the newest is a candidate."""
+        if self.live is None or not len(result.holdout):
+            return
+        # In step and with a newer model here already, this would undo a choice made since.
+        if newest is not trained and (trained.task.round.full is None or newest.graph != trained.graph):
+            return
+        vector = newest.personalised(self.personal, self.average)
+        found = await asyncio.to_thread(after_training, self._shop.config.scoring, newest, vector, result)
+        chosen, body = await asyncio.to_thread(elect, found.scorers, result.holdout)
+        self.swap(chosen, newest)
+        self.kept = body | {"task": self._memory.task, "version": chosen.version}
+        parts = [(share, found.weights[kind]) for kind, share in body["shares"].items()]
+
+        def work() -> None:
+            self._memory.keep_scoring(chosen.version, chosen.kind, parts)
+            self._shop.state.record("model-chosen", self.kept)
+
+        await self._shop.state.commit(work)
+        log.info("%s: scores with %s of version %d", self._memory.task, chosen.kind, chosen.version)
+
+    def repeat(self) -> None:
+        """Publish the last verdict again: a broker may have come back empty."""
+        if self.live and self.live.last:
+            self._publish(msgspec.json.encode(self.live.last))
+
+    def end(self) -> None:
+        """Let what the broker retains say that nothing is scored any more."""
+        if self.live and self.live.last:
+            self._publish(self.live.farewell())
+
+    def _publish(self, payload: bytes) -> None:
+        topic = Local(self._shop.config.path, "inference", self._memory.task).topic
+        self._shop.publish(topic, payload, qos=0, retain=True)
+
+    def _first_scale(self, scale: Scale) -> None:
+        """Keep a normalisation that was learnt before any training."""
+        self.scale = scale
+        self._spawn(self._shop.state.commit(lambda: self._memory.keep_scale(scale)))
