@@ -7,16 +7,16 @@ update's delta is a vector, or what a sparse coding keeps of one (`codec.Sparse`
 
 import importlib
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from broker.strategies._mean import State
 from models import codec
 from models.delta import Vector
 
-State = Mapping[str, NDArray[np.float64]]
 Strategy = Callable[..., tuple[State, Vector]]
 
 
@@ -64,9 +64,9 @@ def next_model(
 
 
 def _discounted(delta: Vector | codec.Sparse, late: int) -> Vector | codec.Sparse:
-    share = np.float32(1 / np.sqrt(1 + late))
     if not late:
         return delta
+    share = np.float32(1 / np.sqrt(1 + late))
     return delta._replace(values=delta.values * share) if isinstance(delta, codec.Sparse) else delta * share
 
 

@@ -7,11 +7,8 @@ the update again and gets another.
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from typing import Protocol
-
-import msgspec
 
 from broker import topics
 from broker.federation import Federation, State
@@ -24,6 +21,7 @@ from broker.messages import (
     STEP,
     STEP_DIGEST,
     TERMS,
+    VERSION,
     WEIGHTS,
     FederationBirth,
     ModelManifest,
@@ -35,6 +33,7 @@ from broker.messages import (
     Whole,
 )
 from broker.round import STALEST
+from models.delta import Layout
 from models.spec import Task, task_digest
 
 Objects = dict[tuple[int, str], bytes]
@@ -100,7 +99,7 @@ class Downlink:
 
     def status(self, state: str) -> bytes:
         """Seal the federation's birth (`up`), or its last will (`down`)."""
-        birth = FederationBirth(1, self._session, self._signer.public_key, state)
+        birth = FederationBirth(VERSION, self._session, self._signer.public_key, state)
         return self._signer.seal(birth, self.status_topic)
 
     def put(self, topic: str, payload: bytes) -> None:
@@ -128,27 +127,14 @@ class Downlink:
     def put_terms(self, task: str, row: TaskRow) -> None:
         """Put what all models of a task share; ValueError when it does not fit into a message."""
         self.put_chunks(task, 0, GRAPH, row.graph)
-        self.put(self._terms_topic(task), self._terms(task, row))
+        self.put(self._terms_topic(task), self.terms(task, row))
 
     def put_model(self, task: str, row: TaskRow, offer: Offer, *, new: bool) -> None:
         """Put the way to a version, all of it, or (`new`) what the version before did not have; then its manifest."""
         for (version, name), data in offer.objects().items():
             if not new or version == offer.newest.version:
                 self.put_chunks(task, version, name, data)
-        topic = topics.Manifest(self._federation, task).topic
-        self.put(topic, self._signer.seal(self.manifest(task, row, offer), topic))
-
-    def sizes(self, task: str, row: TaskRow, offer: Offer, *, held: bool = False) -> tuple[int, int, int]:
-        """Bytes that a gateway reads to have a version: manifest, weights, and what is fetched once.
-
-        `held`: it holds the version before, and with it terms and graph.
-        """
-        topic = topics.Manifest(self._federation, task).topic
-        manifest = len(self._signer.seal(self.manifest(task, row, offer), topic))
-        if held and offer.steps:
-            return manifest, len(offer.steps[0]), 0
-        weights = len(offer.whole.weights) + sum(map(len, offer.steps[: offer.newest.version - offer.whole.version]))
-        return manifest, weights, 0 if held else len(self._terms(task, row)) + len(row.graph)
+        self.put(topics.Manifest(self._federation, task).topic, self.manifest(task, row, offer))
 
     def clear(self, task: str, gone: Objects) -> None:
         """Clear what no manifest leads to any more."""
@@ -156,61 +142,64 @@ class Downlink:
             for i in range(len(_pieces(data))):
                 self.put(topics.Chunk(self._federation, task, version, f"{name}{i}").topic, b"")
 
-    def manifest(self, task: str, row: TaskRow, offer: Offer) -> ModelManifest:
-        """Make the manifest of a version."""
+    def manifest(self, task: str, row: TaskRow, offer: Offer) -> bytes:
+        """Seal the manifest of a version."""
         model = offer.newest
-        return ModelManifest(
-            v=1,
+        manifest = ModelManifest(
+            v=VERSION,
             version=model.version,
             round=model.round,
             created_ms=model.created_ms,
             gateways=model.gateways,
             samples=model.samples,
-            terms=hashlib.sha256(self._terms(task, row)).digest(),
+            terms=hashlib.sha256(self.terms(task, row)).digest(),
             digest=model.digest,
             whole=Whole(offer.whole.version, _digests(offer.whole.weights)),
             steps=tuple(hashlib.sha256(step).digest()[:STEP_DIGEST] for step in offer.steps),
         )
+        return self._signer.seal(manifest, topics.Manifest(self._federation, task).topic)
 
     def _terms_topic(self, task: str) -> str:
         return topics.Chunk(self._federation, task, 0, f"{TERMS}0").topic
 
-    def _terms(self, task: str, row: TaskRow) -> bytes:
+    def terms(self, task: str, row: TaskRow) -> bytes:
         """Seal the terms; the same bytes every time, since neither CBOR nor Ed25519 leaves a choice."""
-        layout = msgspec.convert(json.loads(row.layout), tuple[tuple[str, tuple[int, ...] | None], ...])
+        layout = Layout.from_json(row.layout).to_wire()
         graph = Object(GRAPH, 0, row.graph_size, row.graph_digest, _digests(row.graph))
-        return self._signer.seal(Terms(1, row.text, layout, graph), self._terms_topic(task))
+        return self._signer.seal(Terms(VERSION, row.text, layout, graph), self._terms_topic(task))
 
-    def put_plan(
-        self, task: Task, text: str, federation: Federation, *, base_digest: bytes, deadline_ms: int, keep: float
-    ) -> None:
-        """Put the plan of the latest round, whose updates keep the share `keep`; nothing before the first."""
-        if not federation.number:
-            return
-        current = federation.round
-        state = "open" if federation.state is State.OPEN else "done" if federation.state is State.DONE else "closed"
-        plan = Plan(
-            v=1,
-            task_digest=task_digest(text),
-            round=federation.number,
-            base=current.base if current else federation.version,
-            base_digest=base_digest,
-            state=state,
-            opened_ms=max(0, federation.opened_ms),
-            deadline_ms=current.deadline_ms if current else deadline_ms,
-            min_gateways=task.round.min_gateways,
-            bits=task.round.bits,
-            secure_aggregation=task.privacy.secure_aggregation,
-            keep_ppm=max(1, round(1e6 * keep)),
-            stalest=0 if task.round.full is None else STALEST,
-        )
-        topic = topics.RoundPlan(self._federation, task.name).topic
+    def put_plan(self, task: str, plan: Plan) -> None:
+        """Put the plan of the latest round."""
+        topic = topics.RoundPlan(self._federation, task).topic
         self.put(topic, self._signer.seal(plan, topic))
 
     def receipt(self, task: str, path: str, receipt: Receipt) -> tuple[str, bytes]:
         """Seal a receipt; return (topic, envelope)."""
         topic = topics.ReceiptFor(self._federation, task, topics.GatewayPath.parse(path)).topic
         return topic, self._signer.seal(receipt, topic)
+
+
+def plan_of(
+    task: Task, text: str, federation: Federation, *, base_digest: bytes, deadline_ms: int, keep: float
+) -> Plan:
+    """Make the plan of a federation's latest round, whose updates keep the share `keep`."""
+    current = federation.round
+    state = "open" if federation.state is State.OPEN else "done" if federation.state is State.DONE else "closed"
+    return Plan(
+        v=VERSION,
+        task_digest=task_digest(text),
+        round=federation.number,
+        base=current.base if current else federation.version,
+        base_digest=base_digest,
+        state=state,
+        opened_ms=max(0, federation.opened_ms),
+        deadline_ms=current.deadline_ms if current else deadline_ms,
+        min_gateways=task.round.min_gateways,
+        bits=task.round.bits,
+        secure_aggregation=task.privacy.secure_aggregation,
+        keep_ppm=max(1, round(1e6 * keep)),
+        stalest=0 if task.round.full is None else STALEST,
+    )
 
 
 def _pieces(data: bytes) -> list[bytes]:

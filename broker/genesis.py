@@ -1,24 +1,23 @@
 """Version 0 of a task's model, made by a child process, because making a net needs torch and the aggregator does not.
 
 The child `python -m models.export --task FILE --out FILE.npz --seed N` writes `graph` (uint8, ONNX without weights),
-`vector` (float32, the first weights) and `layout` (uint8, JSON of `Layout.to_wire()`).
+`vector` (float32, the first weights) and `layout` (uint8, `Layout.to_json()`).
 """
 
 import asyncio
+import contextlib
 import hashlib
-import json
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from broker.config import TaskFile
 from broker.journal import Journal, ModelRow, TaskRow
 from models import codec
-from models.delta import Layout, Vector
+from models.delta import Layout, Vector, weights_digest
 from models.errors import LocalError, PeerError, UserError
 from models.spec import Task, parse_task, task_digest
 
@@ -55,22 +54,15 @@ def put_first_model(
 
     Belongs inside a transaction.
     """
-    wire, digest = json.dumps(layout.to_wire()), weights_digest(vector)
-    row = TaskRow(text, wire, codec.deflate(graph), len(graph), hashlib.sha256(graph).digest())
-    journal.put_task(task.name, row)
+    digest = weights_digest(vector)
+    journal.put_task(task.name, task_row(text, graph, layout))
     journal.put_model(task.name, ModelRow(0, 0, codec.encode(vector, codec.EXACT).data, digest, 0, 0, now_ms))
     journal.note(now_ms, "model", {"task": task.name, "version": 0, "digest": digest.hex(), "round": 0})
 
 
-def weights_digest(vector: Vector) -> bytes:
-    """SHA-256 of the values as little-endian float32, in layout order (32 bytes)."""
-    return hashlib.sha256(vector.astype("<f4").tobytes()).digest()
-
-
-def load_layout(text: str) -> Layout:
-    """Inverse of `json.dumps(layout.to_wire())`; PeerError("layout") when it is out of bounds."""
-    entries: list[Any] = json.loads(text)
-    return Layout.from_wire([(name, None if shape is None else tuple(shape)) for name, shape in entries])
+def task_row(text: str, graph: bytes, layout: Layout) -> TaskRow:
+    """Make what the journal holds of a task; `graph` is ONNX bytes without weights."""
+    return TaskRow(text, layout.to_json(), codec.deflate(graph), len(graph), hashlib.sha256(graph).digest())
 
 
 async def _export(file: TaskFile) -> tuple[bytes, Vector, Layout]:
@@ -84,17 +76,19 @@ async def _export(file: TaskFile) -> tuple[bytes, Vector, Layout]:
         )
         try:
             _, stderr = await asyncio.wait_for(child.communicate(), _TIMEOUT_S)
-        except BaseException:
-            child.kill()
+        except TimeoutError:
+            raise LocalError(f"{file.path}: no first model in {_TIMEOUT_S} s; is this machine overloaded?") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
             await child.wait()
-            raise
         if child.returncode != 0:
             lines = stderr.decode(errors="replace").strip().splitlines()
             reason = lines[-1] if lines else f"exit code {child.returncode}"
             raise LocalError(f"{file.path}: no first model: {reason}; is tundish[train] installed on this machine?")
         try:
             with np.load(out, allow_pickle=False) as arrays:
-                layout = load_layout(arrays["layout"].tobytes().decode())
+                layout = Layout.from_json(arrays["layout"].tobytes())
                 return arrays["graph"].tobytes(), arrays["vector"].astype(np.float32), layout
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, PeerError) as error:
             raise LocalError(f"{file.path}: models.export wrote no model: {error}") from error

@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from broker.config import TaskFile
 from broker.federation import Federation, Past, Rules
-from broker.genesis import load_layout
 from broker.journal import Journal, ModelRow, TaskRow
 from broker.messages import MAX_PAYLOAD
 from broker.rate import AROUND, KEPT, Rate, floor_of, replay
 from broker.round import STALEST
+from models.delta import Layout
 from models.errors import LocalError, UserError
 from models.spec import Task
 from models.tomlfile import TomlFile
@@ -69,7 +69,7 @@ def load_job(journal: Journal, file: TaskFile) -> Job:
     row, model, last = journal.task(name), journal.model(name), journal.latest_round(name)
     if row is None or model is None:
         raise LocalError(f"{journal.path}: the model of {name} is missing; restore a backup")
-    shared = load_layout(row.layout).mask(task.personal)
+    shared = Layout.from_json(row.layout).mask(task.personal)
     if not shared.any():
         raise UserError(str(file.path), 0, "personal", "nothing is left to share", "take a prefix out")
     _check_size(file, int(shared.sum()))

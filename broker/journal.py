@@ -18,7 +18,7 @@ from broker.messages import Signer
 from broker.round import STALEST
 from models.errors import LocalError
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 # Versions whose weights are kept: enough to go back, and to lead on whoever trains on an old one.
 _KEPT_VERSIONS = 64
 _SCHEMA = """
@@ -36,10 +36,10 @@ CREATE TABLE rounds(task TEXT NOT NULL, round INTEGER NOT NULL, base INTEGER NOT
     PRIMARY KEY(task, round)) STRICT;
 CREATE TABLE updates(task TEXT NOT NULL, round INTEGER NOT NULL, path TEXT NOT NULL, digest BLOB NOT NULL,
     samples INTEGER NOT NULL, metric REAL, payload BLOB, counted_ms INTEGER NOT NULL,
-    base_metric REAL, base_loss REAL, counted_in INTEGER, UNIQUE(task, round, path)) STRICT;
+    base_loss REAL, counted_in INTEGER, UNIQUE(task, round, path)) STRICT;
 CREATE TABLE ledger(seq INTEGER PRIMARY KEY, hash TEXT NOT NULL, line TEXT NOT NULL) STRICT;
 """
-# What a journal of each earlier schema lacks against the next one.
+# What leads from each earlier schema to the next one.
 _UPGRADE = {
     1: """
 ALTER TABLE tasks ADD COLUMN residual BLOB NOT NULL DEFAULT x'';
@@ -48,6 +48,7 @@ ALTER TABLE updates ADD COLUMN base_metric REAL;
 """,
     2: "ALTER TABLE updates ADD COLUMN base_loss REAL;",
     3: "ALTER TABLE updates ADD COLUMN counted_in INTEGER; UPDATE updates SET counted_in = round;",
+    4: "ALTER TABLE updates DROP COLUMN base_metric;",
 }
 
 
@@ -108,6 +109,7 @@ class Journal:
         with _blame_disk(self.path):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)
+            # The other files that SQLite makes take the mode of this one.
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
             self.path.chmod(0o600)
             self._db = sqlite3.connect(self.path, isolation_level=None)
@@ -134,14 +136,10 @@ class Journal:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Commit everything inside at once, or nothing of it."""
-        with _blame_disk(self.path):
+        # The connection commits at the end, or rolls back unless SQLite has done so itself, as on a full disk.
+        with _blame_disk(self.path), self._db:
             self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+            yield
 
     # Keys and roster.
 
@@ -157,7 +155,7 @@ class Journal:
 
     def roster(self) -> dict[str, bytes]:
         """Gateway path -> raw Ed25519 public key (32 bytes)."""
-        return dict(self._db.execute("SELECT path, public_key FROM roster"))
+        return dict(self._rows("SELECT path, public_key FROM roster"))
 
     def roster_size(self) -> int:
         """Count the gateways that have a key."""
@@ -231,7 +229,7 @@ class Journal:
         """Steps that lead to a version, newest first, without a gap; `most` at most."""
         query = "SELECT step FROM models WHERE task = ? AND version <= ? ORDER BY version DESC LIMIT ?"
         found = list[bytes]()
-        for (step,) in self._db.execute(query, (task, version, most)):
+        for (step,) in self._rows(query, task, version, most):
             if step is None:
                 break
             found.append(step)
@@ -280,19 +278,17 @@ class Journal:
         metric: float | None,
         payload: bytes,
         now_ms: int,
-        base_metric: float | None = None,
         base_loss: float | None = None,
         counted_in: int | None = None,
     ) -> None:
         """Count an update trained for round `number`, in it or in a later one; LocalError if one was before."""
         into = number if counted_in is None else counted_in
-        values = (task, number, path, digest, samples, metric, payload, now_ms, base_metric, base_loss, into)
-        self._do("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *values)
+        values = (task, number, path, digest, samples, metric, payload, now_ms, base_loss, into)
+        self._do("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *values)
 
     def counted(self, task: str, number: int) -> dict[str, bytes]:
         """Path -> digest of the counted updates that were trained for a round."""
-        rows = self._db.execute("SELECT path, digest FROM updates WHERE task = ? AND round = ?", (task, number))
-        return dict(rows)
+        return dict(self._rows("SELECT path, digest FROM updates WHERE task = ? AND round = ?", task, number))
 
     def was_counted(self, task: str, number: int, path: str) -> bool:
         """Say whether an update of this gateway was counted in that round, however long ago."""
@@ -301,12 +297,12 @@ class Journal:
 
     def bases(self, task: str, first: int) -> dict[int, int]:
         """Round -> version that it started from, of the rounds from `first` on."""
-        return dict(self._db.execute("SELECT round, base FROM rounds WHERE task = ? AND round >= ?", (task, first)))
+        return dict(self._rows("SELECT round, base FROM rounds WHERE task = ? AND round >= ?", task, first))
 
     def older(self, task: str, number: int) -> set[tuple[str, int]]:
         """(path, round) of what a round counted of those before it."""
         query = f"SELECT path, round FROM updates WHERE {_COUNTED_IN} AND round < ?"
-        return set(self._db.execute(query, (task, number, number, number, number)))
+        return set(self._rows(query, task, number, number, number, number))
 
     def totals(self, task: str, number: int) -> Totals:
         """What a round counted."""
@@ -320,13 +316,13 @@ class Journal:
     def losses(self, task: str, number: int) -> dict[str, tuple[float, int]]:
         """Path -> (base's mean loss on that holdout, samples) of a round's counted updates that report one."""
         query = f"SELECT path, base_loss, samples FROM updates WHERE {_COUNTED_IN} AND base_loss IS NOT NULL"
-        rows = self._db.execute(f"{query} ORDER BY path, round", (task, number, number, number))
+        rows = self._rows(f"{query} ORDER BY path, round", task, number, number, number)
         return {path: (loss, samples) for path, loss, samples in rows}
 
     def payloads(self, task: str, number: int) -> Iterator[tuple[bytes, int, int]]:
         """(codec payload, samples, rounds late) of each counted update, ordered by path, one at a time in memory."""
         query = f"SELECT payload, samples, ? - round FROM updates WHERE {_COUNTED_IN} ORDER BY path, round"
-        yield from self._db.execute(query, (number, task, number, number, number))
+        yield from self._rows(query, number, task, number, number, number)
 
     # The ledger.
 
@@ -339,7 +335,7 @@ class Journal:
 
     def ledger_lines(self) -> Iterator[str]:
         """Every entry from the first, without newlines: what `ledger.verify` takes."""
-        for (line,) in self._db.execute("SELECT line FROM ledger ORDER BY seq"):
+        for (line,) in self._rows("SELECT line FROM ledger ORDER BY seq"):
             yield line
 
     def _prepare(self) -> None:
@@ -347,13 +343,12 @@ class Journal:
         self._db.execute("PRAGMA busy_timeout = 5000")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
-        # The other files that SQLite makes take the mode of the first.
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version == 0:
             self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         elif version in _UPGRADE:
-            missing = " ".join(_UPGRADE[v] for v in range(version, SCHEMA_VERSION))
-            self._db.executescript(f"BEGIN IMMEDIATE; {missing} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            steps = " ".join(_UPGRADE[v] for v in range(version, SCHEMA_VERSION))
+            self._db.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         elif version != SCHEMA_VERSION:
             self._db.close()
             raise LocalError(
@@ -364,6 +359,10 @@ class Journal:
     def _do(self, query: str, *values: Any) -> None:
         with _blame_disk(self.path):
             self._db.execute(query, values)
+
+    def _rows(self, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        with _blame_disk(self.path):
+            yield from self._db.execute(query, values)
 
     def _one(self, query: str, *values: Any) -> tuple[Any, ...] | None:
         with _blame_disk(self.path):

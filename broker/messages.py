@@ -87,8 +87,7 @@ class Answer(Message, frozen=True, tag="answer"):
 class Update(Message, frozen=True, tag="update"):
     """What a gateway learnt in a round: a codec payload, its weight in the mean, and metrics on its own holdout.
 
-    `metric` is the trained model's, `base_metric` that of the round's base, `base_loss` the base's mean loss; None
-    without a holdout.
+    `metric` is the trained model's, `base_loss` the mean loss of the round's base; None without a holdout.
     """
 
     round: Count
@@ -96,7 +95,6 @@ class Update(Message, frozen=True, tag="update"):
     samples: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
     metric: Real | None
     payload: Annotated[bytes, msgspec.Meta(max_length=MAX_PAYLOAD)]
-    base_metric: Real | None = None
     base_loss: Real | None = None
 
 

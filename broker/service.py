@@ -16,20 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from broker import aggregate, federation, intake, topics
+from broker import federation, intake, topics
 from broker import round as rounds
+from broker.closing import close_round
 from broker.config import FederationConfig
-from broker.downlink import Downlink, Offer
-from broker.genesis import ensure_model, weights_digest
+from broker.downlink import Downlink, Offer, plan_of
+from broker.genesis import ensure_model
 from broker.job import Job, load_job
-from broker.journal import Journal, ModelRow
+from broker.journal import Journal
 from broker.link import Inbound, Link
-from broker.messages import Receipt
-from broker.steps import Step, step_towards
-from models import codec
-from models.delta import Vector
+from broker.messages import VERSION, Receipt
 from models.errors import LocalError, PeerError, UserError
 
 log = logging.getLogger(__name__)
@@ -216,7 +212,7 @@ class Service:
             body = {"path": heard.path, "task": heard.task, "digest": digest.hex(), "reason": reason, "detail": detail}
             self._journal.note(now_ms, "refused", body)
         if heard.round is not None:
-            receipt = Receipt(1, heard.round, digest, f"refused-{reason}", detail, now_ms)
+            receipt = Receipt(VERSION, heard.round, digest, f"refused-{reason}", detail, now_ms)
             self._receipt(heard.task, heard.path, receipt)
             self._tell(self._jobs[heard.task], federation.Refused(heard.path, heard.round), now_ms)
 
@@ -236,7 +232,6 @@ class Service:
                     samples=update.samples,
                     metric=update.metric,
                     payload=update.payload,
-                    base_metric=update.base_metric,
                     base_loss=update.base_loss,
                     counted_in=job.federation.number,
                     now_ms=now_ms,
@@ -263,7 +258,7 @@ class Service:
                     body = {"path": path, "task": name, "round": number, "digest": digest.hex(), "outcome": word}
                     if word == rounds.COUNTED:
                         self._journal.note(now_ms, "update", body)
-                    self._receipt(name, path, Receipt(1, number, digest, word, detail, now_ms))
+                    self._receipt(name, path, Receipt(VERSION, number, digest, word, detail, now_ms))
                 case federation.Open(number, base, opened_ms, deadline_ms):
                     log.info("%s round %d: open, from version %d", name, number, base)
                     self._noted.clear()
@@ -278,7 +273,8 @@ class Service:
                     job.deadline_ms = deadline_ms
                     self._put_plan(job)
                 case rounds.Close(number, base):
-                    self._close(job, number, base, now_ms)
+                    if close_round(self._journal, job, number, base, now_ms):
+                        self._put_model(job, new=True)
                     job.rate = job.rate.after(self._journal.losses(name, number))
                     # The last plan of the round goes out before the next round's, in the same order as it came to be.
                     follow = job.federation.handle(federation.Aggregated(job.model.version), now_ms)
@@ -288,44 +284,6 @@ class Service:
                     log.info("%s: the last round is over", name)
                     self._journal.note(now_ms, "done", {"task": name, "version": job.model.version})
                     self._put_plan(job)
-
-    def _close(self, job: Job, number: int, base: int, now_ms: int) -> None:
-        """Make the round's model; if its numbers overflow, the round closes without one and says so."""
-        task, name = job.task, job.task.name
-        model = self._journal.model(name, base)
-        if model is None:
-            raise LocalError(f"{self._journal.path}: version {base} of {name} is missing; restore a backup")
-        state = self._journal.strategy_state(name)
-        gateways, samples, age = self._journal.totals(name, number)
-        version = job.model.version + 1
-        started = time.monotonic()
-        try:
-            vector = codec.decode(model.weights, job.shared.size)
-            payloads = self._journal.payloads(name, number)
-            rule, momentum = task.round.strategy, task.round.momentum
-            state, goal = aggregate.next_model(rule, state, vector, job.shared, payloads, momentum=momentum, age=age)
-            step = self._step_towards(job, goal, vector, version)
-        except ValueError as error:
-            log.error("%s round %d: no new model: %s", name, number, error)
-            self._journal.note(now_ms, "failed", {"task": name, "round": number, "reason": str(error)})
-            self._journal.close_round(name, number, now_ms, base, state)
-            return
-        weights, digest = codec.encode(step.vector, codec.EXACT).data, weights_digest(step.vector)
-        job.model = ModelRow(version, number, weights, digest, gateways, samples, now_ms, step.payload)
-        self._journal.put_model(name, job.model)
-        self._journal.put_residual(name, step.residual.astype("<f4").tobytes())
-        self._journal.close_round(name, number, now_ms, version, state)
-        body = {"task": name, "version": version, "digest": digest.hex(), "round": number}
-        self._journal.note(now_ms, "model", {**body, "gateways": gateways, "samples": samples})
-        elapsed = time.monotonic() - started
-        log.info("%s round %d: version %d from %d gateways in %.2f s", name, number, version, gateways, elapsed)
-        self._put_model(job, new=True)
-
-    def _step_towards(self, job: Job, goal: Vector, before: Vector, version: int) -> Step:
-        """Make the version that leads to the goal by as much as goes down in one round."""
-        waiting = np.frombuffer(self._journal.residual(job.task.name), "<f4")
-        residual = waiting if waiting.size == job.shared.sum() else None
-        return step_towards(goal, before, residual, job.shared, job.task.round.down_in(version))
 
     def _receipt(self, task: str, path: str, receipt: Receipt) -> None:
         self._receipts.append(self._downlink.receipt(task, path, receipt))
@@ -347,10 +305,13 @@ class Service:
         self._downlink.clear(name, {key: data for key, data in older.items() if key not in now.objects() | last})
 
     def _put_plan(self, job: Job) -> None:
+        if not job.federation.number:
+            return  # no round yet
         digest, deadline_ms = job.model.digest, job.deadline_ms
-        self._downlink.put_plan(
+        plan = plan_of(
             job.task, job.row.text, job.federation, base_digest=digest, deadline_ms=deadline_ms, keep=job.keep
         )
+        self._downlink.put_plan(job.task.name, plan)
 
     def _write_status(self) -> None:
         """Replace `status.json`, so that a reader sees the old one or the new one."""

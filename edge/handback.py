@@ -8,7 +8,6 @@ holds one of the versions before fetches the steps since; one that holds nothing
 import asyncio
 import contextlib
 import hashlib
-import json
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from broker.messages import (
 from broker.steps import apply
 from broker.topics import Chunk
 from models import codec
-from models.delta import Layout, Vector
+from models.delta import Layout, Vector, weights_digest
 from models.errors import PeerError, UserError
 from models.graph import MAX_GRAPH_BYTES
 from models.spec import Task, parse_task
@@ -125,7 +124,7 @@ class Fetch:
         shared = self.layout.mask(self.task.personal)
         for version in range(first + 1, manifest.version + 1):
             vector = apply(self._have[STEP, version], vector, shared)
-        if hashlib.sha256(vector.astype("<f4").tobytes()).digest() != manifest.digest:
+        if weights_digest(vector) != manifest.digest:
             raise PeerError("weights", "do not have the digest that the manifest gives")
         graph = self.held.graph if self._graph_held and self.held else b""
         if not graph:
@@ -202,7 +201,7 @@ async def probe(model: Model, folder: Path) -> None:
 
 
 def _write_probe(model: Model, folder: Path) -> Path:
-    wire = np.frombuffer(json.dumps(model.layout.to_wire()).encode(), np.uint8)
+    wire = np.frombuffer(model.layout.to_json().encode(), np.uint8)
     shape = np.array([*model.task.input_shape, model.task.outputs])
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".npz", delete=False) as file:
         np.savez(file, graph=np.frombuffer(model.graph, np.uint8), layout=wire, shape=shape)

@@ -42,7 +42,7 @@ def seal_update(
     loss = float(base.losses(holdout).mean()) if len(holdout) else math.nan
     update = m.Update(
         m.VERSION, action.round, action.base, result.samples, _finite(trained.metric(holdout)), encoded.data,
-        _finite(base.metric(holdout)), _finite(loss),
+        _finite(loss),
     )  # fmt: skip
     topic = Uplink(shop.config.path, name, "update").topic
     envelope = shop.signer.seal(update, topic)
@@ -50,8 +50,7 @@ def seal_update(
     body: dict[str, object] = {
         "task": name, "round": action.round, "base": action.base, "samples": result.samples,
         "digest": digest.hex(), "bytes": len(encoded.data), "message_bytes": len(envelope),
-        "metric": update.metric, "base_metric": update.base_metric,
-        "base_loss": update.base_loss, "steps": result.steps, "device": result.device,
+        "metric": update.metric, "base_loss": update.base_loss, "steps": result.steps, "device": result.device,
         "seconds": round(result.seconds, 3),
     }  # fmt: skip
     return Sealed(topic, envelope, digest, delta - encoded.decoded, body)

@@ -128,7 +128,7 @@ def decode_sparse(data: bytes, count: int) -> Sparse | Vector:
     ):
         raise PeerError("codec", f"step {step}")
     if bits == SPARSE:
-        places, q = sparse.decode_places(data[HEADER.size :], count)
+        places, q = sparse.decode(data[HEADER.size :], count)
         return Sparse(count, places, q * np.float32(step))
     raw = inflate(data[HEADER.size :], -(-count * bits // 8))
     if bits == EXACT:

@@ -7,17 +7,20 @@ have no meaningful average, so they are not part of the vector and never travel.
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import PeerError
 
 Vector = NDArray[np.float32]
+Wire = tuple[tuple[str, tuple[int, ...] | None], ...]
 
 MAX_PARAMETERS = 50_000_000
 MAX_ENTRIES = 4_096
@@ -46,12 +49,6 @@ class Layout:
         """Number of float32 values in the vector."""
         return self.offsets[-1]
 
-    @cached_property
-    def digest(self) -> bytes:
-        """SHA-256 over names, shapes and integer buffers (32 bytes): equal digests fit each other."""
-        text = ";".join(f"{n}:{','.join(map(str, s))}" for n, s in zip(self.names, self.shapes, strict=True))
-        return hashlib.sha256(f"{text}|{';'.join(self.integers)}".encode()).digest()
-
     def split(self, vector: Vector) -> dict[str, Vector]:
         """Views of the vector by name, each in its shape."""
         if vector.shape != (self.size,):
@@ -78,7 +75,7 @@ class Layout:
                 out[start:end] = False
         return out
 
-    def to_wire(self) -> tuple[tuple[str, tuple[int, ...] | None], ...]:
+    def to_wire(self) -> Wire:
         """Plain values for a message, inverse of `from_wire`: (name, shape) of each array, (name, None) of integers."""
         return (*zip(self.names, self.shapes, strict=True), *((name, None) for name in self.integers))
 
@@ -108,6 +105,19 @@ class Layout:
             integers=tuple(n for n, s in entries if s is None),
         )
 
+    def to_json(self) -> str:
+        """Write it as files and the journal hold it: the JSON of `to_wire`."""
+        return json.dumps(self.to_wire())
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Layout":
+        """Inverse of `to_json`; PeerError("layout") for anything else."""
+        try:
+            entries = msgspec.json.decode(text, type=Wire)
+        except (msgspec.DecodeError, UnicodeError) as error:
+            raise PeerError("layout", f"not the JSON of a layout: {error}"[:300]) from error
+        return cls.from_wire(entries)
+
     @classmethod
     def of(cls, arrays: Mapping[str, NDArray[np.generic]]) -> "Layout":
         """Make the layout of named arrays (a torch state_dict as numpy), in their order."""
@@ -117,3 +127,8 @@ class Layout:
             shapes=tuple(a.shape for a in floats.values()),
             integers=tuple(n for n in arrays if n not in floats),
         )
+
+
+def weights_digest(vector: Vector) -> bytes:
+    """SHA-256 of the values as little-endian float32, in layout order (32 bytes)."""
+    return hashlib.sha256(vector.astype("<f4").tobytes()).digest()

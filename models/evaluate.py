@@ -13,15 +13,6 @@ def accuracy(y: NDArray[np.generic], predicted: NDArray[np.generic]) -> float:
     return float(np.mean(y == predicted))
 
 
-def macro_f1(y: NDArray[np.generic], predicted: NDArray[np.generic]) -> float:
-    """Mean of the classes' F1, over the classes that occur in `y`."""
-    scores = []
-    for label in np.unique(y):
-        hit = float(np.sum((y == label) & (predicted == label)))
-        scores.append(2 * hit / float(np.sum(y == label) + np.sum(predicted == label)))
-    return float(np.mean(scores))
-
-
 def rmse(y: Array, predicted: Array) -> float:
     """Root mean squared error of two (N,) arrays, in their unit."""
     return float(np.sqrt(np.mean((np.asarray(y, np.float64) - predicted) ** 2)))

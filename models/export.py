@@ -7,7 +7,6 @@ memory (ONNX Runtime `SessionOptions.add_external_initializers`). They are repla
 
 import argparse
 import io
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -103,7 +102,7 @@ def main() -> int:
     args = parser.parse_args()
     task, _ = load_task(args.task)
     graph, layout, vector = export(task, args.seed)
-    wire = np.frombuffer(json.dumps(layout.to_wire()).encode(), np.uint8)
+    wire = np.frombuffer(layout.to_json().encode(), np.uint8)
     np.savez(args.out, graph=np.frombuffer(graph, np.uint8), vector=vector, layout=wire)
     return 0
 

@@ -4,11 +4,9 @@ Run as `python -m models.graphcheck FILE`, it checks the file (npz: graph, layou
 process of its own under a memory limit, and scores a full batch of zeros: 66 bytes of ONNX can ask for 6 GB.
 """
 
-import json
 import resource
 import sys
 
-import msgspec
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
@@ -94,10 +92,9 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, CPU_LIMIT_S))
     with np.load(sys.argv[1], allow_pickle=False) as z:
-        graph, wire, shape = z["graph"].tobytes(), json.loads(z["layout"].tobytes()), z["shape"].tolist()
-    entries = msgspec.convert(wire, tuple[tuple[str, tuple[int, ...] | None], ...])
+        graph, layout, shape = z["graph"].tobytes(), z["layout"].tobytes(), z["shape"].tolist()
     try:
-        first_run(graph, Layout.from_wire(entries), (shape[0], shape[1], shape[2]))
+        first_run(graph, Layout.from_json(layout), (shape[0], shape[1], shape[2]))
     except PeerError as error:
         print(error.detail, file=sys.stderr)  # noqa: T201
         return 1

@@ -50,16 +50,11 @@ def encode(q: Integers) -> bytes:
     return np.packbits(np.concatenate(parts)).tobytes()
 
 
-def decode(data: bytes, count: int) -> Integers:
-    """Inverse of `encode`: (count,); PeerError("codec") unless the bytes are exactly such a stream."""
-    places, values = decode_places(data, count)
-    q = np.zeros(count, np.int16)
-    q[places] = values
-    return q
+def decode(data: bytes, count: int) -> tuple[Places, Integers]:
+    """Inverse of `encode`: where those of `count` values are that are not zero, rising, and what they are.
 
-
-def decode_places(data: bytes, count: int) -> tuple[Places, Integers]:
-    """Decode to where the values are that are not zero, rising, and what they are; PeerError("codec") as `decode`."""
+    PeerError("codec") unless the bytes are exactly such a stream.
+    """
     stream = _Stream(data)
     places = stream.plane(count)
     negative = stream.take(places.size)

@@ -144,7 +144,7 @@ class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One task; see the room's README for each key."""
+    """One task; docs/reference.md has each key."""
 
     name: str
     kind: Literal["anomaly", "classification", "regression"]
@@ -180,10 +180,6 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         """Whose mean and deviation scale the input: the gateway's, or (waveforms) each window's own."""
         return self.window.normalise or ("window" if self.window.waveform else "gateway")
 
-    def is_personal(self, parameter: str) -> bool:
-        """Say whether a parameter stays on the gateway (its name starts with a personal prefix and a dot)."""
-        return any(parameter == p or parameter.startswith(f"{p}.") for p in self.personal)
-
 
 def net_names() -> list[str]:
     """List the nets there are, by file name."""
@@ -217,32 +213,36 @@ def _check(file: TomlFile, task: Task) -> None:
         if not ok:
             raise file.error(path, problem, remedy)
 
-    need(
-        _is_name(task.name),
-        ["name"],
-        f"{task.name!r} can't be a topic level",
-        "use A-Z a-z 0-9 _ - (at most 64)",
-    )
+    level = f"{task.name!r} can't be a topic level"
+    need(_is_name(task.name), ["name"], level, "use A-Z a-z 0-9 _ - (at most 64)")
     need(task.net in net_names(), ["net"], f"no net {task.net!r}", f"write one of: {', '.join(net_names())}")
     need(bool(task.signal), ["signal"], "no signal", "add a [[signal]] table with a name and a unit")
     seen: set[str] = set()
     for i, signal in enumerate(task.signal):
-        need(
-            signal.name not in seen,
-            ["signal", i, "name"],
-            f"{signal.name!r} is named twice",
-            "give each its own",
-        )
+        twice = f"{signal.name!r} is named twice"
+        need(signal.name not in seen, ["signal", i, "name"], twice, "give each its own")
         seen.add(signal.name)
     need(0 < task.alarm.quantile < 1, ["alarm", "quantile"], "out of range", "write a part, such as 0.99")
-    w = task.window
+    _check_window(need, task.window, task.channels)
+    _check_target(need, task)
+    _check_net(need, task)
+    sums = "sums in the clear are all there is yet; write false"
+    need(not task.privacy.secure_aggregation, ["privacy", "secure_aggregation"], "is not available", sums)
+    _check_training(need, task.training)
+    _check_round(file, need, task.round)
+
+
+def _check_window(need: _Need, w: Window, channels: int) -> None:
     need(1 <= w.length <= 65_536, ["window", "length"], "out of range", "write 1 to 65536")  # noqa: PLR2004
     need(1 <= w.stride <= MAX_STRIDE, ["window", "stride"], "out of range", f"write 1 to {MAX_STRIDE}")
-    large = f"{w.length * task.channels} values in a window"
+    large = f"{w.length * channels} values in a window"
     few = f"length * signals may be {MAX_WINDOW_VALUES} at most"
-    need(w.length * task.channels <= MAX_WINDOW_VALUES, ["window", "length"], large, few)
+    need(w.length * channels <= MAX_WINDOW_VALUES, ["window", "length"], large, few)
     need(0 < w.rate_hz <= MAX_RATE_HZ, ["window", "rate_hz"], "out of range", "rows per second, above 0, at most 1e6")
     need(0 <= w.min_quality <= 1, ["window", "min_quality"], "out of range", "write 0.0 to 1.0")
+
+
+def _check_target(need: _Need, task: Task) -> None:
     if task.kind == "anomaly":
         need(task.target is None, ["target"], "an anomaly task has no target", "remove it, or change kind")
     else:
@@ -251,33 +251,19 @@ def _check(file: TomlFile, task: Task) -> None:
         many = 2 <= len(task.target.classes) <= 1000  # noqa: PLR2004
         need(many, ["target", "classes"], "needs two classes or more", 'write classes = ["ok", "worn"]')
         for name in task.alarm.classes:
-            need(
-                name in task.target.classes,
-                ["alarm", "classes"],
-                f"no class {name!r}",
-                "use a name of target.classes",
-            )
+            known = name in task.target.classes
+            need(known, ["alarm", "classes"], f"no class {name!r}", "use a name of target.classes")
     if task.target and task.target.range:
         low, high = task.target.range
         need(low < high, ["target", "range"], "is empty", "write [lowest, highest]")
-    need(
-        task.net != "autoencoder" or task.kind == "anomaly",
-        ["net"],
-        "autoencoder learns no target",
-        "write tcn, mlp or cnn2d",
-    )
-    square = task.net != "cnn2d" or math.isqrt(w.length) ** 2 == w.length
-    need(square, ["window", "length"], f"{w.length} values are no square picture", "write a square, such as 4096")
-    need(
-        task.kind != "anomaly" or task.net == "autoencoder",
-        ["net"],
-        "gives no reconstruction",
-        "write autoencoder",
-    )
-    sums = "sums in the clear are all there is yet; write false"
-    need(not task.privacy.secure_aggregation, ["privacy", "secure_aggregation"], "is not available", sums)
-    _check_training(need, task.training)
-    _check_round(file, need, task.round)
+
+
+def _check_net(need: _Need, task: Task) -> None:
+    rebuilds, length = task.net == "autoencoder", task.window.length
+    need(not rebuilds or task.kind == "anomaly", ["net"], "autoencoder learns no target", "write tcn, mlp or cnn2d")
+    square = task.net != "cnn2d" or math.isqrt(length) ** 2 == length
+    need(square, ["window", "length"], f"{length} values are no square picture", "write a square, such as 4096")
+    need(rebuilds or task.kind != "anomaly", ["net"], "gives no reconstruction", "write autoencoder")
 
 
 def _check_training(need: _Need, t: Training) -> None:

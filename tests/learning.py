@@ -24,14 +24,6 @@ KEYS = (
 )  # fmt: skip
 
 
-def rounds_of(name: str) -> int:
-    """How many rounds a set's page shows: the task's own."""
-    for line in (TASKS / f"{name}.toml").read_text().splitlines():
-        if line.startswith("rounds = "):
-            return int(line.removeprefix("rounds = "))
-    return 24
-
-
 def run(name: str, data: Path, seed: int, rounds: int) -> dict[str, Any]:
     """One simulation, as anybody would run it."""
     command = [sys.executable, "-P", "-m", "edge.cli", *_arguments(name, str(data), seed, rounds)]
@@ -128,7 +120,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with SET/SET.npz")
     parser.add_argument("--seeds", default="0,1,2", help="seeds (0,1,2)")
     parser.add_argument("--only", default="", help="sets, else all")
-    parser.add_argument("--rounds", type=int, default=0, help="rounds, else each task's")
+    parser.add_argument("--rounds", type=int, default=24, help="rounds (24)")
     args = parser.parse_args()
     names = args.only.split(",") if args.only else sorted(path.stem for path in TASKS.glob("*.toml"))
     found: dict[str, list[dict[str, Any]]] = {}
@@ -137,8 +129,7 @@ def main() -> int:
         if not data.exists():
             sys.stderr.write(f"{name} is left out: no {data}\n")
             continue
-        rounds = args.rounds or rounds_of(name)
-        found[name] = [run(name, data, int(seed), rounds) for seed in args.seeds.split(",")]
+        found[name] = [run(name, data, int(seed), args.rounds) for seed in args.seeds.split(",")]
         draw(name, found[name])
     if not found:
         raise SystemExit(f"no recorded data in {args.data}")

@@ -12,7 +12,7 @@ import pytest
 
 from broker import topics
 from broker.downlink import Downlink, Offer
-from broker.genesis import put_first_model, weights_digest
+from broker.genesis import put_first_model
 from broker.journal import Journal, ModelRow
 from broker.link import Link, MqttSettings
 from broker.messages import (
@@ -31,7 +31,7 @@ from broker.messages import (
 from broker.steps import step_towards
 from edge.handback import MAX_PARAMETERS, Fetch, Model
 from models import codec
-from models.delta import Layout, Vector
+from models.delta import Layout, Vector, weights_digest
 from models.errors import PeerError
 from models.graph import MAX_GRAPH_BYTES
 from models.spec import parse_task

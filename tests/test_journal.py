@@ -1,18 +1,21 @@
 """The journal: what was committed is there after kill -9, and a file of another schema is left alone."""
 
+import asyncio
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from broker import ledger
-from broker.genesis import put_first_model
+from broker.config import TaskFile
+from broker.genesis import ensure_model, put_first_model
 from broker.journal import Journal, ModelRow, TaskRow
 from models.delta import Layout
 from models.errors import LocalError
@@ -169,6 +172,14 @@ def test_the_first_model(journal: Journal) -> None:
     assert journal.model("t").version == 0  # type: ignore[union-attr]
 
 
+def test_a_first_model_that_takes_too_long(journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = 'name = "t"\nkind = "anomaly"\nnet = "autoencoder"\n[window]\nlength = 2\n[[signal]]\nname = "s"\n'
+    monkeypatch.setattr("broker.genesis._TIMEOUT_S", 0)
+    with pytest.raises(LocalError, match="no first model in 0 s"):
+        asyncio.run(ensure_model(journal, TaskFile(parse_task(text), text, tmp_path / "task.toml"), 1))
+    assert journal.task("t") is None
+
+
 def test_kill_9_loses_nothing_committed(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, str(tmp_path / "state")], stdout=subprocess.PIPE, text=True
@@ -190,6 +201,30 @@ def test_kill_9_loses_nothing_committed(tmp_path: Path) -> None:
     assert journal.counted("t", lines + 1) == {}
 
 
+def test_a_full_disk_is_named_and_costs_nothing_that_was_committed(journal: Journal) -> None:
+    with journal.transaction():
+        count(journal, 1, "a")
+    journal._db.execute("PRAGMA cache_size = 5")  # what is changed goes to the disk before the end
+    journal._db.execute("PRAGMA max_page_count = 40")
+
+    def many() -> None:
+        with journal.transaction():
+            for number in range(2, 200):
+                count(journal, number, "a", bytes(5000))
+
+    with pytest.raises(LocalError, match="disk is full; check the disk"):
+        many()
+    with journal.transaction():
+        count(journal, 2, "a")
+    assert [journal.counted("t", number).keys() for number in (1, 2, 3)] == [{"a"}, {"a"}, set()]
+
+
+def test_a_lost_table_is_this_machines_fault(journal: Journal) -> None:
+    journal._db.execute("DROP TABLE roster")
+    with pytest.raises(LocalError, match="no such table: roster; check the disk"):
+        journal.roster()
+
+
 def test_one_aggregator_a_folder(tmp_path: Path, journal: Journal) -> None:
     journal.claim()
     with pytest.raises(LocalError, match="another aggregator"):
@@ -207,14 +242,29 @@ def test_refuses_an_unknown_schema(tmp_path: Path) -> None:
         Journal(tmp_path)
 
 
-_TO_3 = "ALTER TABLE updates DROP COLUMN counted_in;"
+_TO_4 = "".join(
+    f"ALTER TABLE updates {change};"
+    for change in (
+        "DROP COLUMN counted_in", "DROP COLUMN base_loss", "ADD COLUMN base_metric REAL", "ADD COLUMN base_loss REAL",
+        "ADD COLUMN counted_in INTEGER",
+    )
+)  # fmt: skip
+_TO_3 = f"{_TO_4} ALTER TABLE updates DROP COLUMN counted_in;"
 _TO_2 = f"{_TO_3} ALTER TABLE updates DROP COLUMN base_loss;"
 UNDO = {
     1: f"{_TO_2} ALTER TABLE tasks DROP COLUMN residual; ALTER TABLE models DROP COLUMN step;"
     "ALTER TABLE updates DROP COLUMN base_metric;",
     2: _TO_2,
     3: _TO_3,
+    4: _TO_4,
 }
+
+
+def columns(folder: Path) -> dict[str, list[str]]:
+    """The columns of each table in their order, which inserts rely on."""
+    with closing(sqlite3.connect(folder / "journal.db")) as db:
+        names = [name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+        return {name: [row[1] for row in db.execute(f"PRAGMA table_info({name})")] for name in names}
 
 
 @pytest.mark.parametrize("version", UNDO)
@@ -225,6 +275,7 @@ def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path, version: int) -
         journal.put_task("wear", TaskRow("", "[]", b"", 0, b""))
         journal.put_model("wear", row)
     journal.close()
+    tables = columns(tmp_path)
     db = sqlite3.connect(tmp_path / "journal.db")
     db.executescript(f"{UNDO[version]} PRAGMA user_version = {version};")
     db.close()
@@ -234,6 +285,7 @@ def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path, version: int) -
         with journal.transaction():
             journal.put_residual("wear", b"")
         journal.close()
+    assert columns(tmp_path) == tables
     journal = Journal(tmp_path)
     with journal.transaction():
         count(journal, 1, "a")

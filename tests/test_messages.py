@@ -33,9 +33,9 @@ UPDATE = Update(1, 7, 6, 128, 0.25, b"payload")
 # RFC 8032: the public key of the private key 00 01 … 1f. Ed25519 signs without randomness, so envelopes are vectors.
 PUBLIC = "03a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b8"
 ENVELOPE = (
-    "d28443a10127a0582089667570646174650107061880fb3fd0000000000000477061796c6f6164f6f658408680c97647708b"
-    "7cdebd158c398e963db1e58542a5d866d4e0e048a4b81d3ef83628ab1b200307ea222b555570da3f0ebbf6f8088855e8860a"
-    "22cf1b58339e01"
+    "d28443a10127a0581f88667570646174650107061880fb3fd0000000000000477061796c6f6164f658405bd0b4a5d8b17a68"
+    "56352fe8212c96517f194b3edd72bad9db277ad16662817cd75d091e5af7c0fafb589288f66012b3c1b99454f090dc3b54f9"
+    "2ed986c1ba0f"
 )
 DIGEST = bytes(32)
 OBJECT = Object("weights", 3, 12, DIGEST, (DIGEST,))
@@ -207,7 +207,7 @@ def test_any_other_shape_reaches_no_decoder(envelope: bytes, monkeypatch: pytest
         peek(envelope, Birth)
 
 
-@pytest.mark.parametrize("length", ["5820", "590020", "5a00000020", "5b0000000000000020"])
+@pytest.mark.parametrize("length", ["581f", "59001f", "5a0000001f", "5b000000000000001f"])
 def test_every_length_of_the_payload_is_read(length: str) -> None:
     """The signature is over the payload, not over how its length is written."""
     payload = bytes.fromhex(ENVELOPE)[9:-66]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from broker import intake, ledger, topics
 from broker.config import load_federation
-from broker.genesis import put_first_model, weights_digest
+from broker.genesis import put_first_model
 from broker.journal import Journal
 from broker.link import Inbound, Link, MqttSettings
 from broker.messages import (
@@ -41,7 +41,7 @@ from broker.round import STALEST
 from broker.service import Service
 from edge.handback import Fetch, Model
 from models import codec
-from models.delta import Layout, Vector
+from models.delta import Layout, Vector, weights_digest
 from models.errors import PeerError, UserError
 from models.spec import load_task
 from tests.brokers import BROKERS, BrokerProcess, need_mosquitto

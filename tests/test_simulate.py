@@ -107,6 +107,12 @@ def test_numbers_are_judged_by_their_error_and_a_codec_can_be_chosen(tmp_path: P
     assert steps["curve"] != whole["curve"]
 
 
+@pytest.mark.parametrize("mode", [(), ("--mode", "async", "--stale", "1")])
+def test_every_round_comes_however_many_plants_miss_it(tmp_path: Path, mode: tuple[str, ...]) -> None:
+    found = figures(tmp_path, rows(tmp_path), "--rounds", "12", "--dropout", "0.9", *mode)
+    assert len(found["curve"]) == 12
+
+
 def test_plants_that_lag_behind_still_learn_together(tmp_path: Path) -> None:
     data = rows(tmp_path)
     found = figures(tmp_path, data, "--rounds", "8", "--mode", "async", "--stale", "2")

@@ -57,10 +57,7 @@ def test_a_good_one(tmp_path: Path) -> None:
     assert (task.channels, task.outputs, task.normalise) == (2, 2, "gateway")
     assert task.signal[1].unit == "1"
     assert (task.round.deadline_s, task.round.every_s) == (7200, 604_800)
-    assert task.is_personal("head.weight")
-    assert task.is_personal("head")
-    assert not task.is_personal("header.weight")
-    assert not task.is_personal("body.head")
+    assert task.personal == ("head",)
 
 
 def test_what_follows_from_kind_and_window() -> None:
@@ -177,14 +174,7 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
     ),
     "no gateway": ("min_gateways = 3", "min_gateways = 0", 29, "round.min_gateways", "out of range", "write 1 or more"),
     "a momentum": ("min_gateways = 3", "momentum = 1.0", 29, "round.momentum", "out of range", "write 0.0 to 0.99"),
-    "a codec": (
-        "min_gateways = 3",
-        'codec = "zip"',
-        29,
-        "round.codec",
-        "zip",
-        CODECS,
-    ),
+    "a codec": ("min_gateways = 3", 'codec = "zip"', 29, "round.codec", "zip", CODECS),
     "a share": ("min_gateways = 3", "keep = 0.0", 29, "round.keep", "out of range", "write 0.001 to 0.5"),
     "a buffer in step": ("min_gateways = 3", "buffer = 4", 29, "round.buffer", "waits for everybody", 'mode = "async"'),
     "a small buffer": (

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.aggregate import State, dump_state, load_state, next_model, strategy, strategy_names
+from broker.aggregate import dump_state, load_state, next_model, strategy, strategy_names
+from broker.strategies._mean import State
 from models import codec
 from models.delta import Vector
 

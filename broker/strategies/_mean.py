@@ -1,12 +1,14 @@
-"""The weighted mean that every strategy begins with."""
+"""What every strategy has: the type of its state, and the weighted mean that it begins with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.codec import Sparse
 from models.delta import Vector
+
+State = Mapping[str, NDArray[np.float64]]
 
 
 def mean(updates: Iterator[tuple[Vector | Sparse, int]]) -> NDArray[np.float64]:

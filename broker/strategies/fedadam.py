@@ -4,16 +4,13 @@ Each value moves by the running mean of its deltas over their running root mean 
 as much as frequent large ones. Both are corrected for their start at zero (Kingma & Ba 2015, arXiv:1412.6980).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
-from broker.strategies._mean import mean
+from broker.strategies._mean import State, mean
 from models.codec import Sparse
 from models.delta import Vector
-
-State = Mapping[str, NDArray[np.float64]]
 
 _RATE, _BETA2, _TAU = 0.01, 0.99, 1e-3
 

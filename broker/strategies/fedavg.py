@@ -4,16 +4,13 @@ McMahan et al. 2017, arXiv:1602.05629; Hsu et al. 2019, arXiv:1909.06335. The me
 at a time, so memory does not grow with the number of gateways, and their order changes nothing a float32 could show.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
-from broker.strategies._mean import mean
+from broker.strategies._mean import State, mean
 from models.codec import Sparse
 from models.delta import Vector
-
-State = Mapping[str, NDArray[np.float64]]
 
 
 def aggregate(state: State, updates: Iterator[tuple[Vector | Sparse, int]], *, momentum: float) -> tuple[State, Vector]:

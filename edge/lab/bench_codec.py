@@ -17,8 +17,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from broker.aggregate import State, strategy
+from broker.aggregate import strategy
 from broker.rate import NARROWER
+from broker.strategies._mean import State
 from edge.infer import Scorer
 from edge.lab.fleet import Site, Workers, complete_task, load_sites
 from edge.lab.physics import test_windows

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from broker.genesis import load_layout
 from broker.link import Link, MqttSettings
 from broker.topics import GatewayPath, Local
 from edge.history import Score
@@ -25,6 +24,7 @@ from edge.lab.processes import Process, free_port, listens, mqtt_broker, python,
 from edge.live import Live
 from edge.tags import Quality, Sample
 from edge.window import Wiring, parse_gate
+from models.delta import Layout
 from models.errors import LocalError, UserError
 from models.scale import Scale
 from models.spec import parse_task
@@ -99,7 +99,7 @@ class _Feed:
     def __init__(self, folder: Path, link: Link) -> None:
         task = parse_task(_TASK)
         with np.load(folder / "model.npz", allow_pickle=False) as model:
-            layout = load_layout(model["layout"].tobytes().decode())
+            layout = Layout.from_json(model["layout"].tobytes())
             scale = Scale((50.0,) * _SIGNALS, (10.0,) * _SIGNALS)
             scorer = Scorer.build(task, 1, model["graph"].tobytes(), layout, model["vector"], scale)
         signals = tuple(f"plc/s{i}" for i in range(_SIGNALS))

@@ -1,7 +1,5 @@
 """The way down in a simulation: the aggregator's own steps, manifests and offers, on lists instead of a journal."""
 
-import hashlib
-import json
 from statistics import mean
 from typing import Any
 
@@ -9,12 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.downlink import Downlink, Offer
-from broker.genesis import weights_digest
-from broker.journal import ModelRow, TaskRow
+from broker.genesis import task_row
+from broker.journal import ModelRow
 from broker.messages import Signer
 from broker.steps import step_towards
 from models import codec
-from models.delta import Layout, Vector
+from models.delta import Layout, Vector, weights_digest
 
 _NAME = "lab"
 
@@ -23,14 +21,14 @@ class Down:
     """What the versions of a task are, and what they cost a gateway that misses none."""
 
     def __init__(self, text: str, graph: bytes, layout: Layout, first: Vector) -> None:
-        wire = json.dumps(layout.to_wire())
-        self.row = TaskRow(text, wire, codec.deflate(graph), len(graph), hashlib.sha256(graph).digest())
+        self.row = task_row(text, graph, layout)
         self.rows = [_row(0, first, 0, 0, None)]
         self.residual: Vector | None = None
         self._downlink = Downlink(_NAME, Signer.from_bytes(bytes(32)), 0)
         self._values = 4 * first.size
         self._per_round = list[tuple[int, int]]()
-        self._first = sum(self._downlink.sizes(_NAME, self.row, self._offer()))
+        fetched_once = len(self._downlink.terms(_NAME, self.row)) + len(self.row.graph)
+        self._first = sum(self._sizes()) + fetched_once
 
     def publish(self, goal: Vector, shared: NDArray[np.bool_], keep: float | None, samples: list[int]) -> Vector:
         """Make the next version (n,) on the way to goal (n,), as the service does."""
@@ -38,8 +36,7 @@ class Down:
         step = step_towards(goal, before, self.residual, shared, keep)
         self.residual = step.residual
         self.rows.append(_row(len(self.rows), step.vector, len(samples), sum(samples), step.payload))
-        manifest, pieces, _ = self._downlink.sizes(_NAME, self.row, self._offer(), held=True)
-        self._per_round.append((manifest, pieces))
+        self._per_round.append(self._sizes())
         return step.vector
 
     def model(self, _task: str, version: int) -> ModelRow | None:
@@ -66,11 +63,13 @@ class Down:
             "ratio_down": round(self._values / per_round, 2),
         }
 
-    def _offer(self) -> Offer:
+    def _sizes(self) -> tuple[int, int]:
+        """Bytes that a gateway reads to have the newest version once it has the one before: manifest and weights."""
         offer = Offer.of(self, _NAME, len(self.rows) - 1)
         if offer is None:
             raise IndexError
-        return offer
+        weights = offer.steps[0] if offer.steps else offer.whole.weights
+        return len(self._downlink.manifest(_NAME, self.row, offer)), len(weights)
 
 
 def _row(version: int, vector: Vector, gateways: int, samples: int, step: bytes | None) -> ModelRow:

@@ -67,7 +67,7 @@ def figures(stage: Stage, outage: Outage | None) -> dict[str, Any]:
     if row is None:
         raise LocalError("the aggregator has no task")
     task = parse_task(row.text)
-    layout = Layout.from_wire(msgspec.convert(json.loads(row.layout), tuple[tuple[str, tuple[int, ...] | None], ...]))
+    layout = Layout.from_json(row.layout)
     lines = list(journal.ledger_lines())
     aggregator = _export(stage, "aggregator", lines)
     gateways = []

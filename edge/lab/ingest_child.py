@@ -25,7 +25,6 @@ from asyncua import ua
 from asyncua.client.client import Client
 from pymodbus.client import AsyncModbusTcpClient
 
-from broker.genesis import load_layout
 from edge.drivers import registry
 from edge.health import Watch
 from edge.heap import share_one_heap
@@ -36,6 +35,7 @@ from edge.live import Live
 from edge.ring import Samples
 from edge.tags import Driver, Quality, Sample, Source, Tag
 from edge.window import Wiring
+from models.delta import Layout
 from models.errors import LocalError
 from models.scale import Scale
 from models.spec import parse_task
@@ -190,7 +190,7 @@ def _source(kind: str, port: int) -> Source:
 def _live(folder: Path, samples: Samples) -> Live:
     task = parse_task((folder / "ingest.toml").read_text())
     with np.load(folder / MODEL, allow_pickle=False) as model:
-        layout = load_layout(model["layout"].tobytes().decode())
+        layout = Layout.from_json(model["layout"].tobytes())
         scale = Scale((50.0,) * _SIGNALS, (10.0,) * _SIGNALS)
         scorer = Scorer.build(task, 1, model["graph"].tobytes(), layout, model["vector"], scale)
     wiring = Wiring(task.window, tuple(f"plc/{_name(i)}" for i in range(_SIGNALS)))

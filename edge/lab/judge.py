@@ -5,6 +5,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge.candidates import kinds
 from edge.infer import Scorer, elect
@@ -24,41 +25,36 @@ class Judge:
         self.metric = metric_of(task, sites)
         self._last: tuple[Vector, Scorer] | None = None
 
-    def outputs(self, vector: Vector, i: int, part: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """The net's outputs on the plant's holdout or test (N, outputs)."""
-        site = self.sites[i]
+    def _scorer(self, vector: Vector, i: int) -> Scorer:
+        """Weights as a plant scores with them; plants that are asked one after the other share the session."""
+        scale = self.sites[i].scale
         if self._last is None or self._last[0] is not vector:
-            self._last = vector, Scorer.build(self.task, 0, self.graph, self.layout, vector, site.scale)
-        return replace(self._last[1], scale=site.scale).outputs(getattr(site, part).x)
+            self._last = vector, Scorer.build(self.task, 0, self.graph, self.layout, vector, scale)
+        return replace(self._last[1], scale=scale)
 
-    def worth(self, out: np.ndarray[Any, np.dtype[np.float32]], i: int, part: str) -> float:
-        """The metric of outputs on that part; for anomaly without labels, the negative error."""
-        site = self.sites[i]
-        data = getattr(site, part)
-        if not len(data):
+    def worth(self, out: NDArray[np.float32], i: int) -> float:
+        """The metric of a net's outputs (N, outputs) on a plant's fixed test; NaN where nothing is to be judged."""
+        scale, x, y = self.sites[i].scale, self.sites[i].test.x, self.sites[i].test.y
+        if y is None or not len(y):
             return float("nan")
         if self.task.kind == "anomaly":
-            inputs = np.nan_to_num(site.scale.inputs(self.task, data.x)).reshape(len(data), -1)
-            error = ((out - inputs) ** 2).mean(1)
-            if data.y is None:
-                return float(error.mean())
-            return evaluate.auroc(data.y, error) if 0 < data.y.sum() < len(data) else float("nan")
+            inputs = np.nan_to_num(scale.inputs(self.task, x)).reshape(len(x), -1)
+            return evaluate.auroc(y, ((out - inputs) ** 2).mean(1))
         if self.metric == "rmse":
-            return evaluate.rmse(data.y, out[:, 0] * site.scale.target_std + site.scale.target_mean)
+            return evaluate.rmse(y, out[:, 0] * scale.target_std + scale.target_mean)
         if self.metric in {"auprc", "auroc"}:
             area = evaluate.auprc if self.metric == "auprc" else evaluate.auroc
-            return area(data.y, out[:, 1] - out[:, 0])
-        return evaluate.accuracy(data.y, out.argmax(1))
+            return area(y, out[:, 1] - out[:, 0])
+        return evaluate.accuracy(y, out.argmax(1))
 
     def loss(self, vector: Vector, i: int) -> float:
         """The mean loss of weights on a plant's holdout; NaN without one."""
-        site = self.sites[i]
-        scorer = Scorer.build(self.task, 0, self.graph, self.layout, vector, site.scale)
-        return float(scorer.losses(site.holdout).mean()) if len(site.holdout) else float("nan")
+        holdout = self.sites[i].holdout
+        return float(self._scorer(vector, i).losses(holdout).mean()) if len(holdout) else float("nan")
 
     def test(self, vector: Vector, i: int) -> float:
         """The metric of weights on a plant's fixed test."""
-        return self.worth(self.outputs(vector, i, "test"), i, "test")
+        return self.worth(self._scorer(vector, i).outputs(self.sites[i].test.x), i)
 
 
 def final(judge: Judge, i: int, weights: dict[str, Vector]) -> tuple[dict[str, float], float]:
@@ -72,7 +68,7 @@ def final(judge: Judge, i: int, weights: dict[str, Vector]) -> tuple[dict[str, f
         for kind in kinds(task, 1, alone=task.training.alone)
     ]
     chosen, body = elect(scorers, site.holdout)
-    return body["shares"], judge.worth(chosen.outputs(site.test.x), i, "test")
+    return body["shares"], judge.worth(chosen.outputs(site.test.x), i)
 
 
 def mean_of(values: list[float]) -> float:

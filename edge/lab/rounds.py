@@ -1,15 +1,16 @@
 """Aggregator and gateways of a simulation, joined by function calls: their real state machines, codec and messages."""
 
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
 from broker import federation, messages, topics
 from broker import round as rounds
 from broker.aggregate import next_model
-from broker.genesis import weights_digest
+from broker.downlink import plan_of
 from broker.rate import Rate
 from edge import participant as p
 from edge.choose import average
@@ -18,13 +19,14 @@ from edge.lab.down import Down
 from edge.lab.fleet import Workers
 from edge.lab.judge import Judge
 from models import codec
-from models.delta import Vector
+from models.delta import Vector, weights_digest
 
 
 @dataclass
 class Gateway:
-    """One plant's half: its state machine, its key, and the error that its last updates left."""
+    """One plant's half: its number, its state machine, its key, and the error that its last updates left."""
 
+    index: int
     windows: int
     path: str
     signer: messages.Signer
@@ -50,9 +52,10 @@ class Fleet:
         self.random = np.random.default_rng(seed)
         self.now, self.version, self.state = 0, 0, b""
         self.payloads: dict[tuple[str, int], tuple[bytes, int, int]] = {}
-        self.offers: list[tuple[messages.Plan, Vector]] = []
+        self.offers: deque[tuple[messages.Plan, Vector]] = deque(maxlen=stale + 1)
         self.gateways = {
             path: Gateway(
+                i,
                 len(site.train),
                 path,
                 messages.Signer.from_bytes(bytes([i % 256, i // 256]) * 16),
@@ -77,7 +80,7 @@ class Fleet:
     def _personalised(self, vector: Vector, i: int) -> Vector:
         return vector if self.shared.all() else np.where(self.shared, vector, self.personal[i])
 
-    def run(self, workers: Workers, dropout: float, after: Any) -> None:
+    def run(self, workers: Workers, dropout: float, after: Callable[[int], None]) -> None:
         """Run every round; `after(number)` is called when each new model is there."""
         rules, actions = self.federation.rules, list[rounds.Action]()
         for path in self.gateways:
@@ -100,52 +103,48 @@ class Fleet:
 
     def _round(self, opened: federation.Open, workers: Workers, dropout: float) -> list[rounds.Action]:
         """Let every gateway that is there answer the plan, train, and send."""
-        r = self.task.round
-        plan = messages.Plan(
-            messages.VERSION, bytes(32), opened.round, opened.base, weights_digest(self.vector), "open",
-            opened.opened_ms, opened.deadline_ms, r.min_gateways, r.bits,
-            secure_aggregation=False, keep_ppm=max(1, round(1e6 * (self.rate.keep if r.keep is None else r.keep))),
-            stalest=0 if r.full is None else rounds.STALEST,
-        )  # fmt: skip
+        keep = self.rate.keep if self.task.round.keep is None else self.task.round.keep
+        digest, deadline_ms = weights_digest(self.vector), opened.deadline_ms
+        text = self.down.row.text
+        plan = plan_of(self.task, text, self.federation, base_digest=digest, deadline_ms=deadline_ms, keep=keep)
         self.offers.append((plan, self.vector))
         actions: list[rounds.Action] = []
         training: list[tuple[Gateway, p.StartTraining, Vector, Future[tuple[Vector, int]]]] = []
-        absent = self.random.random(len(self.gateways)) < dropout
-        absent[self.random.integers(len(absent))] &= not absent.all()  # somebody is there
-        for path, gateway in self.gateways.items():
-            i = self._index(gateway)
-            behind = i % (self.stale + 1)
-            if behind >= len(self.offers):
-                continue  # what reaches this plant so late has not been said yet
-            plan, base = self.offers[-1 - behind]
+        for gateway in self._there(dropout):
+            plan, base = self.offers[-1 - self._behind(gateway)]
             said = gateway.machine.handle(p.ModelStored(plan.base, plan.base_digest))
             said += gateway.machine.handle(p.PlanSeen(plan))
-            away = self.random.random() < dropout
             for one in said:
-                if isinstance(one, p.StartTraining) and not away:
-                    seed, pull = self._seed(one.round, path), self.task.training.proximal
-                    start = self._personalised(base, i)
-                    training.append((gateway, one, start, workers.fit(i, start, seed, proximal=pull)))
+                if isinstance(one, p.StartTraining):
+                    i, start = gateway.index, self._personalised(base, gateway.index)
+                    job = workers.fit(i, start, self._seed(one.round, i), proximal=self.task.training.proximal)
+                    training.append((gateway, one, start, job))
                 elif isinstance(one, p.Answer):
-                    event = federation.Answered(path, one.round, one.verdict == "joined")
+                    event = federation.Answered(gateway.path, one.round, one.verdict == "joined")
                     actions += self.federation.handle(event, self.now)
         for gateway, one, start, job in training:
             vector, steps = job.result()
             gateway.steps += steps
-            i = self._index(gateway)
-            loss = self.judge.loss(start, i)
-            self.personal[i] = vector
+            loss = self.judge.loss(start, gateway.index)
+            self.personal[gateway.index] = vector
             actions += self._send(gateway, one, vector - start, loss)
         if len(training) < len(self.gateways):
             self.now = opened.deadline_ms
             actions += self.federation.handle(federation.Tick(), self.now)
         return actions
 
-    def _index(self, gateway: Gateway) -> int:
-        return list(self.gateways).index(gateway.path)
+    def _behind(self, gateway: Gateway) -> int:
+        """How many versions late a plan reaches a plant."""
+        return gateway.index % (self.stale + 1)
 
-    def _seed(self, number: int, path: str) -> int:
-        return (self.seed * 1_000_003 + number * 1009 + list(self.gateways).index(path)) % 2**31
+    def _there(self, dropout: float) -> list[Gateway]:
+        """Draw who hears of a plan, of those whom one has reached yet; never nobody, or no round would come after."""
+        told = [gateway for gateway in self.gateways.values() if self._behind(gateway) < len(self.offers)]
+        there = [gateway for gateway in told if self.random.random() >= dropout]
+        return there or [told[self.random.integers(len(told))]]
+
+    def _seed(self, number: int, i: int) -> int:
+        return (self.seed * 1_000_003 + number * 1009 + i) % 2**31
 
     def _send(self, gateway: Gateway, action: p.StartTraining, learnt: Vector, loss: float) -> list[rounds.Action]:
         """Encode with error feedback, seal as the gateway does, and hand the update over; `loss` is the base's."""

@@ -45,20 +45,18 @@ class Scenario(NamedTuple):
         """The task as this scenario runs it."""
         text = complete_task(text, self.data)
         task = parse_task(text, place)
-        more: dict[str, Any] = {"codec": self.codec or task.round.codec, "rounds": self.rounds}
+        chosen = {key: getattr(self, key) for key in ("codec", "keep", "strategy", "downlink", "mode")}
+        said = {key: value for key, value in chosen.items() if value is not None}
+        rules = msgspec.structs.replace(task.round, rounds=self.rounds, **said)
         if self.strategy is not None and self.strategy not in strategy_names():
             remedy = f"write one of: {', '.join(strategy_names())}"
             raise UserError("--strategy", 0, "", f"no strategy {self.strategy!r}", remedy)
-        more["mode"] = self.mode or task.round.mode
-        if self.stale and (more["mode"] != "async" or not 0 < self.stale <= STALEST):
+        if self.stale and (rules.mode != "async" or not 0 < self.stale <= STALEST):
             remedy = f"write --mode async, and 0 to {STALEST}"
             raise UserError("--stale", 0, "", f"{self.stale} versions", remedy)
-        more["downlink"] = self.downlink or task.round.downlink
-        more["strategy"] = self.strategy or task.round.strategy
-        more["keep"] = task.round.keep if self.keep is None else self.keep
-        if more["keep"] is not None and not 0 < more["keep"] <= MOST_KEPT:
-            raise UserError("--keep", 0, "", f"{more['keep']:g} is no share", "write 0.001 to 0.5")
-        return text, msgspec.structs.replace(task, round=msgspec.structs.replace(task.round, **more))
+        if self.keep is not None and not 0 < self.keep <= MOST_KEPT:
+            raise UserError("--keep", 0, "", f"{self.keep:g} is no share", "write 0.001 to 0.5")
+        return text, msgspec.structs.replace(task, round=rules)
 
 
 def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from broker.genesis import load_layout
 from edge.train import Job, lower_priority
 from edge.window import Wiring
+from models.delta import Layout
 from models.spec import parse_task
 
 _WINDOWS = 2_000
@@ -19,7 +19,7 @@ def main() -> None:
     text = Path(sys.argv[2]).read_text()
     task = parse_task(text)
     with np.load(sys.argv[1], allow_pickle=False) as model:
-        layout, vector = load_layout(model["layout"].tobytes().decode()), model["vector"]
+        layout, vector = Layout.from_json(model["layout"].tobytes()), model["vector"]
     wiring = Wiring(task.window, tuple(signal.name for signal in task.signal))
     lower_priority(
         Job(

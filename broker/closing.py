@@ -1,0 +1,59 @@
+"""The end of a round: from its counted updates, as the journal holds them, to the task's next version."""
+
+import logging
+import time
+
+import numpy as np
+
+from broker import aggregate
+from broker.job import Job
+from broker.journal import Journal, ModelRow
+from broker.steps import Step, step_towards
+from models import codec
+from models.delta import Vector, weights_digest
+from models.errors import LocalError
+
+log = logging.getLogger(__name__)
+
+
+def close_round(journal: Journal, job: Job, number: int, base: int, now_ms: int) -> bool:
+    """Make the round's model from version `base`, store it, and make it the job's; belongs inside a transaction.
+
+    If its numbers overflow, the round closes without one and the ledger says so: False.
+    """
+    task, name = job.task, job.task.name
+    model = journal.model(name, base)
+    if model is None:
+        raise LocalError(f"{journal.path}: version {base} of {name} is missing; restore a backup")
+    state = journal.strategy_state(name)
+    gateways, samples, age = journal.totals(name, number)
+    version = job.model.version + 1
+    started = time.monotonic()
+    try:
+        vector = codec.decode(model.weights, job.shared.size)
+        payloads = journal.payloads(name, number)
+        rule, momentum = task.round.strategy, task.round.momentum
+        state, goal = aggregate.next_model(rule, state, vector, job.shared, payloads, momentum=momentum, age=age)
+        step = _step(journal, job, goal, vector, version)
+    except ValueError as error:
+        log.error("%s round %d: no new model: %s", name, number, error)
+        journal.note(now_ms, "failed", {"task": name, "round": number, "reason": str(error)})
+        journal.close_round(name, number, now_ms, base, state)
+        return False
+    weights, digest = codec.encode(step.vector, codec.EXACT).data, weights_digest(step.vector)
+    job.model = ModelRow(version, number, weights, digest, gateways, samples, now_ms, step.payload)
+    journal.put_model(name, job.model)
+    journal.put_residual(name, step.residual.astype("<f4").tobytes())
+    journal.close_round(name, number, now_ms, version, state)
+    body = {"task": name, "version": version, "digest": digest.hex(), "round": number}
+    journal.note(now_ms, "model", {**body, "gateways": gateways, "samples": samples})
+    elapsed = time.monotonic() - started
+    log.info("%s round %d: version %d from %d gateways in %.2f s", name, number, version, gateways, elapsed)
+    return True
+
+
+def _step(journal: Journal, job: Job, goal: Vector, before: Vector, version: int) -> Step:
+    """Make the version that leads to the goal by as much as goes down in one round."""
+    waiting = np.frombuffer(journal.residual(job.task.name), "<f4")
+    residual = waiting if waiting.size == job.shared.sum() else None
+    return step_towards(goal, before, residual, job.shared, job.task.round.down_in(version))
