@@ -115,13 +115,14 @@ class Agent:
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
+        last = self.snapshot()
         await self._stop_sources(source.name for source in self.config.sources)
         await asyncio.gather(*(runner.stop() for runner in self.runners.values()))
         self.link.publish(
             self.status, self.shop.signer.seal(m.Death(m.VERSION, self.session), self.status), retain=True
         )
         await self.link.stop()
-        write_status(self.folder, self.snapshot() | {"running": False})
+        write_status(self.folder, self.snapshot() | {"running": False, "sources": last["sources"]})
         self.samples.close()
         self.state.close()
 

@@ -83,7 +83,8 @@ class SampleReader:
         """Stored samples of one tag from `since_ns` to `until_ns`, by source time; None if there are none.
 
         Only what was stored while the tag meant what it does now. Of more than `most` samples the newest blocks are
-        taken. The last sample before `since_ns` comes along, because that value holds then. A waveform tag's Bad notices have no values, and are left out, and so are damaged blocks.
+        taken. The last sample before `since_ns` comes along, because that value holds then. A waveform tag's Bad
+        notices have no values, and are left out, and so are damaged blocks.
         """
         with self._db:
             self._db.execute("BEGIN")  # one view of journal and blocks, between which samples move

@@ -139,6 +139,11 @@ class Health:
     notes: dict[str, str] = field(default_factory=dict)
     clock_skew_s: float | None = None
 
+    def go_on(self, before: "Health") -> None:
+        """Count on from where another driver of the same source ended."""
+        for name in ("connects", "samples", "bad", "overflows", "gaps"):
+            setattr(self, name, getattr(self, name) + getattr(before, name))
+
 
 class Sink(Protocol):
     """Where a driver puts what it reads. Called in the event loop; it never blocks and never raises."""
