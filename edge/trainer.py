@@ -55,9 +55,9 @@ def run(folder: Path) -> tuple[int, str]:
             start = tuned if average is None else np.where(layout.mask(task.personal), average, tuned)
             tuned = fit(task, layout, start, x, y, seed=job.seed, epochs=task.training.tune).vector
         if task.training.alone:
-            start = _kept(folder, "own")
-            start = first_weights(task, layout, job.seed) if start is None else start
-            own = fit(task, layout, start, x, y, seed=job.seed + 1).vector
+            before = _kept(folder, "own")
+            alone = first_weights(task, layout, job.seed) if before is None else before
+            own = fit(task, layout, alone, x, y, seed=job.seed + 1).vector
     except FloatingPointError as error:
         return DIVERGED, str(error)
     write_result(
