@@ -8,14 +8,17 @@ update's delta is a vector, or what a sparse coding keeps of one (`codec.Sparse`
 import importlib
 import io
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from broker import mask
 from broker.strategies._mean import State
-from models import codec
+from models import codec, ringcode
 from models.delta import Vector
+from models.ringcode import Ring
 
 Strategy = Callable[..., tuple[State, Vector]]
 
@@ -43,6 +46,7 @@ def next_model(
     *,
     momentum: float,
     age: float = 0.0,
+    ring: Ring | None = None,
 ) -> tuple[bytes, Vector]:
     """Run a strategy over codec payloads, one at a time; return its new state and the full new weights (n,).
 
@@ -50,17 +54,47 @@ def next_model(
     counts 1/sqrt(1 + rounds) (FedBuff: Nguyen et al. 2022, arXiv:2106.06639), and since updates that are late act like
     a momentum themselves (Mitliagkas et al. 2016, arXiv:1605.09774), the server's falls as 1/(1 + age).
 
+    With a `ring`, payloads are its updates, and what counts is their sum in the ring. What waits at the gateways acts
+    like a momentum, so the server has none.
+
     The deltas cover the True positions of `shared` (n,); the rest of `base` (n,) stays as it is. ValueError if the
     new weights hold a NaN or an infinity.
     """
     count = int(shared.sum())
-    updates = ((_discounted(codec.decode_sparse(payload, count), late), n) for payload, n, late in payloads)
-    new_state, delta = strategy(name)(load_state(state), updates, momentum=momentum / (1 + age))
+    kept = load_state(state)
+    if ring:
+        mean, samples, rings = _summed(payloads, ring, kept)
+        new_state, delta = strategy(name)(kept, iter([(mean, samples)]), momentum=0.0)
+        new_state = {**new_state, **rings}
+    else:
+        updates = ((_discounted(codec.decode_sparse(payload, count), late), n) for payload, n, late in payloads)
+        new_state, delta = strategy(name)(kept, updates, momentum=momentum / (1 + age))
     vector = base.copy()
     vector[shared] += delta
     if not np.isfinite(vector).all():
         raise ValueError("the new weights hold a NaN or an infinity")
     return dump_state(new_state), vector
+
+
+def _summed(payloads: Iterator[tuple[bytes, int, int]], ring: Ring, state: State) -> tuple[codec.Sparse, int, State]:
+    """Add updates in the ring; return their mean, its samples, and the ring's new state.
+
+    Where there are more than the ring has room for, sums are made of so many at a time.
+    """
+    values = np.zeros(ring.places.size)
+    larger = weight = 0.0
+    gateways = samples = 0
+    while group := list(islice(payloads, ring.gateways)):
+        total = np.zeros(ring.size, np.uint32)
+        for payload, n, _ in group:
+            total += ringcode.unpack(payload, ring)
+            samples, weight = samples + n, weight + ring.weight(n)
+        sums, more = ringcode.decode(total, ring, len(group))
+        values, larger, gateways = values + sums, larger + more * len(group), gateways + len(group)
+    if not gateways:
+        raise ValueError("no update to average")
+    mean = ringcode.spread_out((values / weight).astype(np.float32), ring)
+    return mean, samples, mask.after(state, ring, mean, larger / gateways, gateways, samples)
 
 
 def _discounted(delta: Vector | codec.Sparse, late: int) -> Vector | codec.Sparse:

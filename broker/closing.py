@@ -8,9 +8,10 @@ import numpy as np
 from broker import aggregate
 from broker.job import Job
 from broker.journal import Journal, ModelRow
+from broker.mask import ring_for
 from broker.steps import Step, step_towards
 from models import codec
-from models.delta import Vector, weights_digest
+from models.delta import Layout, Vector, weights_digest
 from models.errors import LocalError
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,9 @@ def close_round(journal: Journal, job: Job, number: int, base: int, now_ms: int)
         vector = codec.decode(model.weights, job.shared.size)
         payloads = journal.payloads(name, number)
         rule, momentum = task.round.strategy, task.round.momentum
-        state, goal = aggregate.next_model(rule, state, vector, job.shared, payloads, momentum=momentum, age=age)
+        state, goal = aggregate.next_model(
+            rule, state, vector, job.shared, payloads, momentum=momentum, age=age, ring=job.ring
+        )
         step = _step(journal, job, goal, vector, version)
     except ValueError as error:
         log.error("%s round %d: no new model: %s", name, number, error)
@@ -45,6 +48,8 @@ def close_round(journal: Journal, job: Job, number: int, base: int, now_ms: int)
     journal.put_model(name, job.model)
     journal.put_residual(name, step.residual.astype("<f4").tobytes())
     journal.close_round(name, number, now_ms, version, state)
+    if job.ring:
+        job.ring = ring_for(task, Layout.from_json(job.row.layout), aggregate.load_state(state))
     body = {"task": name, "version": version, "digest": digest.hex(), "round": number}
     journal.note(now_ms, "model", {**body, "gateways": gateways, "samples": samples})
     elapsed = time.monotonic() - started

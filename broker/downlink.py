@@ -34,6 +34,7 @@ from broker.messages import (
 )
 from broker.round import STALEST
 from models.delta import Layout
+from models.ringcode import Ring
 from models.spec import Task, task_digest
 
 Objects = dict[tuple[int, str], bytes]
@@ -180,9 +181,16 @@ class Downlink:
 
 
 def plan_of(
-    task: Task, text: str, federation: Federation, *, base_digest: bytes, deadline_ms: int, keep: float
+    task: Task,
+    text: str,
+    federation: Federation,
+    *,
+    base_digest: bytes,
+    deadline_ms: int,
+    keep: float,
+    ring: Ring | None = None,
 ) -> Plan:
-    """Make the plan of a federation's latest round, whose updates keep the share `keep`."""
+    """Make the plan of a federation's latest round, whose updates keep the share `keep`, or are a ring's."""
     current = federation.round
     state = "open" if federation.state is State.OPEN else "done" if federation.state is State.DONE else "closed"
     return Plan(
@@ -199,6 +207,7 @@ def plan_of(
         secure_aggregation=task.privacy.secure_aggregation,
         keep_ppm=max(1, round(1e6 * keep)),
         stalest=0 if task.round.full is None else STALEST,
+        ring=ring.data if ring else b"",
     )
 
 

@@ -5,7 +5,7 @@ A refusal of bytes whose sender is not proven raises PeerError: a counter and a 
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,9 @@ from broker.config import FederationConfig
 from broker.journal import Journal
 from broker.link import Inbound
 from broker.messages import Answer, Birth, Death, Message, Update, open_envelope, peek
-from models import codec
+from models import codec, ringcode
 from models.errors import PeerError
+from models.ringcode import Ring
 from models.spec import Task
 
 MAX_GATEWAYS = 10_000
@@ -27,10 +28,11 @@ MAX_VALUE = 1e6
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an update of a task must be: its layout has `count` shared values."""
+    """What an update of a task must be: its layout has `count` shared values; `ring_in` gives an open round's ring."""
 
     task: Task
     count: int
+    ring_in: Callable[[int], Ring | None] = lambda _round: None
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,11 @@ def check_update(update: Update, wanted: Wanted) -> None:
     most = training.max_windows * training.epochs
     if update.samples > most:
         raise PeerError("samples", f"{update.samples} samples, the task allows {most}")
+    if wanted.task.round.codec == "ring":
+        ring = wanted.ring_in(update.round)
+        if ring:
+            ringcode.unpack(update.payload, ring)
+        return  # what is of no open round is not counted
     if len(update.payload) >= codec.HEADER.size:
         declared = codec.HEADER.unpack_from(update.payload)[3]
         if declared != wanted.count:

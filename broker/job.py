@@ -7,21 +7,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from broker.aggregate import load_state
 from broker.config import TaskFile
 from broker.federation import Federation, Past, Rules
 from broker.journal import Journal, ModelRow, TaskRow
+from broker.mask import MOST_BITS, ring_for
 from broker.messages import MAX_PAYLOAD
 from broker.rate import AROUND, KEPT, Rate, floor_of, replay
 from broker.round import STALEST
 from models.delta import Layout
 from models.errors import LocalError, UserError
+from models.ringcode import Ring
 from models.spec import Task
 from models.tomlfile import TomlFile
 
 
 @dataclass
 class Job:
-    """`shared` (n,) is True where values travel; `deadline_ms` is the latest round's, `rate` its share."""
+    """`shared` (n,) is True where values travel; `deadline_ms` is the latest round's, `rate` its share.
+
+    `ring` is the next update's, of a task whose codec is one.
+    """
 
     task: Task
     row: TaskRow
@@ -30,11 +36,17 @@ class Job:
     federation: Federation
     deadline_ms: int
     rate: Rate
+    ring: Ring | None = None
 
     @property
     def keep(self) -> float:
         """Share of values that an update of the latest round keeps: the task's, or steered."""
         return self.rate.keep if self.task.round.keep is None else self.task.round.keep
+
+    def ring_in(self, number: int) -> Ring | None:
+        """What updates of a round share while it is open."""
+        now = self.federation.round
+        return self.ring if now and now.number == number else None
 
     def status(self) -> dict[str, Any]:
         """Plain JSON values for people and scripts; times in milliseconds since 1970 UTC."""
@@ -69,7 +81,8 @@ def load_job(journal: Journal, file: TaskFile) -> Job:
     row, model, last = journal.task(name), journal.model(name), journal.latest_round(name)
     if row is None or model is None:
         raise LocalError(f"{journal.path}: the model of {name} is missing; restore a backup")
-    shared = Layout.from_json(row.layout).mask(task.personal)
+    layout = Layout.from_json(row.layout)
+    shared = layout.mask(task.personal)
     if not shared.any():
         raise UserError(str(file.path), 0, "personal", "nothing is left to share", "take a prefix out")
     _check_size(file, int(shared.sum()))
@@ -85,14 +98,17 @@ def load_job(journal: Journal, file: TaskFile) -> Job:
     federation = Federation(rules, version=model.version, past=past)
     closed = range(1, last.round + (last.state != "open")) if last else ()
     rate = replay(int(shared.sum()), (journal.losses(name, number) for number in closed))
-    return Job(task, row, model, shared, federation, last.deadline_ms if last else 0, rate)
+    ring = ring_for(task, layout, load_state(journal.strategy_state(name))) if task.round.codec == "ring" else None
+    return Job(task, row, model, shared, federation, last.deadline_ms if last else 0, rate, ring)
 
 
 def _check_size(file: TaskFile, count: int) -> None:
     """Refuse a task whose updates might not fit into a message: gateways would train for nothing."""
     rules = file.task.round
     kept = math.ceil(count * (floor_of(count) if rules.keep is None else rules.keep))
-    worst = (kept * KEPT if rules.codec == "sparse" else -(-count * rules.bits // 8)) + AROUND
+    # A ring's plan says of each value by a bit at most whether it goes.
+    bits = max(1.0, MOST_BITS * (rules.keep or 0)) if rules.codec == "ring" else rules.bits
+    worst = (kept * KEPT if rules.codec == "sparse" else math.ceil(count * bits / 8)) + AROUND
     if worst > MAX_PAYLOAD:
         problem = f"an update of {count} values may be {worst} bytes, a message {MAX_PAYLOAD}"
         remedy = "keep less or take a narrower codec, use a smaller net, or make more of it personal"

@@ -111,6 +111,7 @@ class Plan(Message, frozen=True, tag="plan"):
 
     `base` is the model version to train from and `base_digest` its weights'; `deadline_ms` is on the aggregator's
     clock and is a hint to the gateway. `bits` is the codec's coding, `keep_ppm` what a sparse one keeps of a million.
+    `ring` is what updates of a ring share (`models.ringcode`), else empty.
     In an asynchronous federation, an update still counts `stalest` rounds later.
     """
 
@@ -126,6 +127,7 @@ class Plan(Message, frozen=True, tag="plan"):
     secure_aggregation: bool
     keep_ppm: Share = 1_000_000
     stalest: Count = 0
+    ring: Annotated[bytes, msgspec.Meta(max_length=MAX_PAYLOAD)] = b""
 
 
 class Receipt(Message, frozen=True, tag="receipt"):

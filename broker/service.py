@@ -84,7 +84,7 @@ class Service:
         self._public_key = signer.public_key.hex()
         log.info("federation %s, public key %s", self._config.name, self._public_key)
         self._downlink = Downlink(self._config.name, signer, self._clock())
-        wanted = {name: intake.Wanted(job.task, int(job.shared.sum())) for name, job in self._jobs.items()}
+        wanted = {name: intake.Wanted(job.task, int(job.shared.sum()), job.ring_in) for name, job in self._jobs.items()}
         self._intake = intake.Intake(self._config, self._journal, wanted)
         for job in self._jobs.values():
             self._put_model(job)  # also proves, before anybody connects, that the manifest fits into a message
@@ -309,7 +309,13 @@ class Service:
             return  # no round yet
         digest, deadline_ms = job.model.digest, job.deadline_ms
         plan = plan_of(
-            job.task, job.row.text, job.federation, base_digest=digest, deadline_ms=deadline_ms, keep=job.keep
+            job.task,
+            job.row.text,
+            job.federation,
+            base_digest=digest,
+            deadline_ms=deadline_ms,
+            keep=job.keep,
+            ring=job.ring,
         )
         self._downlink.put_plan(job.task.name, plan)
 

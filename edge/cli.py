@@ -13,7 +13,7 @@ from typing import Any
 
 from models.errors import PeerError, TundishError, UserError
 
-CODECS = ("sparse", "int2", "int4", "int8", "float32")
+CODECS = ("sparse", "int2", "int4", "int8", "float32", "ring")
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

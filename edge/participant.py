@@ -116,13 +116,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class StartTraining:
-    """Train from version `base`, encode with `bits` and `keep_ppm`, and put the update in the outbox."""
+    """Train from version `base`, encode with `bits` and `keep_ppm`, or in `ring`, and put the update in the outbox."""
 
     round: int
     base: int
     bits: int
     opened_ms: int
     keep_ppm: int = 1_000_000
+    ring: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ class Participant:
         else:
             self.state = State.TRAINING
             plan, self.started = self.plan, _named(self.plan)
-            return [StartTraining(plan.round, plan.base, plan.bits, plan.opened_ms, plan.keep_ppm)]
+            return [StartTraining(plan.round, plan.base, plan.bits, plan.opened_ms, plan.keep_ppm, plan.ring)]
         return []
 
     def on_model(self, event: ModelStored) -> list[Action]:

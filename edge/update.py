@@ -11,7 +11,7 @@ from edge.handback import Model
 from edge.participant import StartTraining
 from edge.shop import Shop
 from edge.train import Result
-from models import codec
+from models import codec, ringcode
 from models.delta import Vector
 
 
@@ -33,7 +33,7 @@ def seal_update(
     delta = (result.vector - model.vector)[shared]
     if residual is not None and residual.size == delta.size:
         delta = delta + residual
-    encoded = codec.encode(delta, action.bits, action.keep_ppm / 1e6)
+    encoded = encode(action, delta, result.samples)
     trained, base = (
         build(shop.config.scoring, model, vector, result.scale)
         for vector in (result.vector, model.personalised(personal))
@@ -54,6 +54,13 @@ def seal_update(
         "seconds": round(result.seconds, 3),
     }  # fmt: skip
     return Sealed(topic, envelope, digest, delta - encoded.decoded, body)
+
+
+def encode(action: StartTraining, delta: Vector, samples: int) -> codec.Encoded:
+    """Encode a delta as the round's plan says; PeerError for a ring that is none, or of other vectors."""
+    if action.bits != ringcode.RING:
+        return codec.encode(delta, action.bits, action.keep_ppm / 1e6)
+    return ringcode.encode(delta, ringcode.Ring.from_bytes(action.ring, delta.size), samples)
 
 
 def _finite(value: float) -> float | None:

@@ -106,15 +106,15 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     deadline: str = "2h"
     every: str = "1d"
     rounds: int | None = None
-    codec: Literal["sparse", "int2", "int4", "int8", "float32"] = "sparse"
+    codec: Literal["sparse", "int2", "int4", "int8", "float32", "ring"] = "sparse"
     keep: float | None = None
     momentum: float = 0.7
     downlink: Literal["sparse", "float32"] = "sparse"
 
     @property
     def bits(self) -> int:
-        """The codec's coding: 0 sparse, else bits per value."""
-        return {"sparse": 0, "int2": 2, "int4": 4, "int8": 8, "float32": 32}[self.codec]
+        """The coding: 0 sparse, 1 a ring's (`models.ringcode`), else bits per value."""
+        return {"sparse": 0, "int2": 2, "int4": 4, "int8": 8, "float32": 32, "ring": 1}[self.codec]
 
     def down_in(self, version: int) -> float | None:
         """Share of values that the step to `version` (1, 2, …) changes: wide first, then narrow; None: all of them."""
@@ -281,6 +281,8 @@ def _check_round(file: TomlFile, need: _Need, r: Round) -> None:
     need(r.keep is None or 0 < r.keep <= MOST_KEPT, ["round", "keep"], "out of range", "write 0.001 to 0.5")
     wait = r.mode == "async" or r.buffer is None
     need(wait, ["round", "buffer"], "a synchronous round waits for everybody", 'write mode = "async", or leave it out')
+    step = r.codec != "ring" or r.mode == "sync"
+    need(step, ["round", "codec"], "sums in a ring are of one round", 'write mode = "sync", or another codec')
     few = r.buffer is not None and r.buffer < r.min_gateways
     need(not few, ["round", "buffer"], "less than min_gateways", f"write {r.min_gateways} or more")
     need(0 <= r.momentum < 1, ["round", "momentum"], "out of range", "write 0.0 to 0.99")

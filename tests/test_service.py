@@ -40,7 +40,7 @@ from broker.messages import (
 from broker.round import STALEST
 from broker.service import Service
 from edge.handback import Fetch, Model
-from models import codec
+from models import codec, ringcode
 from models.delta import Layout, Vector, weights_digest
 from models.errors import PeerError, UserError
 from models.spec import load_task
@@ -316,6 +316,47 @@ async def test_the_share_follows_the_losses_and_a_restart_changes_nothing(
                     g.send(plan, delta(i), loss=loss)
                 plan = await open_plan(there, number + 1)
                 assert plan.keep_ppm == kept[number]
+
+
+async def test_sums_in_a_ring_over_a_kill_9(broker: BrokerProcess, tmp_path: Path) -> None:
+    """Each round's plan carries its ring, a restart makes the same again, and other rounds' updates are not taken."""
+    plant = Plant(tmp_path, broker.url, rounds=2, more='codec = "ring"\n')
+    learnt = np.random.default_rng(0).normal(0, 3e-3, SHARED).astype(np.float32)
+    async with gateways(broker.url) as there:
+
+        def send(g: Gateway, plan: Plan, payload: bytes) -> None:
+            topic = topics.Uplink(g.path, "wear", "update").topic
+            g.link.publish(topic, g.signer.seal(Update(1, plan.round, plan.base, 100, None, payload), topic))
+
+        process = await plant.process()
+        try:
+            plan = await open_plan(there)
+            ring = ringcode.Ring.from_bytes(plan.ring, SHARED)
+            encoded = ringcode.encode(learnt, ring, 100)
+            send(there[0], plan, encoded.data)
+            await until(lambda: there[0].outcomes() == ["counted"])
+            process.send_signal(signal.SIGKILL)
+            await process.wait()
+            await until(lambda: peek(there[0].heard["_fl/press/status"][-1], FederationBirth).state == "down")
+            process = await plant.process()
+            await until(lambda: peek(there[0].heard["_fl/press/status"][-1], FederationBirth).state == "up")
+            send(there[1], plan, encoded.data[:-1])
+            await until(lambda: there[1].outcomes() == ["refused-codec"])
+            for g in there:
+                send(g, plan, encoded.data)
+            after = await open_plan(there, 2)
+            assert there[0].outcomes() == ["counted", "duplicate"]
+            await until(lambda: all(g.has(1) for g in there))
+            moved = there[0].weights()[:SHARED] - plant.first[:SHARED]
+            assert np.allclose(moved, encoded.decoded, atol=1e-6)
+            assert ringcode.Ring.from_bytes(after.ring, SHARED).gateways == 3
+            send(there[2], plan, encoded.data)
+            await until(lambda: there[2].outcomes()[-1] == "duplicate")
+            send(there[2], after, encoded.data)
+            await until(lambda: there[2].outcomes()[-1] == "refused-codec")
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert await process.wait() == 0
 
 
 async def test_without_steps_a_slow_gateway_holds_up_nobody_and_still_counts(

@@ -113,6 +113,14 @@ def test_every_round_comes_however_many_plants_miss_it(tmp_path: Path, mode: tup
     assert len(found["curve"]) == 12
 
 
+def test_sums_in_a_ring_learn_too(tmp_path: Path) -> None:
+    data = rows(tmp_path)
+    found = figures(tmp_path, data, "--rounds", "10", "--codec", "ring")
+    assert found["federated"] > 0.75
+    assert found["bytes_up_per_update"] < found["float32_bytes"] / 8
+    assert found["curve"] == figures(tmp_path, data, "--rounds", "10", "--codec", "ring")["curve"]
+
+
 def test_plants_that_lag_behind_still_learn_together(tmp_path: Path) -> None:
     data = rows(tmp_path)
     found = figures(tmp_path, data, "--rounds", "8", "--mode", "async", "--stale", "2")

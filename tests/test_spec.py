@@ -71,7 +71,7 @@ def test_what_follows_from_kind_and_window() -> None:
 
 
 # What is written, in place of what; then line, key, a word of the problem and of the remedy.
-CODECS = 'write one of: "float32", "int2", "int4", "int8", "sparse"'
+CODECS = 'write one of: "float32", "int2", "int4", "int8", "ring", "sparse"'
 MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
     "no TOML": ("kind =", "kind", 2, "", "not TOML", "mend the syntax"),
     "unknown key": ("stride", "strid", 8, "window.strid", "unknown key", "did you mean 'stride'?"),
@@ -174,6 +174,14 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
     ),
     "no gateway": ("min_gateways = 3", "min_gateways = 0", 29, "round.min_gateways", "out of range", "write 1 or more"),
     "a momentum": ("min_gateways = 3", "momentum = 1.0", 29, "round.momentum", "out of range", "write 0.0 to 0.99"),
+    "a ring that waits for nobody": (
+        "min_gateways = 3",
+        'codec = "ring"\nmode = "async"',
+        29,
+        "round.codec",
+        "of one round",
+        "sync",
+    ),
     "a codec": ("min_gateways = 3", 'codec = "zip"', 29, "round.codec", "zip", CODECS),
     "a share": ("min_gateways = 3", "keep = 0.0", 29, "round.keep", "out of range", "write 0.001 to 0.5"),
     "a buffer in step": ("min_gateways = 3", "buffer = 4", 29, "round.buffer", "waits for everybody", 'mode = "async"'),

@@ -17,15 +17,17 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from broker.aggregate import strategy
+from broker.aggregate import load_state, next_model, strategy
+from broker.mask import BITS, ring_for
 from broker.rate import NARROWER
 from broker.strategies._mean import State
 from edge.infer import Scorer
 from edge.lab.fleet import Site, Workers, complete_task, load_sites
 from edge.lab.physics import test_windows
-from models import codec, evaluate
+from models import codec, evaluate, ringcode
 from models.delta import Vector
 from models.errors import UserError
+from models.ringcode import Ring
 from models.spec import Task, parse_task
 
 _TASK = 'name = "bench"\n[training]\nepochs = 2\nbatch = 32\nlr = 2e-3\n'
@@ -33,6 +35,7 @@ _MOMENTUM = 0.5
 _BLOCK = 4096
 _ROUNDS, _SEEDS = (4, 1000), (1, 100)
 _TIMED = 5
+_SUMS = "ring, only sums are seen"
 _PLANTS, _HZ, _LENGTH, _COUNT = 3, 50.0, 32, 400
 
 Coded = tuple[bytes, Vector]
@@ -62,12 +65,30 @@ def ways() -> list[Way]:
         Way("fp16 + zstd", _half, _unhalf, feedback=False),
         *ours,
         Way("EDEN 1 bit", _eden, _uneden, feedback=False),
+        Way(_SUMS, _summed, _unsummed, feedback=True),
     ]
 
 
 def _ours(bits: int, keep: float | None, vector: Vector, number: int) -> Coded:
     encoded = codec.encode(vector, bits, max(0.02, 0.05 * NARROWER ** (number - 1)) if keep is None else keep)
     return encoded.data, encoded.decoded
+
+
+def _ring(count: int) -> Ring:
+    """A ring as good as any other to time: the federation's own follow its sums."""
+    sent = max(1, int(BITS / 5 * count))
+    return Ring(7, _PLANTS, count, ringcode.step_for(0.01, 7), 0, 0, np.linspace(0, count - 1, sent).astype(np.int64))
+
+
+def _summed(vector: Vector, _: int) -> Coded:
+    encoded = ringcode.encode(vector, _ring(vector.size), 1)
+    return encoded.data, encoded.decoded
+
+
+def _unsummed(data: bytes, count: int) -> Vector:
+    ring = _ring(count)
+    values, _ = ringcode.decode(ringcode.unpack(data, ring), ring, 1)
+    return ringcode.spread_out(values, ring).dense()
 
 
 def _half(vector: Vector, _: int) -> Coded:
@@ -179,6 +200,8 @@ class _Bench:
     def _federation(self, way: Way, workers: Workers, seed: int) -> tuple[float, float, Vector]:
         """Return the metric of the last rounds, the mean bytes of an update, and one update."""
         _, _, vector = self.export(self.task, seed)
+        if way.name == _SUMS:
+            return self._ring_federation(workers, vector, seed)
         state: State = {}
         residuals = [np.zeros_like(vector) for _ in self.sites]
         sizes, worths, last = list[int](), list[float](), vector
@@ -194,6 +217,25 @@ class _Bench:
                 updates.append((decoded, len(self.sites[i].train)))
             state, delta = strategy("fedavg")(state, iter(updates), momentum=_MOMENTUM)
             vector = vector + delta
+            if number > self.rounds - max(1, self.rounds // 4):
+                worths.append(mean(self._tests(vector)))
+        return mean(worths), mean(sizes), last
+
+    def _ring_federation(self, workers: Workers, vector: Vector, seed: int) -> tuple[float, float, Vector]:
+        """The same for the coding of which the aggregator needs no update alone."""
+        state, every = b"", np.ones(vector.size, np.bool_)
+        residuals = [np.zeros_like(vector) for _ in self.sites]
+        sizes, worths, last = list[int](), list[float](), vector
+        for number in range(1, self.rounds + 1):
+            jobs = [workers.fit(i, vector, seed * 100_003 + number * 101 + i) for i in range(len(self.sites))]
+            ring, payloads = ring_for(self.task, self.layout, load_state(state)), list[tuple[bytes, int, int]]()
+            for i, job in enumerate(jobs):
+                last, count = job.result()[0] - vector + residuals[i], len(self.sites[i].train)
+                encoded = ringcode.encode(last, ring, count)
+                residuals[i] = last - encoded.decoded
+                sizes.append(len(encoded.data))
+                payloads.append((encoded.data, count, 0))
+            state, vector = next_model("fedavg", state, vector, every, iter(payloads), momentum=0.0, ring=ring)
             if number > self.rounds - max(1, self.rounds // 4):
                 worths.append(mean(self._tests(vector)))
         return mean(worths), mean(sizes), last

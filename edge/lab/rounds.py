@@ -9,8 +9,9 @@ import numpy as np
 
 from broker import federation, messages, topics
 from broker import round as rounds
-from broker.aggregate import next_model
+from broker.aggregate import load_state, next_model
 from broker.downlink import plan_of
+from broker.mask import ring_for
 from broker.rate import Rate
 from edge import participant as p
 from edge.choose import average
@@ -18,8 +19,10 @@ from edge.config import Policy
 from edge.lab.down import Down
 from edge.lab.fleet import Workers
 from edge.lab.judge import Judge
+from edge.update import encode
 from models import codec
 from models.delta import Vector, weights_digest
+from models.ringcode import Ring
 
 
 @dataclass
@@ -65,9 +68,15 @@ class Fleet:
             for i, site in enumerate(sites)
             for path in [f"lab/site{i}/a/l/c"]
         }
+        self.ring = self._next_ring()
         full = None if task.round.full is None else task.round.buffer or len(sites)
         rules = federation.Rules(1, 1000, 0, count, full)
         self.federation = federation.Federation(rules, version=0, past=None)
+
+    def _next_ring(self) -> Ring | None:
+        return (
+            ring_for(self.task, self.judge.layout, load_state(self.state)) if self.task.round.codec == "ring" else None
+        )
 
     def at(self, i: int) -> Vector:
         """The global model as plant `i` holds it, with its own values where the task keeps some there."""
@@ -106,7 +115,9 @@ class Fleet:
         keep = self.rate.keep if self.task.round.keep is None else self.task.round.keep
         digest, deadline_ms = weights_digest(self.vector), opened.deadline_ms
         text = self.down.row.text
-        plan = plan_of(self.task, text, self.federation, base_digest=digest, deadline_ms=deadline_ms, keep=keep)
+        plan = plan_of(
+            self.task, text, self.federation, base_digest=digest, deadline_ms=deadline_ms, keep=keep, ring=self.ring
+        )
         self.offers.append((plan, self.vector))
         actions: list[rounds.Action] = []
         training: list[tuple[Gateway, p.StartTraining, Vector, Future[tuple[Vector, int]]]] = []
@@ -149,9 +160,9 @@ class Fleet:
     def _send(self, gateway: Gateway, action: p.StartTraining, learnt: Vector, loss: float) -> list[rounds.Action]:
         """Encode with error feedback, seal as the gateway does, and hand the update over; `loss` is the base's."""
         delta = learnt[self.shared] + gateway.residual
-        encoded = codec.encode(delta, action.bits, action.keep_ppm / 1e6)
-        gateway.residual = delta - encoded.decoded
         count = gateway.windows
+        encoded = encode(action, delta, count)
+        gateway.residual = delta - encoded.decoded
         loss_said = loss if np.isfinite(loss) else None
         update = messages.Update(
             messages.VERSION, action.round, action.base, count, None, encoded.data, base_loss=loss_said
@@ -176,8 +187,16 @@ class Fleet:
         samples = [count for _, count, _ in updates]
         age = sum(count * late for _, count, late in updates) / sum(samples)
         self.state, goal = next_model(
-            r.strategy, self.state, self.vector, self.shared, iter(updates), momentum=r.momentum, age=age
+            r.strategy,
+            self.state,
+            self.vector,
+            self.shared,
+            iter(updates),
+            momentum=r.momentum,
+            age=age,
+            ring=self.ring,
         )
+        self.ring = self._next_ring()
         self.version += 1
         self.vector = self.down.publish(goal, self.shared, r.down_in(self.version), samples)
         self.average = average(self.average, self.vector)
