@@ -88,6 +88,13 @@ class Unable:
 
 
 @dataclass(frozen=True)
+class Drifted:
+    """Signals have drifted from what was trained on, as `reason` says; empty: they have not, or not any more."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Reconnected:
     """The broker is there again; what we said may not have arrived."""
 
@@ -100,13 +107,25 @@ class PolicyChanged:
 
 
 Event = (
-    PlanSeen | ModelStored | WindowsReady | Trained | TrainingFailed | Settled | Unable | Reconnected | PolicyChanged
+    PlanSeen
+    | ModelStored
+    | WindowsReady
+    | Trained
+    | TrainingFailed
+    | Settled
+    | Unable
+    | Drifted
+    | Reconnected
+    | PolicyChanged
 )
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Say `joined` or `declined` to the aggregator, with a code and a sentence."""
+    """Say `joined` or `declined` to the aggregator, or that this gateway `asks` for the next round.
+
+    With a code and a sentence.
+    """
 
     round: int
     verdict: str
@@ -159,7 +178,8 @@ class Participant:
     """One task's state. `handled` is the newest round that needs nothing more from us: its number and its opening.
 
     A round is newer when either grew: the number falls when an aggregator is restored from a backup, the time when
-    its clock is set back. `started` is the round that the child trains for.
+    its clock is set back. `started` is the round that the child trains for. `wish` says why the next round should come
+    early: it is said once a round is closed, and again whenever the aggregator may not have heard it.
     """
 
     policy: Policy
@@ -173,6 +193,7 @@ class Participant:
     failures: int = 0
     answer: Answer | None = None
     started: tuple[int, int] = (0, 0)
+    wish: str = ""
     _due: int = field(default=0, repr=False)
 
     def handle(self, event: Event) -> list[Action]:
@@ -197,10 +218,11 @@ class Participant:
         if same and plan.state == "open" and self.state is not State.IDLE:
             self.plan = plan
             return []
+        told = same and self.plan is not None and self.plan.state == plan.state
         self.plan, self.failures, self._due = plan, 0, 0
         if plan.state != "open" or not _newer(plan, self.handled):
             self.state = State.IDLE
-            return stop
+            return stop if told else stop + self._ask()
         return stop + self._join(plan)
 
     def _goes_on(self, plan: Plan) -> bool:
@@ -260,7 +282,7 @@ class Participant:
         """The update stands in the outbox."""
         if event.round != self.started[0]:
             return []
-        self.state, self.handled = State.SENT, self.started
+        self.state, self.handled, self.wish = State.SENT, self.started, ""  # it has learnt from what is new
         return self._next()
 
     def on_failed(self, event: TrainingFailed) -> list[Action]:
@@ -298,8 +320,20 @@ class Participant:
         return self._decline("training", event.reason)
 
     def on_again(self, _event: Reconnected) -> list[Action]:
-        """Repeat the answer: the aggregator may not have heard it."""
-        return [self.answer] if self.answer and self.plan and self.plan.state == "open" else []
+        """Repeat the answer, or the wish: the aggregator may not have heard it."""
+        return [self.answer] if self.answer and self.plan and self.plan.state == "open" else self._ask()
+
+    def on_drifted(self, event: Drifted) -> list[Action]:
+        """Wish for a round, or no longer."""
+        first, self.wish = not self.wish, event.reason
+        return self._ask() if first else []
+
+    def _ask(self) -> list[Action]:
+        """Say the wish, between two rounds that this gateway may take part in."""
+        plan = self.plan
+        if not self.wish or plan is None or plan.state != "closed" or self.can_train or objection(self.policy, plan):
+            return []
+        return [Answer(plan.round, "asks", "drift", self.wish)]
 
     def on_policy(self, event: PolicyChanged) -> list[Action]:
         """Leave a round that is no longer allowed, unless its update is already sent; the next plan meets the rest."""
@@ -318,6 +352,7 @@ _ANY: dict[type[Event], _Step] = {
     WindowsReady: Participant.on_windows,
     Settled: Participant.on_settled,
     Unable: Participant.on_unable,
+    Drifted: Participant.on_drifted,
     Reconnected: Participant.on_again,
     PolicyChanged: Participant.on_policy,
 }

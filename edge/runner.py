@@ -39,7 +39,7 @@ class Runner:
         """Read the state: before the event loop, or in the state's own thread."""
         self.name, self.table, self.shop = name, table, shop
         self.memory = Memory(shop.state, name)
-        self.scoring = Scoring(shop, self.memory, self._spawn)
+        self.scoring = Scoring(shop, self.memory, self._spawn, self._wish)
         self._ear = Ear(shop, self.memory)
         self.model: Model | None = None
         self.fetch: Fetch | None = None
@@ -117,6 +117,11 @@ class Runner:
         if self.live:
             self.live.tick()
             self._do(self.participant.handle(p.WindowsReady(self._stored_before + self.live.stats.trainable)))
+
+    def _wish(self, why: str) -> None:
+        """Let the participant wish for a round, where the task lets gateways ask for one."""
+        if self.model and self.model.task.round.early is not None:
+            self._do(self.participant.handle(p.Drifted(why)))
 
     # -- messages, already verified ----------------------------------------------------------------------------------
 
@@ -211,7 +216,9 @@ class Runner:
         self._spawn(self.shop.state.commit(lambda: self.shop.state.record(kind, body)))
 
     def _answer(self, answer: p.Answer) -> None:
-        if answer.verdict == "declined":
+        if answer.verdict == "asks":
+            log.info("%s: asks for a round after round %d: %s", self.name, answer.round, answer.reason)
+        elif answer.verdict == "declined":
             log.warning("%s: round %d declined: %s", self.name, answer.round, answer.reason)
             self._note("declined", {"task": self.name, "round": answer.round, "reason": answer.reason})
         topic = Uplink(self.shop.config.path, self.name, "answer").topic
@@ -343,6 +350,7 @@ class Runner:
             "scoring_model": live.scorer.version if live and live.scorer else None,
             "scoring_kind": live.scorer.kind if live and live.scorer else None,
             "last_model": self.scoring.kept,
+            "drift": self.scoring.drift.last,
             "problem": self.problem,
             "last": live.last if live else {},
             **(asdict(live.stats) if live else {}),

@@ -13,6 +13,7 @@ from edge import participant as p
 from edge.config import Policy
 from edge.participant import (
     Answer,
+    Drifted,
     ModelStored,
     Participant,
     PlanSeen,
@@ -236,13 +237,41 @@ def test_a_policy_that_no_longer_allows_a_round_leaves_it(way: tuple[p.Event, ..
     assert tell(g, seen(2)) == [joined(2), StartTraining(2, 0, 4, 2)]
 
 
+def asks(number: int) -> Answer:
+    return Answer(number, "asks", "drift", "s1 0.4")
+
+
+def test_what_has_drifted_is_asked_for_between_rounds_until_it_is_trained_on() -> None:
+    g, wish = gateway(), Drifted("s1 0.4")
+    assert tell(g, wish, Reconnected()) == []  # no plan is known
+    assert tell(g, seen(1, state="closed")) == [asks(1)]
+    assert tell(g, seen(1, state="closed"), wish) == []
+    assert tell(g, Reconnected()) == [asks(1)]
+    assert tell(g, *READY, seen(2)) == [joined(2), StartTraining(2, 0, 4, 2)]
+    assert tell(g, wish, Drifted("s1 0.5"), Reconnected()) == [joined(2)]
+    # The round went without its update: it asks again; with one, it has what it wanted.
+    assert tell(g, seen(2, state="closed")) == [StopTraining(), Answer(2, "asks", "drift", "s1 0.5")]
+    assert tell(g, seen(3), Trained(3), seen(3, state="closed"), Reconnected()) == [
+        joined(3),
+        StartTraining(3, 0, 4, 3),
+    ]
+    # What drifts and comes back, or drifts after the last round, is not asked for.
+    assert tell(g, Drifted(""), wish, Drifted(""), Reconnected()) == [asks(3)]
+    assert tell(g, wish, seen(4, state="done"), Reconnected()) == [asks(3)]
+
+
+def test_who_may_not_or_can_not_take_part_asks_for_nothing() -> None:
+    for g in (gateway(Policy(federate=False)), gateway(can_train="no target")):
+        assert tell(g, seen(1, state="closed"), Drifted("s1 0.4"), Reconnected()) == []
+
+
 # -- every pair, any order ---------------------------------------------------------------------------------------------
 
 
 EVENTS: dict[type, p.Event] = {
     PlanSeen: seen(1), ModelStored: ModelStored(0, bytes(32)), WindowsReady: WindowsReady(10), Trained: Trained(1),
     TrainingFailed: TrainingFailed(1, "killed"), Settled: Settled(1, "counted"), Unable: Unable(""),
-    Reconnected: Reconnected(), PolicyChanged: PolicyChanged(Policy()),
+    Drifted: Drifted("s1 0.4"), Reconnected: Reconnected(), PolicyChanged: PolicyChanged(Policy()),
 }  # fmt: skip
 WAYS: dict[State, tuple[p.Event, ...]] = {
     State.IDLE: (), State.FETCHING: (seen(1),), State.WAITING: (seen(1), ModelStored(0, bytes(32))),
@@ -321,6 +350,10 @@ class World:
                 case StopTraining():
                     assert self.running is not None
                     self.running = None
+                case Answer(verdict="asks"):
+                    assert self.g.plan is not None
+                    assert (action.round, self.g.plan.state) == (self.g.plan.round, "closed")
+                    assert p.objection(self.policy, self.g.plan) is None
                 case Answer():
                     before = self.said.get(action.round)
                     if before is not None and before != action:
@@ -331,7 +364,7 @@ class World:
                     assert i == 0 or isinstance(actions[i - 1], StopTraining)
                     self.said[action.round] = action
 
-    def step(self, what: str, count: int) -> None:  # noqa: C901 - one branch for each thing that can happen
+    def step(self, what: str, count: int) -> None:  # noqa: C901, PLR0912 - one branch for each thing that can happen
         if what == "open" and not self.open:
             self.number, self.open = self.number + 1, True
         elif what == "close" and self.open:
@@ -359,6 +392,8 @@ class World:
             self.tell(Settled(first, "counted"))
         elif what == "reconnect":
             self.tell(Reconnected())
+        elif what == "drift":
+            self.tell(Drifted("s1 0.4" if count > 2 else ""))
         elif what == "unable":
             self.tell(Unable("no target" if count > 6 else ""))
         elif what == "restart":
@@ -374,7 +409,7 @@ steps = st.lists(
         st.sampled_from([
             "open", "open", "close", "plan", "plan", "plan", "model", "model", "windows", "windows", "finish",
             "fail", "few",
-            "receipt", "reconnect", "unable", "restart",
+            "receipt", "reconnect", "unable", "restart", "drift",
         ]),
         st.integers(1, 8),
     ),
