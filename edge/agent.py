@@ -63,6 +63,7 @@ class Agent:
         self.state.claim()
         self.watch = Watch(config.tags)
         self.samples = Samples(folder, config.store_bytes, config.store_days, self.watch.take)
+        self.samples.mean(config.meanings)
         self.stopped, self._hangup = asyncio.Event(), asyncio.Event()
         signer = own_signer(self.state)
         self.session = self._next_session()
@@ -114,13 +115,14 @@ class Agent:
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
+        last = self.snapshot()
         await self._stop_sources(source.name for source in self.config.sources)
         await asyncio.gather(*(runner.stop() for runner in self.runners.values()))
         self.link.publish(
             self.status, self.shop.signer.seal(m.Death(m.VERSION, self.session), self.status), retain=True
         )
         await self.link.stop()
-        write_status(self.folder, self.snapshot() | {"running": False})
+        write_status(self.folder, self.snapshot() | {"running": False, "sources": last["sources"]})
         self.samples.close()
         self.state.close()
 
@@ -156,6 +158,8 @@ class Agent:
         await self._stop_sources(new.stop)
         self.config = self.shop.config = new.config
         self.watch.retag(new.config.tags, new.changed)
+        await asyncio.to_thread(self.samples.flush)
+        self.samples.mean(new.config.meanings)
         for ref in new.changed:
             self.shop.latest.forget(ref)
         for source in new.config.sources:

@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_as_json(args, tree)))
     else:
-        _show(tree)
+        _show(tree, args.filter)
         if args.write:
             print(f"{len(tags)} tags written to {args.write}")
     return 0 if tree.complete else 1
@@ -131,7 +131,7 @@ def _as_json(args: argparse.Namespace, tree: Tree) -> dict[str, object]:
     }
 
 
-def _show(tree: Tree) -> None:
+def _show(tree: Tree, pattern: str) -> None:
     if sys.stderr.isatty():
         print("\r", end="", file=sys.stderr)
     tags = [found for found in tree.found if not found.reason]
@@ -141,6 +141,9 @@ def _show(tree: Tree) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip())
+    if not tags:
+        hint = "; --filter is compared with whole names, and * stands for anything" if pattern != "*" else ""
+        print(f"no tag found{hint}")
     for found in skipped[:_SHOWN]:
         print(f"skipped {found.tag}: {found.reason}")
     if len(skipped) > _SHOWN:

@@ -258,10 +258,11 @@ def _check(args: argparse.Namespace) -> int:
         return 0
     if args.config is None:
         raise UserError("--config", 0, "", "missing", "write -c gateway.toml")
-    from edge.wiring import unit_notes, wire  # noqa: PLC0415
+    from edge.wiring import unit_notes, unknown_units, wire  # noqa: PLC0415
     from models.spec import load_task  # noqa: PLC0415
 
-    config, notes = _load(args), list[str]()
+    config = _load(args)
+    notes = unknown_units(config.tags.values())
     checked = set[str]()
     for path in args.task:
         task, _ = load_task(path)

@@ -122,6 +122,11 @@ class Config(_Struct, frozen=True, kw_only=True):
         """Every tag by its ref."""
         return {tag.ref: tag for source in self.sources for tag in source.tags}
 
+    @property
+    def meanings(self) -> dict[str, str]:
+        """Ref -> what makes a tag's stored values what they are."""
+        return {tag.ref: source.meaning(tag) for source in self.sources for tag in source.tags}
+
 
 def load_config(path: Path, profile: Path | None = None) -> Config:
     """Read and check gateway.toml and what it names; UserError says file, line, key and remedy."""

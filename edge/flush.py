@@ -41,7 +41,9 @@ def parts_of(batches: Sequence[Sequence[Sample]]) -> tuple[list[Part], int]:
             groups[batch.refs].append(batch)
         else:
             others.update(sample.tag for sample in batch)
-    seen = Counter(ref for refs in groups for ref in refs) + Counter(others)
+    seen = Counter(others)
+    for refs in groups:
+        seen.update(refs)
     tables = {
         refs: scans
         for refs, scans in groups.items()

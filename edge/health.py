@@ -6,19 +6,20 @@ kept by the store's writer, which has the samples as columns anyway, and for sev
 costs next to no work of its own.
 """
 
-import math
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge.flush import Part
-from edge.history import joined
+from edge.history import LAST_NS
 from edge.tags import Quality, Tag
 from edge.window import Columns
+
+Wide = NDArray[np.float64]
+Rows = NDArray[np.intp]
 
 # A tag must have been heard, or have changed, this often before a pause of it means something.
 _KNOWN = 20
@@ -28,97 +29,115 @@ _TIMES, _LEAST_S = 20.0, 30.0
 _DECAY = 0.02
 _FLUSHES = 8  # of a tag, counted at a time
 _MOST_BAD = 0.5
+_GOOD = Quality.GOOD
 # Tags of a source in one message: 200 bytes each, and brokers take 256 KiB.
 MOST_SHOWN = 500
 
 
-@dataclass(slots=True)
-class TagHealth:
-    """One tag since the start; intervals and times in nanoseconds of source time, ratios 0 to 1."""
+class Table:
+    """Tags since the start, a row each; intervals and times in nanoseconds of source time, ratios 0 to 1."""
 
-    samples: int = 0
-    bad: int = 0
-    bad_ratio: float = 0.0
-    out_of_range: int = 0
-    gaps: int = 0
-    last: float = math.nan
-    last_ns: int = 0
-    changed_ns: int = 0
-    changes: int = 0
-    interval_ns: float = 0.0
-    change_ns: float = 0.0
+    def __init__(self, low: Sequence[float], high: Sequence[float]) -> None:
+        self.low, self.high = np.array(low, np.float64), np.array(high, np.float64)
+        count = len(self.low)
+        self.samples, self.bad, self.out_of_range, self.gaps, self.changes, self.last_ns, self.changed_ns = (
+            np.zeros(count, np.int64) for _ in range(7)
+        )
+        self.bad_ratio, self.interval_ns, self.change_ns = (np.zeros(count) for _ in range(3))
+        self.last = np.full(count, np.nan)
 
-    def take(self, columns: Columns, low: float, high: float, flushes: int = 1) -> None:
-        """Count a tag's flushes: times (N,) ns, values (N,) or (N, width), qualities (N,)."""
+    def keep(self, rows: Sequence[int], other: "Table", theirs: Sequence[int]) -> None:
+        """Go on with what another table counted of some tags."""
+        for name, column in vars(self).items():
+            if name not in {"low", "high"}:
+                column[rows] = vars(other)[name][theirs]
+
+    def take(self, rows: Rows, table: Columns, flushes: int) -> None:
+        """Count some flushes of K tags: times (K, N) ns, values (K, N) or (K, N, width), qualities (K, N)."""
         share = 1 - (1 - _DECAY) ** flushes
-        times, values, quality = columns
-        good = quality == Quality.GOOD
-        bad = len(times) - int(np.count_nonzero(good))
-        self.bad += bad
-        self.bad_ratio = _mean(self.bad_ratio, bad / len(times), self.samples, share)
-        self.samples += len(times)
-        steps = _steps(times, int(times[0]) if self.last_ns == 0 else self.last_ns)
-        steps = steps[steps > 0]
-        if len(steps):
-            if self.samples > _KNOWN:
-                self.gaps += int(np.count_nonzero(steps > self._pause(self.interval_ns)))
-            self.interval_ns = _mean(self.interval_ns, float(np.sort(steps)[len(steps) // 2]), self.interval_ns, share)
-        self.last_ns = int(times[-1])  # an earlier one that was newer was wrong
-        if values.ndim == 1 and bad < len(times):
-            times, values = (times[good], values[good]) if bad else (times, values)
-            self._values(times, values, low, high, share)
+        times, values, quality = table
+        count = times.shape[1]
+        good = quality == _GOOD
+        bad = count - np.count_nonzero(good, axis=1)
+        self.bad[rows] += bad
+        self.bad_ratio[rows] = _mean(self.bad_ratio[rows], bad / count, self.samples[rows], share)
+        self.samples[rows] += count
+        self._intervals(rows, times, share)
+        if values.ndim > times.ndim:  # waveforms have no one value
+            return
+        if not bad.any():
+            self._values(rows, times, values, share)
+            return
+        for i in np.flatnonzero(bad < count):
+            one = rows[i : i + 1]
+            self._values(one, times[i : i + 1, good[i]], values[i : i + 1, good[i]], share)
 
-    def _values(
-        self, times: NDArray[np.int64], values: NDArray[np.floating], low: float, high: float, share: float
-    ) -> None:
-        self.out_of_range += int(np.count_nonzero((values < low) | (values > high)))
-        moved = times[_steps(values, self.last) != 0]
-        if len(moved):
-            before = self.changed_ns or int(moved[0])
-            pace = (int(moved[-1]) - before) / len(moved)
-            if pace > 0:
-                self.change_ns = _mean(self.change_ns, pace, self.change_ns, share)
-            self.changes += len(moved)
-            self.changed_ns = int(moved[-1])
-        self.last = float(values[-1])
+    def _intervals(self, rows: Rows, times: NDArray[np.int64], share: float) -> None:
+        before = self.last_ns[rows]
+        steps = _steps(times, np.where(before == 0, times[:, 0], before))
+        onward = steps > 0
+        count = np.count_nonzero(onward, axis=1)
+        usual = self.interval_ns[rows]
+        gaps = np.count_nonzero(onward & (steps > _pause(usual)[:, None]), axis=1)
+        self.gaps[rows] += np.where(self.samples[rows] > _KNOWN, gaps, 0)
+        ordered = np.sort(np.where(onward, steps, LAST_NS), axis=1)
+        middle = np.take_along_axis(ordered, (count // 2)[:, None].clip(max=steps.shape[1] - 1), 1)[:, 0]
+        self.interval_ns[rows] = np.where(count > 0, _mean(usual, middle, usual, share), usual)
+        self.last_ns[rows] = times[:, -1]  # an earlier one that was newer was wrong
 
-    def word(self, now_ns: int) -> str:
-        """Say what is wrong with the tag at a source time: `bad`, `silent`, `stuck`, or nothing."""
-        if self.samples and self.bad_ratio > _MOST_BAD:
+    def _values(self, rows: Rows, times: NDArray[np.int64], values: NDArray[np.floating], share: float) -> None:
+        outside = (values < self.low[rows, None]) | (values > self.high[rows, None])
+        self.out_of_range[rows] += np.count_nonzero(outside, axis=1)
+        moved = _steps(values, self.last[rows]) != 0
+        self.last[rows] = values[:, -1]
+        count = np.count_nonzero(moved, axis=1)
+        if not count.all():
+            some = np.flatnonzero(count)
+            rows, times, moved, count = rows[some], times[some], moved[some], count[some]
+        each = np.arange(len(rows))
+        first, last = times[each, moved.argmax(1)], times[each, -1 - moved[:, ::-1].argmax(1)]
+        before, usual = self.changed_ns[rows], self.change_ns[rows]
+        pace = (last - np.where(before == 0, first, before)) / count
+        self.change_ns[rows] = np.where(pace > 0, _mean(usual, pace, usual, share), usual)
+        self.changes[rows] += count
+        self.changed_ns[rows] = last
+
+    def word(self, row: int, now_ns: int) -> str:
+        """Say what is wrong with a tag at a source time: `bad`, `silent`, `stuck`, or nothing."""
+        if self.samples[row] and self.bad_ratio[row] > _MOST_BAD:
             return "bad"
-        if self.samples > _KNOWN and now_ns - self.last_ns > self._pause(self.interval_ns):
+        if self.samples[row] > _KNOWN and now_ns - self.last_ns[row] > _pause(self.interval_ns[row]):
             return "silent"
-        if self.changes > _KNOWN and self.last_ns - self.changed_ns > self._pause(self.change_ns):
+        if self.changes[row] > _KNOWN and self.last_ns[row] - self.changed_ns[row] > _pause(self.change_ns[row]):
             return "stuck"
         return ""
 
-    def snapshot(self, now_ns: int) -> dict[str, object]:
-        """What status and the `_health` topic show; plain JSON types."""
+    def snapshot(self, row: int, now_ns: int) -> dict[str, object]:
+        """What status and the `_health` topic show of a tag; plain JSON types."""
+        last_ns, changed_ns, interval_ns = int(self.last_ns[row]), int(self.changed_ns[row]), self.interval_ns[row]
         return {
-            "samples": self.samples,
-            "rate_hz": round(1e9 / self.interval_ns, 3) if self.interval_ns else None,
-            "bad_ratio": round(self.bad_ratio, 4),
-            "out_of_range": self.out_of_range,
-            "gaps": self.gaps,
-            "age_s": round((now_ns - self.last_ns) / 1e9, 1) if self.last_ns else None,
-            "unchanged_s": round((self.last_ns - self.changed_ns) / 1e9, 1) if self.changed_ns else None,
-            "word": self.word(now_ns),
+            "samples": int(self.samples[row]),
+            "rate_hz": round(float(1e9 / interval_ns), 3) if interval_ns else None,
+            "bad_ratio": round(float(self.bad_ratio[row]), 4),
+            "out_of_range": int(self.out_of_range[row]),
+            "gaps": int(self.gaps[row]),
+            "age_s": round((now_ns - last_ns) / 1e9, 1) if last_ns else None,
+            "unchanged_s": round((last_ns - changed_ns) / 1e9, 1) if changed_ns else None,
+            "word": self.word(row, now_ns),
         }
 
-    @staticmethod
-    def _pause(usual_ns: float) -> float:
-        """The pause that is too long for something usually so often."""
-        return max(_TIMES * usual_ns, _LEAST_S * 1e9)
 
-
-@dataclass
 class Watch:
     """The health of every tag of a gateway. `take` runs in the store's writer, the rest in the event loop."""
 
-    tags: dict[str, Tag]
-    _health: dict[str, TagHealth] = field(default_factory=dict)
-    _waiting: dict[tuple[str, ...], list[Part]] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, tags: dict[str, Tag]) -> None:
+        self._waiting: dict[tuple[str, ...], list[Part]] = {}
+        self._lock = threading.Lock()
+        self._begin(tags)
+
+    def _begin(self, tags: dict[str, Tag]) -> None:
+        self.tags, self._row = tags, {ref: row for row, ref in enumerate(tags)}
+        self._table = Table([tag.low for tag in tags.values()], [tag.high for tag in tags.values()])
 
     def take(self, part: Part) -> None:
         """Take one flush of a tag, or of tags that are read together."""
@@ -133,12 +152,18 @@ class Watch:
                 self._count(part.refs)
 
     def _count(self, refs: tuple[str, ...]) -> None:
-        """Count what waits of some tags, a tag's flushes together."""
+        """Count what waits of some tags."""
         parts = self._waiting.pop(refs)
-        for i, ref in enumerate(refs):
-            if tag := self.tags.get(ref):
-                columns = parts[0].of(i) if len(parts) == 1 else joined([part.of(i) for part in parts])
-                self._health.setdefault(ref, TagHealth()).take(columns, tag.low, tag.high, len(parts))
+        known = [place for place, ref in enumerate(refs) if ref in self._row]
+        if not known:
+            return
+        # Of each column a table: a row for each tag, all its flushes one after the other.
+        times, values, quality = (
+            np.concatenate([c.reshape(len(refs), -1, *c.shape[1:]) for c in column], axis=1)[known]
+            for column in zip(*(part.columns for part in parts), strict=True)
+        )
+        rows = np.array([self._row[refs[place]] for place in known], np.intp)
+        self._table.take(rows, (times, values, quality), len(parts))
 
     def _count_all(self) -> None:
         for refs in list(self._waiting):
@@ -148,31 +173,34 @@ class Watch:
         """Watch other tags from now on; those that went, or mean something else, are learnt anew."""
         with self._lock:
             self._count_all()
-            for ref in (*self.tags.keys() - tags.keys(), *changed):
-                self._health.pop(ref, None)
-            self.tags = tags
+            before, rows = self._table, self._row
+            self._begin(tags)
+            kept = [ref for ref in self._row.keys() & rows.keys() if ref not in set(changed)]
+            self._table.keep([self._row[ref] for ref in kept], before, [rows[ref] for ref in kept])
 
     def snapshot(self, source: str, now_ns: int) -> dict[str, dict[str, object]]:
         """Tag name -> its health, of a source's tags that have said something; the unwell first, MOST_SHOWN at most."""
         with self._lock:
             self._count_all()
             found = [
-                (tag.name, one.snapshot(now_ns))
-                for ref, one in self._health.items()
-                if (tag := self.tags.get(ref)) and tag.source == source
+                (tag.name, self._table.snapshot(row, now_ns))
+                for ref, row in self._row.items()
+                if (tag := self.tags[ref]).source == source and self._table.samples[row]
             ]
         found.sort(key=lambda pair: not (pair[1]["word"] or pair[1]["out_of_range"]))
         return dict(found[:MOST_SHOWN])
 
 
-def _mean(before: float, now: float, known: float, share: float) -> float:
+def _mean(before: Wide, now: Wide, known: NDArray[Any], share: float) -> Wide:
     """Running mean: the first value as it is, later ones by a small share."""
-    return before + share * (now - before) if known else now
+    return np.where(known == 0, now, before + share * (now - before))
 
 
-def _steps(column: NDArray[Any], before: float) -> NDArray[Any]:
-    """Each number minus the one before it: np.diff with `prepend`, at a fifth of its cost for a few numbers."""
-    steps = np.empty_like(column)
-    steps[0] = column[0] - before
-    np.subtract(column[1:], column[:-1], out=steps[1:])
-    return steps
+def _steps(rows: NDArray[Any], before: NDArray[Any]) -> NDArray[Any]:
+    """Each number of a row (K, N) minus the one before it, the first minus `before` (K,)."""
+    return np.diff(rows, axis=1, prepend=before[:, None])
+
+
+def _pause(usual_ns: Any) -> Any:
+    """The pause that is too long for something usually so often, nanoseconds."""
+    return np.maximum(_TIMES * usual_ns, _LEAST_S * 1e9)

@@ -9,19 +9,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edge.blocks import unpack
+from edge.blocks import Tags, unpack
 from edge.window import Columns
 from models.errors import LocalError
 
 log = logging.getLogger(__name__)
 
 FILE = "samples.db"
-SCHEMA = 2
+SCHEMA = 3
 # The last time that an int64 of nanoseconds can say (2262): a source may stamp a value with the year 9999.
 LAST_NS = 2**63 - 1
 SCORE = "task, scored_ms, end_ns, score, verdict, version"
 TABLES = """
-CREATE TABLE IF NOT EXISTS tag (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS tag (
+  id INTEGER PRIMARY KEY, name TEXT NOT NULL, meaning TEXT NOT NULL, since INTEGER NOT NULL, UNIQUE (name, meaning));
 CREATE TABLE IF NOT EXISTS journal (id INTEGER PRIMARY KEY, count INTEGER NOT NULL, data BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS block (
   id INTEGER PRIMARY KEY, tag INTEGER NOT NULL, first_ns INTEGER NOT NULL, last_ns INTEGER NOT NULL,
@@ -33,6 +34,10 @@ CREATE TABLE IF NOT EXISTS score (
   score REAL, verdict TEXT NOT NULL, version INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS score_end ON score (task, end_ns);
 """
+
+
+# A tag whose row was changed means something else, under another number; what it means now is its last one.
+CURRENT = "SELECT id, name, meaning, max(since) FROM tag"
 
 
 class Score(NamedTuple):
@@ -64,7 +69,8 @@ class SampleReader:
         marks = ", ".join("?" * len(tags))
         with self._db:
             self._db.execute("BEGIN")
-            numbers = [n for (n,) in self._db.execute(f"SELECT id FROM tag WHERE name IN ({marks})", tuple(tags))]
+            query = f"{CURRENT} WHERE name IN ({marks}) GROUP BY name"
+            numbers = [number for number, *_ in self._db.execute(query, tuple(tags))]
             for (data,) in self._db.execute("SELECT data FROM journal ORDER BY id DESC"):
                 if found := [int(columns[0][-1]) for number, columns in _readable(data) if number in numbers]:
                     return max(found)
@@ -76,8 +82,9 @@ class SampleReader:
     def columns(self, tag: str, since_ns: int = 0, most: int = 5_000_000, until_ns: int = LAST_NS) -> Columns | None:
         """Stored samples of one tag from `since_ns` to `until_ns`, by source time; None if there are none.
 
-        Of more than `most` samples the newest blocks are taken. The last sample before `since_ns` comes along, because
-        that value holds then. A waveform tag's Bad notices have no values, and are left out, and so are damaged blocks.
+        Only what was stored while the tag meant what it does now. Of more than `most` samples the newest blocks are
+        taken. The last sample before `since_ns` comes along, because that value holds then. A waveform tag's Bad
+        notices have no values, and are left out, and so are damaged blocks.
         """
         with self._db:
             self._db.execute("BEGIN")  # one view of journal and blocks, between which samples move
@@ -94,7 +101,7 @@ class SampleReader:
 
     def _parts(self, tag: str, since_ns: int, until_ns: int, most: int) -> Iterator[Columns]:
         """What may hold samples of that time, newest first."""
-        found = self._db.execute("SELECT id FROM tag WHERE name = ?", (tag,)).fetchone()
+        found = self._db.execute(f"{CURRENT} WHERE name = ? GROUP BY name", (tag,)).fetchone()
         if found is None:
             return
         total = 0
@@ -127,10 +134,13 @@ class SampleReader:
 
 def sections(data: bytes) -> Iterator[tuple[int, Columns]]:
     """Each tag's columns of a block, which begin where the number changes; 0 for the tag of an unmixed one."""
-    (times, values, quality), tags = unpack(data)
-    if tags is None:
-        yield 0, (times, values, quality)
-        return
+    columns, tags = unpack(data)
+    yield from [(0, columns)] if tags is None else by_tag(columns, tags)
+
+
+def by_tag(columns: Columns, tags: Tags) -> Iterator[tuple[int, Columns]]:
+    """Each tag's columns where samples of many follow each other, one tag's in one piece."""
+    times, values, quality = columns
     starts = [0, *(np.nonzero(np.diff(tags))[0] + 1).tolist(), len(tags)]
     for start, end in pairwise(starts):
         yield int(tags[start]), (times[start:end], values[start:end], quality[start:end])

@@ -13,15 +13,15 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from edge.blocks import MOST_VALUES, Tags, pack, unpack
+from edge.blocks import MOST_VALUES, Block, Tags, pack, unpack
 from edge.flush import DENSE, Part, parts_of
 from edge.heap import give_back
-from edge.history import FILE, SCHEMA, SCORE, TABLES, Score, in_order, joined, sections
+from edge.history import CURRENT, FILE, SCHEMA, SCORE, TABLES, Score, by_tag, in_order, joined
 from edge.store import SchemaError, open_database
 from edge.tags import Sample
 from edge.window import Columns
@@ -66,6 +66,7 @@ class Samples:
         self._waiting: deque[threading.Event] = deque()
         # Each counted by one thread alone: samples taken from drivers, and those of them that left the queue.
         self._put, self._taken = 0, 0
+        self._meanings: dict[str, str] = {}
         self._stop, self._wake = False, threading.Event()
         self._open()
         self._thread = threading.Thread(target=self._write_loop, name="samples", daemon=True)
@@ -83,6 +84,13 @@ class Samples:
         """Keep a score."""
         if len(self._scores) < _MAX_QUEUED:
             self._scores.append(score)
+
+    def mean(self, meanings: Mapping[str, str]) -> None:
+        """Say what each tag means from now on; what a tag was stored as when it meant something else is not mixed in.
+
+        What was appended before is to be flushed before.
+        """
+        self._meanings, self._changed = dict(meanings), True
 
     def flush(self) -> None:
         """Wait until everything taken so far is stored (training and tests; scoring never calls it)."""
@@ -123,7 +131,9 @@ class Samples:
         self._know_tags()
 
     def _know_tags(self) -> None:
-        self._tags: dict[str, int] = {name: number for number, name in self._db.execute("SELECT id, name FROM tag")}
+        current = self._db.execute(f"{CURRENT} GROUP BY name").fetchall()
+        self._tags: dict[str, tuple[int, str]] = {name: (number, meaning) for number, name, meaning, _ in current}
+        self._changed = True
 
     def _set_aside(self, why: str) -> None:
         """Make way for a new file: what was read is lost to training, scoring and state.db go on without it."""
@@ -147,7 +157,7 @@ class Samples:
             taken = self._taken
             try:
                 parts = self._take()
-                if parts or scores or days:
+                if parts or scores or days or self._changed:
                     self._write(parts, scores, days=days)
             except Exception as error:
                 # The one writer there is: a mistake costs this flush, and is seen; the thread lives on.
@@ -222,6 +232,10 @@ class Samples:
 
     def _store(self, parts: list[Part]) -> None:
         """Store one flush: dense tags and waveforms as blocks, of all others one row of the journal."""
+        if self._changed:
+            self._changed = False
+            for tag in list(self._tags):
+                self._number(tag)
         journal: list[tuple[Tags, Columns]] = []
         for refs, each, columns in parts:
             if columns[1].ndim > 1 or each >= DENSE:
@@ -237,22 +251,33 @@ class Samples:
             self._db.execute("INSERT INTO journal (count, data) VALUES (?, ?)", (count, data))
 
     def _number(self, tag: str) -> int:
-        if tag not in self._tags:
-            self._tags[tag] = int(self._db.execute("INSERT INTO tag (name) VALUES (?)", (tag,)).lastrowid or 0)
-        return self._tags[tag]
+        """The number under which a tag, as its row is written now, is stored; that of an earlier row if it is again."""
+        number, known = self._tags.get(tag, (0, ""))
+        meaning = self._meanings.get(tag, known)
+        if not number or meaning != known:
+            (number,) = self._db.execute(
+                "INSERT INTO tag (name, meaning, since) VALUES (?, ?, (SELECT coalesce(max(since), 0) + 1 FROM tag))"
+                " ON CONFLICT DO UPDATE SET since = excluded.since RETURNING id",
+                (tag, meaning),
+            ).fetchone()
+            self._tags[tag] = number, meaning
+        return int(number)
 
     def _compact(self) -> None:
         """Turn the journal into blocks."""
-        parts: dict[int, list[Columns]] = {}
+        parts: list[Block] = []
         for count, data in self._db.execute("SELECT count, data FROM journal ORDER BY id").fetchall():
             try:
-                for number, columns in sections(data):
-                    parts.setdefault(number, []).append(columns)
+                parts.append(unpack(data))
             except LocalError as error:
                 self.dropped += count
                 log.error("%d samples are lost: %s", count, error)
-        for number, columns_ in parts.items():
-            self._add(number, columns_)
+        if parts:
+            tags = np.concatenate([part.tags for part in parts])
+            order = np.argsort(tags, kind="stable")
+            times, values, quality = joined([part.columns for part in parts])
+            for number, columns in by_tag((times[order], values[order], quality[order]), tags[order]):
+                self._add(number, [columns])
         self._db.execute("DELETE FROM journal")
         # This takes far more memory than all between two of it.
         del parts

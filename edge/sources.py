@@ -23,6 +23,7 @@ class Sources:
         self.drivers: dict[str, Driver] = {}
         self._pki, self._sink = str(pki), sink
         self._jobs: dict[str, asyncio.Task[None]] = {}
+        self._counted: dict[str, Health] = {}
 
     def start(self, source: Source) -> None:
         """Read a source from now on."""
@@ -30,7 +31,10 @@ class Sources:
         self._jobs[source.name] = asyncio.create_task(self._drive(source))
 
     async def stop(self, names: Iterable[str]) -> dict[str, Health]:
-        """Read some sources no more; returns what is left to say of each, when their connections are closed."""
+        """Read some sources no more; returns what is left to say of each, when their connections are closed.
+
+        What was counted of them goes on, should they be started again: what was lost before a reload stays lost.
+        """
         running = [name for name in names if name in self._jobs]
         health = {name: self.drivers[name].health for name in running if name in self.drivers}
         jobs = [self._jobs.pop(name) for name in running]
@@ -39,6 +43,7 @@ class Sources:
         await asyncio.gather(*jobs, return_exceptions=True)
         for one in health.values():
             one.error = "the gateway reads it no more"
+        self._counted |= health
         return health
 
     async def _drive(self, source: Source) -> None:
@@ -47,6 +52,8 @@ class Sources:
             while True:
                 driver: Driver = registry.load(source.driver).Driver(source, self._sink)
                 self.drivers[source.name] = driver
+                if before := self._counted.pop(source.name, None):
+                    driver.health.go_on(before)
                 work = asyncio.create_task(driver.run())
                 try:
                     await asyncio.wait([work])
@@ -55,7 +62,7 @@ class Sources:
                     with contextlib.suppress(asyncio.CancelledError):
                         await asyncio.wait([work])
                 error = None if work.cancelled() else work.exception()
-                name = source.name
+                name, self._counted[source.name] = source.name, driver.health
                 log.critical("driver of %s ended, which it should not; it is started again", name, exc_info=error)
                 await asyncio.sleep(_RESTART_S)
         finally:

@@ -1,6 +1,7 @@
 """What comes in from a plant: Tag, Sample, Quality, and the contract between a driver and the agent."""
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -72,7 +73,7 @@ class Scan(Sequence[Sample]):
     """Samples of scalar tags of one source, read together, as columns: what a polled device gives in one cycle.
 
     A batch like any other; who looks at the columns instead pays for the cycle, not for each value. `refs` (N) is one
-    and the same tuple from cycle to cycle. values (N,) float64 hold NaN where quality (N,) int8 is BAD.
+    and the same tuple from cycle to cycle. values (N,) float64 hold NaN where quality (N,) int8 is not GOOD.
     """
 
     __slots__ = ("quality", "refs", "time_ns", "values")
@@ -110,6 +111,12 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     pki: str = ""
     folder: str = ""
 
+    def meaning(self, tag: Tag) -> str:
+        """What makes a tag's stored values what they are; a new URL does not, for a machine that moved is the same."""
+        device = [self.options.get(key) for key in ("device_id", "address_base")]
+        row = (self.driver, *device, tag.address, tag.type, tag.unit, tag.scale, tag.offset, tag.width)
+        return hashlib.blake2b(repr(row).encode(), digest_size=8).hexdigest()
+
 
 @dataclass
 class Health:
@@ -131,6 +138,11 @@ class Health:
     quarantined: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     clock_skew_s: float | None = None
+
+    def go_on(self, before: "Health") -> None:
+        """Count on from where another driver of the same source ended."""
+        for name in ("connects", "samples", "bad", "overflows", "gaps"):
+            setattr(self, name, getattr(self, name) + getattr(before, name))
 
 
 class Sink(Protocol):

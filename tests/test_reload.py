@@ -169,6 +169,7 @@ async def test_a_running_gateway_takes_up_its_files(tmp_path: Path, capsys: pyte
         g.hangup()
         await g.until(lambda: "plc/lost" in g.source("plc").get("quarantined", {}))
         await g.until(lambda: g.source("plc")["samples"] >= 2)
+        assert g.source("plc")["connects"] == 2  # what was counted before goes on
         before = g.source("drive")
         assert before["connects"] == 1
         # A file that is wrong: what ran goes on, and status says where the mistake is, whatever state the file is in.
@@ -195,6 +196,11 @@ async def test_a_running_gateway_takes_up_its_files(tmp_path: Path, capsys: pyte
         assert "reload: gateway.path has changed, which takes a restart" in g.log.read_text()
         assert main(["edge", "status", "-c", str(g.toml), "--state", str(g.state)]) == 0
         assert "RESTART  to take up gateway.path" in capsys.readouterr().out
+        g.process.stop()
+        assert main(["edge", "status", "-c", str(g.toml), "--state", str(g.state)]) == 1
+        said = capsys.readouterr().out
+        assert "NOT RUNNING; what it said last" in said
+        assert "source   drive: connected" in said
     finally:
         g.process.stop()
         await opcua.stop()

@@ -354,3 +354,32 @@ def test_scans_are_stored_as_their_samples(tmp_path: Path) -> None:
                 assert len(one[0]) > 20
                 for found, expected in zip(one, other, strict=True):
                     np.testing.assert_array_equal(found, expected)
+
+
+def test_what_a_tag_was_before_its_row_changed_is_not_mixed_in(tmp_path: Path) -> None:
+    with ring(tmp_path) as store, reader(tmp_path) as found:
+
+        def known() -> list[float]:
+            columns = found.columns("a/x")
+            return [] if columns is None else columns[1].tolist()
+
+        store.mean({"a/x": "ABCD", "a/y": "ABCD"})
+        seconds(store, 0, 100, "a/x", "a/y")
+        store.mean({"a/x": "CDAB", "a/y": "ABCD"})
+        store.flush()
+        assert known() == []  # before the first sample of the new kind
+        assert found.newest_ns(["a/x"]) == 0
+        seconds(store, 100, 170, "a/x", "a/y")
+        assert known() == [float(i) for i in range(100, 170)]
+        other = found.columns("a/y")
+        assert other is not None
+        assert len(other[0]) == 170
+        store.mean({"a/x": "ABCD", "a/y": "ABCD"})  # the first row was right after all
+        seconds(store, 170, 180, "a/x")
+        assert known() == [*map(float, range(100)), *map(float, range(170, 180))]
+    with ring(tmp_path) as store, reader(tmp_path) as found:
+        store.mean({"a/x": "ABCD"})
+        store.flush()
+        columns = found.columns("a/x")
+        assert columns is not None
+        assert len(columns[0]) == 110

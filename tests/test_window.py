@@ -437,7 +437,7 @@ def test_a_scan_is_its_samples() -> None:
     found, expected = list[Win](), list[Win]()
     for i in (0, 1, 2, 5, 4, 7, 9, 12, 40, 41, 45, 50, 51, 52):
         quality = np.roll(np.array([2, 2, 1, 2, 0], np.int8), i)
-        values = np.where(quality == 0, np.nan, np.arange(5) * 10.0 + i)
+        values = np.where(quality == 2, np.arange(5) * 10.0 + i, np.nan)
         scan = Scan(refs, START + i * SECOND // 2, values, quality)
         found += together.feed(scan)
         expected += alone.feed(list(scan))

@@ -21,8 +21,8 @@ from models.errors import UserError
 
 T = TypeVar("T", int, float, str)
 
+_GOOD, _BAD = Quality.GOOD, Quality.BAD
 MOST_MS = 2**63 // 1_000_000  # the last time in milliseconds whose nanoseconds an int64 holds
-_BAD = Quality.BAD
 _BACK_NS = 10_000_000_000  # behind the newest stamp of a tag, from which on its clock may have been set back
 _log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Point:
             self.behind_ns = 0
         self.bad_ns = self.latest_ns = max(time_ns, self.latest_ns)
         empty: Value = np.empty(0, np.float32) if self.tag.width else math.nan
-        return Sample(self.ref, self.bad_ns, empty, Quality.BAD)
+        return Sample(self.ref, self.bad_ns, empty, _BAD)
 
     def since(self, time_ns: int) -> int:
         """Return the time from which a value holds: its own stamp, or that of the BAD before it, if that is newer.
@@ -147,7 +147,7 @@ class Points(Generic[P]):
         """Make a batch of numbers (N,) as they were read: what `Point.take` makes of each."""
         members = self.members
         if max([point.latest_ns for point in members]) > time_ns:  # rare: the source's clock was set back
-            return [sample for p, x in zip(members, raw, strict=True) if (sample := p.take(x, time_ns, Quality.GOOD))]
+            return [sample for p, x in zip(members, raw, strict=True) if (sample := p.take(x, time_ns, _GOOD))]
         values = raw if self._plain else raw * self._scale + self._offset
         good = np.isfinite(values)
         for point in members:
@@ -156,7 +156,7 @@ class Points(Generic[P]):
             values = np.where(good, values, np.nan)
             for place in np.flatnonzero(~good).tolist():
                 members[place].bad(time_ns)
-        return Scan(self.refs, time_ns, values, np.where(good, Quality.GOOD, _BAD).astype(np.int8))
+        return Scan(self.refs, time_ns, values, np.where(good, _GOOD, _BAD).astype(np.int8))
 
 
 class Reader(Generic[P]):

@@ -43,6 +43,10 @@ class _AsBytes:
             raise ValueError(f"{data[0]} bytes announced, {len(data) - 1} there")
         self.payload = data[1 : 1 + data[0]]
 
+    def __str__(self) -> str:
+        """Say little: the library makes a text of every reply, for a log that mostly is off."""
+        return f"{len(self.payload)} bytes"
+
 
 class _Holding(_AsBytes, ReadHoldingRegistersResponse):
     pass
