@@ -51,6 +51,7 @@ class Runner:
         self._trainer = Trainer()
         self._training: asyncio.Task[None] | None = None
         self.participant = p.Participant(shop.config.policy, 1, handled=self.memory.handled())
+        self.participant.handle(shop.may_train())
         self.guard("start", self._load)
 
     def _load(self) -> None:
@@ -113,7 +114,8 @@ class Runner:
                 log.exception("%s: %s", self.name, problem)
 
     def tick(self) -> None:
-        """Once in a while: let held values count, and tell the participant how much there is to train on."""
+        """Once in a while: let held values count, and tell the participant whether, and on how much, it may train."""
+        self._do(self.participant.handle(self.shop.may_train()))
         if self.live:
             self.live.tick()
             self._do(self.participant.handle(p.WindowsReady(self._stored_before + self.live.stats.trainable)))
@@ -350,6 +352,7 @@ class Runner:
             "scoring_model": live.scorer.version if live and live.scorer else None,
             "scoring_kind": live.scorer.kind if live and live.scorer else None,
             "last_model": self.scoring.kept,
+            "training_waits_for": self.participant.may_train.unless,
             "drift": self.scoring.drift.last,
             "problem": self.problem,
             "last": live.last if live else {},
