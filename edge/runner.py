@@ -242,7 +242,8 @@ class Runner:
             said, home = await self.shop.state.commit(self.memory.corrections), self.shop.folder
             job = job_for(self.shop.config, home, model.terms.task_text, live.wiring, model.layout, action.round, said)
             base = model.personalised(self.scoring.personal)
-            result = await self._trainer.train(job, base, home / f"training-{self.name}", self.scoring.own)
+            own, average = self.scoring.own, self.scoring.average
+            result = await self._trainer.train(job, base, home / f"training-{self.name}", own, average)
             await self._send(action, model, result)
         except NotEnoughError as error:
             log.info("%s: round %d waits for data: %s", self.name, action.round, error)

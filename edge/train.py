@@ -52,7 +52,8 @@ class TrainingError(LocalError):
 class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the child is told. `layout` is `Layout.to_wire()`; the base weights lie beside it as base.npy.
 
-    own.npy, where it lies there too, is the net that has only seen this gateway's data, as the last training left it.
+    own.npy, where it lies there too, is the net that has only seen this gateway's data, as the last training left it;
+    average.npy the running mean of the global models, from which the tuned model starts.
     `corrections` are what operators said of windows, by the windows' ends in ms.
     """
 
@@ -73,9 +74,8 @@ class Result:
     """What the child learnt: weights (layout.size,), the windows and optimiser steps it took, scale and holdout.
 
     `reference` is what drift is measured against.
-
-    `tuned` (layout.size,) are those weights after further passes that are sent to nobody; `own` are the weights of the
-    net that learns alone, None where the task wants none.
+    `tuned` (layout.size,) is the mean of the global models after further passes, sent to nobody; `own` the net that
+    learns alone, None where the task wants none.
     """
 
     vector: Vector
@@ -135,21 +135,24 @@ class Trainer:
         self._leaving: asyncio.TimerHandle | None = None
         self._busy = asyncio.Lock()
 
-    async def train(self, job: Job, base: Vector, folder: Path, own: Vector | None = None) -> Result:
+    async def train(
+        self, job: Job, base: Vector, folder: Path, own: Vector | None = None, average: Vector | None = None
+    ) -> Result:
         """Run one training in the child and return its result.
 
         Raises NotEnoughError or TrainingError. Cancelling kills the child. `folder` is the job's own and is removed.
+        `own` and `average` are what Job says of those files.
         """
         async with self._busy:  # one that is being killed has its folder until it is gone
-            return await self._train(job, base, folder, own)
+            return await self._train(job, folder, {"base": base, "own": own, "average": average})
 
-    async def _train(self, job: Job, base: Vector, folder: Path, own: Vector | None) -> Result:
+    async def _train(self, job: Job, folder: Path, vectors: dict[str, Vector | None]) -> Result:
         if self._leaving:
             self._leaving.cancel()
         try:
-            await asyncio.to_thread(_prepare, job, base, folder, own)
+            size = await asyncio.to_thread(_prepare, job, folder, vectors)
             await self._run(job, folder)
-            result = await asyncio.to_thread(_read, folder / _RESULT, base.size)
+            result = await asyncio.to_thread(_read, folder / _RESULT, size)
         except NotEnoughError:
             self._linger()
             raise
@@ -219,13 +222,16 @@ class Trainer:
         return child
 
 
-def _prepare(job: Job, base: Vector, folder: Path, own: Vector | None) -> None:
+def _prepare(job: Job, folder: Path, vectors: dict[str, Vector | None]) -> int:
+    """Write what the child reads; vectors of another layout than the base's are left out. Returns its size."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, mode=0o700)
     (folder / "job.json").write_bytes(msgspec.json.encode(job))
-    np.save(folder / "base.npy", base, allow_pickle=False)
-    if own is not None and own.size == base.size:
-        np.save(folder / "own.npy", own, allow_pickle=False)
+    size = 0
+    for name, vector in vectors.items():
+        if vector is not None and vector.size == (size := size or vector.size):
+            np.save(folder / f"{name}.npy", vector, allow_pickle=False)
+    return size
 
 
 async def _tail(child: asyncio.subprocess.Process) -> str:

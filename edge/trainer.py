@@ -16,7 +16,7 @@ from edge.feedback import corrected
 from edge.history import SampleReader
 from edge.stored import stored_windows
 from edge.train import DIVERGED, DONE, NOT_ENOUGH, Job, Result, lower_priority, write_result
-from models.delta import Layout
+from models.delta import Layout, Vector
 from models.drift import Reference
 from models.scale import Scale
 from models.spec import Task, parse_task
@@ -50,13 +50,15 @@ def run(folder: Path) -> tuple[int, str]:
     layout, x, own = Layout.from_wire(job.layout), scale.inputs(task, train.x), None
     try:
         fitted = fit(task, layout, base, x, y, seed=job.seed, proximal=task.training.proximal)
-        tuned, passes = fitted.vector, task.training.tune
-        if passes:
-            tuned = fit(task, layout, tuned, x, y, seed=job.seed, epochs=passes).vector
+        tuned = fitted.vector
+        if task.training.tune:
+            average = _kept(folder, "average")
+            start = tuned if average is None else np.where(layout.mask(task.personal), average, tuned)
+            tuned = fit(task, layout, start, x, y, seed=job.seed, epochs=task.training.tune).vector
         if task.training.alone:
-            before = folder / "own.npy"
-            start = np.load(before, allow_pickle=False) if before.exists() else first_weights(task, layout, job.seed)
-            own = fit(task, layout, start, x, y, seed=job.seed + 1).vector
+            before = _kept(folder, "own")
+            alone = first_weights(task, layout, job.seed) if before is None else before
+            own = fit(task, layout, alone, x, y, seed=job.seed + 1).vector
     except FloatingPointError as error:
         return DIVERGED, str(error)
     write_result(
@@ -76,6 +78,12 @@ def run(folder: Path) -> tuple[int, str]:
         ),
     )
     return DONE, f"{fitted.steps} steps"
+
+
+def _kept(folder: Path, name: str) -> Vector | None:
+    """Weights that lie beside the job, if they do."""
+    path = folder / f"{name}.npy"
+    return np.load(path, allow_pickle=False) if path.exists() else None
 
 
 def stored_dataset(task: Task, job: Job) -> tuple[Dataset, Dataset]:

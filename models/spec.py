@@ -81,13 +81,13 @@ class Drift(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The local training of one round. `min_windows` good windows are needed before a gateway takes part.
 
-    `proximal`: pulls the training of a round towards the global model. `tune`: passes after those of each round, whose
-    result is sent to nobody. `alone`: also train a net that only ever saw this gateway's data. What scores is all of
-    them together, as far as the holdout lets the gateway trust each.
+    `proximal`: pulls the training of a round towards the global model. `tune`: passes from the running mean of the
+    global models, whose result is sent to nobody. `alone`: also train a net that only ever saw this gateway's data.
+    What scores is all of them together, as far as the holdout lets the gateway trust each.
     """
 
     epochs: int = 1
-    tune: int = 8
+    tune: int = 16
     proximal: float = 0.0
     batch: int = 64
     lr: float = 1e-3

@@ -160,6 +160,20 @@ async def test_a_net_that_learns_alone_never_sees_the_base_and_goes_on_where_it_
     await trainer.stop()
 
 
+async def test_the_tuned_model_starts_from_the_mean_of_the_global_ones_and_the_update_from_the_last(
+    tmp_path: Path,
+) -> None:
+    fill(tmp_path)
+    trainer = Trainer()
+    last = await trainer.train(job(tmp_path, epochs=1), base(), tmp_path / "job")
+    mean = await trainer.train(job(tmp_path, epochs=1), base(), tmp_path / "job", average=base() + 1)
+    other = await trainer.train(job(tmp_path, epochs=1), base(), tmp_path / "job", average=np.zeros(3, np.float32))
+    await trainer.stop()
+    assert np.array_equal(mean.vector, last.vector)
+    assert np.abs(mean.tuned - base() - 1).mean() < np.abs(last.tuned - base() - 1).mean() / 2
+    assert np.array_equal(other.tuned, last.tuned)  # of another layout: not taken
+
+
 async def test_too_little_is_not_an_error_of_anybody(tmp_path: Path) -> None:
     fill(tmp_path, 60)
     with pytest.raises(NotEnoughError, match=r"\d+ good windows are stored, training wants 100"):

@@ -81,7 +81,7 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
         fleet = Fleet(Down(text, graph, layout, first), judge, count, seed, scenario.stale)
         fleet.run(workers, scenario.dropout, after)
         plants = list(fleet.gateways.values())
-        tuning = [workers.fit(i, fleet.at(i), seed, epochs=max(1, task.training.tune)).result() for i in every]
+        tuning = [workers.fit(i, fleet.averaged(i), seed, epochs=max(1, task.training.tune)).result() for i in every]
         budget = [gateway.steps + steps for gateway, (_, steps) in zip(plants, tuning, strict=True)]
         whole = workers.fit(ALL, first, seed, steps=sum(budget))
         jobs = [workers.fit(i, first, seed, steps=steps) for i, steps in enumerate(budget)]
