@@ -65,10 +65,8 @@ class Drift:
             self._spawn(self._look(task, reference, newest))
 
     def learnt(self, reference: Reference) -> None:
-        """Measure against another training from now on."""
+        """Measure against another training from now on, the windows that are collected too."""
         self._reference = reference
-        self._newest.clear()
-        self._said.clear()
         if self.last:
             self._say({"windows": 0, "psi": {}, "drifted": []}, reference)
 
@@ -89,12 +87,14 @@ class Drift:
         self._say(body, reference)
         # Which ones, and how far, stays on the site.
         why = f"{len(drifted)} of {len(names)} signals have drifted (PSI above {above:.2f})" if drifted else ""
+        # Said once, until it is well below: one that hovers about the bound would be said all the time.
+        self._said -= {name for name, one in shown.items() if one is not None and one < above / 2}
         if new := set(drifted) - self._said:
             self._said |= new
             named = ", ".join(f"{name} {shown[name]}" for name in drifted[:_MOST_NAMED])
             log.warning("%s: %s: %s", task.name, why, named)
             note = {"task": task.name, "above": body["above"], "psi": {name: shown[name] for name in drifted}}
-            await self._shop.state.commit(lambda: self._shop.state.record("drift", note))
+            self._spawn(self._shop.state.commit(lambda: self._shop.state.record("drift", note)))
         self._wish(why)
 
     def _say(self, body: dict[str, Any], reference: Reference) -> None:

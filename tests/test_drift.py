@@ -249,8 +249,18 @@ async def test_a_gateway_says_once_that_its_signals_drift_and_asks_for_a_round(
     runner.reconnected()
     assert len(floor.answers()) == 2
     assert floor.drift()[-1] == floor.drift()[-2]
+    floor.feed(runner, 60, b=2)
     runner.scoring.take_result(floor.trained(), personal=False)
     assert (floor.drift()[-1]["drifted"], floor.drift()[-1]["psi"]) == ([], {})
+    # What was collected stays, and what still drifts is not said again; what comes back and goes again is.
+    looks = len(floor.drift())
+    for more, b in ((40, 2), (100, 0), (100, 2)):
+        looks += 1
+        floor.feed(runner, more, b=b)
+        await until(lambda looks=looks: len(floor.drift()) == looks)  # type: ignore[misc]
+        assert floor.drift()[-1]["drifted"] == ["s1"] * (b > 0)
+    await until(lambda: len(floor.ledger("drift")) == 2)
+    assert caplog.text.count("1 of 2 signals have drifted") == 2
     await runner.stop()
 
 
