@@ -248,6 +248,10 @@ class Signer:
         """The raw public key, 32 bytes."""
         return self._private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
 
+    def sign(self, data: bytes) -> bytes:
+        """Return a plain signature, 64 bytes; what is signed says itself what it is."""
+        return self._private.sign(data)
+
     def seal(self, message: Message, topic: str) -> bytes:
         """Sign a message for one topic; ValueError if the result is larger than a payload may be."""
         payload = cbor2.dumps(msgspec.to_builtins(message, builtin_types=(bytes,)))

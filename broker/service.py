@@ -81,7 +81,7 @@ class Service:
 
     async def _serve(self) -> None:
         signer = self._journal.signer()
-        self._public_key = signer.public_key.hex()
+        self._signer, self._public_key = signer, signer.public_key.hex()
         log.info("federation %s, public key %s", self._config.name, self._public_key)
         self._downlink = Downlink(self._config.name, signer, self._clock())
         wanted = {name: intake.Wanted(job.task, int(job.shared.sum())) for name, job in self._jobs.items()}
@@ -278,6 +278,7 @@ class Service:
                 case rounds.Close(number, base):
                     if close_round(self._journal, job, number, base, now_ms):
                         self._put_model(job, new=True)
+                    self._journal.checkpoint(now_ms, self._signer)
                     job.rate = job.rate.after(self._journal.losses(name, number))
                     # The last plan of the round goes out before the next round's, in the same order as it came to be.
                     follow = job.federation.handle(federation.Aggregated(job.model.version), now_ms)

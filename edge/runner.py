@@ -49,6 +49,7 @@ class Runner:
         self._installing = asyncio.Lock()
         self._jobs: set[asyncio.Task[None]] = set()
         self._trainer = Trainer()
+        self._said: p.Answer | None = None
         self._training: asyncio.Task[None] | None = None
         self.participant = p.Participant(shop.config.policy, 1, handled=self.memory.handled())
         self.participant.handle(shop.may_train())
@@ -213,21 +214,30 @@ class Runner:
             self.problem = f"{type(error).__name__}: {error}"
             log.error("%s: %s", self.name, self.problem, exc_info=error)
 
-    def _note(self, kind: str, body: dict[str, object]) -> None:
-        """Write to the ledger, soon."""
-        self._spawn(self.shop.state.commit(lambda: self.shop.state.record(kind, body)))
-
     def _answer(self, answer: p.Answer) -> None:
         if answer.verdict == "asks":
             log.info("%s: asks for a round after round %d: %s", self.name, answer.round, answer.reason)
         elif answer.verdict == "declined":
             log.warning("%s: round %d declined: %s", self.name, answer.round, answer.reason)
-            self._note("declined", {"task": self.name, "round": answer.round, "reason": answer.reason})
+        self._spawn(self._say(answer))
+
+    async def _say(self, answer: p.Answer) -> None:
+        """Send an answer, once the ledger has it; one that is said again is one entry."""
         topic = Uplink(self.shop.config.path, self.name, "answer").topic
         word = m.Answer(
             m.VERSION, answer.round, answer.verdict, answer.code, answer.reason[:512], int(time.time() * 1000)
         )
-        self.shop.publish(topic, self.shop.signer.seal(word, topic))
+        envelope = self.shop.signer.seal(word, topic)
+
+        def work() -> None:
+            if answer != self._said:
+                body: dict[str, object] = {"task": self.name, "round": answer.round, "reason": word.reason}
+                body |= {"code": answer.code, "message_bytes": len(envelope)}
+                self.shop.state.record(answer.verdict, body)
+                self._said = answer
+
+        await self.shop.state.commit(work)
+        self.shop.publish(topic, envelope)
 
     # -- training ---------------------------------------------------------------------------------------------------
 
