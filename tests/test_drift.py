@@ -16,6 +16,7 @@ from broker import messages as m
 from broker.messages import Signer
 from broker.topics import Local, Uplink
 from edge import status_command
+from edge.cli import main
 from edge.config import load_config
 from edge.dataset import Dataset
 from edge.handback import Model
@@ -172,6 +173,8 @@ class Floor:
     def runner(self) -> Runner:
         """Start the task, as after a restart of a gateway that has trained once."""
         with self.shop.state.transaction():
+            session = {"path": "a/b/c/d/e", "session": 1, "software": "0", "tasks": ["wear"], "policy": {}}
+            self.shop.state.record("session", session)
             envelope = self.signer.seal(self.model.manifest, "x")
             self.memory.keep_model(self.model, envelope)
             self.memory.keep_result(self.trained(), np.zeros(1, np.float32), personal=False)
@@ -239,6 +242,7 @@ async def test_a_gateway_says_once_that_its_signals_drift_and_asks_for_a_round(
     await until(lambda: floor.ledger("drift"))
     assert [(entry["task"], list(entry["psi"])) for entry in floor.ledger("drift")] == [("wear", ["s1"])]
     assert caplog.text.count("1 of 2 signals have drifted") == 1
+    await until(floor.answers)
     asked = floor.answers()
     assert [(one.round, one.verdict, one.code) for one in asked] == [(3, "asks", "drift")]
     assert asked[0].reason == "1 of 2 signals have drifted (PSI above 0.29)"
@@ -247,7 +251,10 @@ async def test_a_gateway_says_once_that_its_signals_drift_and_asks_for_a_round(
     assert "(PSI above 0.2881; the newest 100 windows, training had 3000)" in shown
     # Again where the aggregator may not have heard it; no more once a training has seen what is new.
     runner.reconnected()
-    assert len(floor.answers()) == 2
+    await until(lambda: len(floor.answers()) == 2)
+    assert [(entry["round"], entry["code"]) for entry in floor.ledger("asks")] == [(3, "drift")]
+    assert main(["audit", "report", str(floor.shop.folder), "--out", str(floor.shop.folder / "out")]) == 0
+    assert ",asks,wear,3," in (floor.shop.folder / "out" / "left-this-site.csv").read_text()
     assert floor.drift()[-1] == floor.drift()[-2]
     floor.feed(runner, 60, b=2)
     runner.scoring.take_result(floor.trained(), personal=False)
@@ -270,7 +277,7 @@ async def test_where_the_task_does_not_allow_it_nobody_asks(stores: tuple[Path, 
     runner.on_plan(floor.plan(3, "closed"))
     floor.feed(runner, 105, b=2)
     await until(lambda: floor.ledger("drift"))
-    assert floor.answers() == []
+    assert (floor.answers(), runner.participant.wish) == ([], "")
     await runner.stop()
 
 
