@@ -75,7 +75,10 @@ class Death(Message, frozen=True, tag="death"):
 
 
 class Answer(Message, frozen=True, tag="answer"):
-    """A gateway's word on a round plan: `joined`, or `declined` with a reason code and a sentence."""
+    """A gateway's word on a round plan: `joined`, or `declined` with a reason code and a sentence.
+
+    `asks`, on the latest round once it is closed: for the next one before its time, and why.
+    """
 
     round: Count
     verdict: Word

@@ -187,6 +187,8 @@ class Service:
                 self._hear_birth(heard, now_ms)
             case intake.HeardDeath(path, death):
                 self._tell_all(federation.Died(path, death.session), now_ms)
+            case intake.HeardAnswer(path, task, answer) if answer.verdict == "asks":
+                self._tell(self._jobs[task], federation.Asked(path, answer.round), now_ms)
             case intake.HeardAnswer(path, task, answer):
                 joined = answer.verdict == "joined"
                 event = federation.Answered(path, answer.round, joined, answer.code, answer.reason)
@@ -259,11 +261,12 @@ class Service:
                     if word == rounds.COUNTED:
                         self._journal.note(now_ms, "update", body)
                     self._receipt(name, path, Receipt(VERSION, number, digest, word, detail, now_ms))
-                case federation.Open(number, base, opened_ms, deadline_ms):
-                    log.info("%s round %d: open, from version %d", name, number, base)
+                case federation.Open(number, base, opened_ms, deadline_ms, asked):
+                    log.info("%s round %d: open, from version %d%s", name, number, base, asked and f", for {asked}")
                     self._noted.clear()
                     self._journal.open_round(name, number, base, opened_ms, deadline_ms)
-                    self._journal.note(now_ms, "opened", {"task": name, "round": number, "base": base})
+                    early = {"asked": asked} if asked else {}
+                    self._journal.note(now_ms, "opened", {"task": name, "round": number, "base": base, **early})
                     job.deadline_ms = deadline_ms
                     self._put_plan(job)
                 case rounds.Extend(number, deadline_ms):

@@ -27,6 +27,7 @@ _WORDS = {
     "session": "birth: the gateway said who it is (again at each connection to the broker)",
     "joined": "answer: it takes part in a round",
     "declined": "answer: it does not take part in a round",
+    "asks": "answer: it asks for a round, since signals have drifted",
     "update": "update: a weight delta (the same one again until it is answered)",
     "request-made": "request for enrolment, written to a file",
 }

@@ -39,7 +39,7 @@ class Runner:
         """Read the state: before the event loop, or in the state's own thread."""
         self.name, self.table, self.shop = name, table, shop
         self.memory = Memory(shop.state, name)
-        self.scoring = Scoring(shop, self.memory, self._spawn)
+        self.scoring = Scoring(shop, self.memory, self._spawn, self._wish)
         self._ear = Ear(shop, self.memory)
         self.model: Model | None = None
         self.fetch: Fetch | None = None
@@ -52,6 +52,7 @@ class Runner:
         self._said: p.Answer | None = None
         self._training: asyncio.Task[None] | None = None
         self.participant = p.Participant(shop.config.policy, 1, handled=self.memory.handled())
+        self.participant.handle(shop.may_train())
         self.guard("start", self._load)
 
     def _load(self) -> None:
@@ -114,10 +115,16 @@ class Runner:
                 log.exception("%s: %s", self.name, problem)
 
     def tick(self) -> None:
-        """Once in a while: let held values count, and tell the participant how much there is to train on."""
+        """Once in a while: let held values count, and tell the participant whether, and on how much, it may train."""
+        self._do(self.participant.handle(self.shop.may_train()))
         if self.live:
             self.live.tick()
             self._do(self.participant.handle(p.WindowsReady(self._stored_before + self.live.stats.trainable)))
+
+    def _wish(self, why: str) -> None:
+        """Let the participant wish for a round, where the task lets gateways ask for one."""
+        if self.model and self.model.task.round.early is not None:
+            self._do(self.participant.handle(p.Drifted(why)))
 
     # -- messages, already verified ----------------------------------------------------------------------------------
 
@@ -208,7 +215,9 @@ class Runner:
             log.error("%s: %s", self.name, self.problem, exc_info=error)
 
     def _answer(self, answer: p.Answer) -> None:
-        if answer.verdict == "declined":
+        if answer.verdict == "asks":
+            log.info("%s: asks for a round after round %d: %s", self.name, answer.round, answer.reason)
+        elif answer.verdict == "declined":
             log.warning("%s: round %d declined: %s", self.name, answer.round, answer.reason)
         self._spawn(self._say(answer))
 
@@ -354,6 +363,8 @@ class Runner:
             "scoring_model": live.scorer.version if live and live.scorer else None,
             "scoring_kind": live.scorer.kind if live and live.scorer else None,
             "last_model": self.scoring.kept,
+            "training_waits_for": self.participant.may_train.unless,
+            "drift": self.scoring.drift.last,
             "problem": self.problem,
             "last": live.last if live else {},
             **(asdict(live.stats) if live else {}),

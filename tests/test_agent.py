@@ -8,6 +8,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,34 @@ def test_an_update_in_the_outbox_outlives_kill_9_and_an_empty_broker(
         assert kinds.count("receipt") == 1
         ledger.verify(state.ledger())
         state.close()
+
+
+def test_a_gateway_trains_when_it_may_and_says_why_it_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with plant(tmp_path, "amqtt") as p:
+        toml = tmp_path / "plant1" / "gateway.toml"
+        always = toml.read_text()
+        day = (datetime.now().astimezone() + timedelta(days=3)).strftime("%a")
+        toml.write_text(f'{always}\n[training]\ntrain_when = "{day} 06:00-14:00"\n')
+        for process in (*p.stage.plcs, p.stage.aggregator, p.gateway):
+            process.start()
+        p.until(lambda: p.aggregator().get("gateways", {}).get(str(PATH), {}).get("verdict") == "declined")
+        said = p.aggregator()["gateways"][str(PATH)]
+        reason = f"training may start when {day} 06:00-14:00, which is after the round's deadline"
+        assert (said["code"], said["reason"]) == ("train-when", reason)
+        p.until(lambda: p.task()["state"] == "waiting" and p.task()["scored"] > 20)
+        main(["edge", "status", "--state", str(p.stage.gateway_state(0))])
+        assert f"training may start when {day} 06:00-14:00\n" in capsys.readouterr().out
+        assert p.status()["outbox"] == 0
+        # Hours that hold: it joins the same round after all.
+        p.gateway.stop()
+        toml.write_text(f'{always}\n[training]\ntrain_when = "{day} or 00:00-24:00"\n')
+        p.gateway.start()
+        p.until(lambda: p.aggregator().get("state") == "done")
+    journal = Journal(p.stage.aggregator_state)
+    assert list(journal.counted(TASK, 1)) == [str(PATH)]
+    journal.close()
 
 
 def outbox(p: Plant) -> list[bytes]:

@@ -83,6 +83,7 @@ def test_every_command_has_help_with_an_example(path: str, capsys: pytest.Captur
         ("window", spec.Window),
         ("target", spec.Target),
         ("alarm", spec.Alarm),
+        ("drift", spec.Drift),
         ("training", spec.Training),
         ("round", spec.Round),
         ("privacy", spec.Privacy),
