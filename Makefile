@@ -19,7 +19,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint arm64 clean mosquitto
+.PHONY: help demo test lint arm64 sbom clean mosquitto
 .NOTPARALLEL:
 
 help: ## print this
@@ -39,6 +39,14 @@ lint: $(VENV)/.test ## ruff, mypy and the import contracts
 
 arm64: $(VENV)/.demo ## build the arm64 image, score a window and start a gateway inside (root; EXTRAS='[train]' trains)
 	@PYTHON='$(BIN)/python' EXTRAS='$(EXTRAS)' tests/arm64.sh
+
+# Of an environment of its own: what a gateway installs, and nothing of the tests'.
+sbom: $(VENV)/.test ## write build/sbom.cdx.json: every package that a gateway installs, and its version (CycloneDX)
+	@rm -rf build/sbom && $(PYTHON) -m venv build/sbom
+	@build/sbom/bin/python -m pip --disable-pip-version-check --quiet install '.$(EXTRAS)'
+	@$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	  --output-file build/sbom.cdx.json build/sbom/bin/python
+	@echo "build/sbom.cdx.json"
 
 clean: ## remove the environment, builds and caches
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

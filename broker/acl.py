@@ -24,7 +24,7 @@ def acl(federation: str, gateways: Iterable[str], operators: Iterable[str] = ())
     for path in sorted(gateways):
         lines += [
             f"user {path}",
-            *(f"topic write {path}/{part}/#" for part in (FL, "_inference", "_health", "_raw")),
+            *(f"topic write {path}/{part}/#" for part in (FL, "_inference", "_drift", "_health", "_raw")),
             f"topic read {path}/{FL}/status",
             f"topic read {path}/_feedback/#",
             f"topic read {tree}/status",
@@ -36,7 +36,7 @@ def acl(federation: str, gateways: Iterable[str], operators: Iterable[str] = ())
     for name in sorted(operators):
         lines += [
             f"user {name}",
-            *(f"topic read {every}/{part}/#" for part in ("_inference", "_health")),
+            *(f"topic read {every}/{part}/#" for part in ("_inference", "_drift", "_health")),
             f"topic write {every}/_feedback/#",
             "",
         ]

@@ -3,7 +3,8 @@
     WAITING --due, enough gateways--> OPEN --closed--> CLOSING --aggregated--> WAITING, or DONE after `rounds`
 
 Rounds open every `every_ms`, measured from the last opening, never while one is open, and only when `min_gateways`
-are online. While the broker is out of reach, gateways keep what they have to say, so no round opens or closes. After
+are online. `early_ms` after that opening, one opens too if a gateway that is online has asked for it since the last
+round closed. While the broker is out of reach, gateways keep what they have to say, so no round opens or closes. After
 a restart the state is rebuilt from what the journal says (`Past`). Times are milliseconds on the caller's clock. Every
 transition stands in `TRANSITIONS`.
 """
@@ -35,13 +36,17 @@ class State(enum.Enum):
 
 @dataclass(frozen=True)
 class Rules:
-    """The task's `[round]` table in milliseconds; `rounds` None means without end, `buffer` None in step."""
+    """The task's `[round]` table in milliseconds.
+
+    `rounds` None means without end, `buffer` None in step, `early_ms` None that nobody may ask for a round.
+    """
 
     min_gateways: int
     deadline_ms: int
     every_ms: int
     rounds: int | None = None
     buffer: int | None = None
+    early_ms: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,14 @@ class Answered(Event):
 
 
 @dataclass(frozen=True)
+class Asked(Event):
+    """A gateway's verified wish for a round after the latest, number `round`."""
+
+    path: str
+    round: int
+
+
+@dataclass(frozen=True)
 class Submitted(Event):
     """A verified, decoded update; `known` says that the journal holds one of this gateway for that round."""
 
@@ -132,12 +145,13 @@ class Tick(Event):
 
 @dataclass(frozen=True)
 class Open(Action):
-    """Open a round: journal it, publish its plan."""
+    """Open a round: journal it, publish its plan; `asked` is the gateway that had it open early."""
 
     round: int
     base: int
     opened_ms: int
     deadline_ms: int
+    asked: str = ""
 
 
 @dataclass(frozen=True)
@@ -171,6 +185,7 @@ class Federation:
         self.bases = {**past.bases, past.round: past.base} if past else {}
         self._confirm_by_ms = 0
         self._offline = False
+        self._asked = ""
         self.state = State.WAITING
         if past and past.is_open:
             self.state = State.OPEN
@@ -197,7 +212,10 @@ class Federation:
     @property
     def next_opening_ms(self) -> int | None:
         """When the next round is due; None when none will come or one is open."""
-        return self.opened_ms + self.rules.every_ms if self.state is State.WAITING else None
+        if self.state is not State.WAITING:
+            return None
+        early = self.rules.early_ms if self._asked else None
+        return self.opened_ms + (self.rules.every_ms if early is None else min(early, self.rules.every_ms))
 
     def handle(self, event: Event, now_ms: int) -> list[Action]:
         """Take one event; LocalError for one that can't happen in this state."""
@@ -241,6 +259,16 @@ class Federation:
         if not self.round or event.round != self.round.number:
             return []
         return self._round((rounds.Joined if event.joined else rounds.Declined)(event.path), now_ms)
+
+    def _asks(self, event: Asked, now_ms: int) -> list[Action]:
+        if self.rules.early_ms is None or event.round != self.number or event.path not in self.online:
+            return []  # a wish of a round ago has been met
+        self._asked = event.path
+        return self._open_if_due(now_ms)
+
+    def _asks_late(self, _event: Asked, _now_ms: int) -> list[Action]:
+        """A round is under way, in which the asker takes part; or there will be none any more."""
+        return []
 
     def _submitted(self, event: Submitted, now_ms: int) -> list[Action]:
         if self.round and event.round == self.round.number:
@@ -301,10 +329,12 @@ class Federation:
         return actions
 
     def _open_if_due(self, now_ms: int) -> list[Action]:
-        online = self.online
-        due = self.state is State.WAITING and now_ms >= self.opened_ms + self.rules.every_ms
+        online, due_ms = self.online, self.next_opening_ms
+        due = due_ms is not None and now_ms >= due_ms
         if not due or self._offline or len(online) < self.rules.min_gateways:
             return []
+        asked = self._asked if now_ms < self.opened_ms + self.rules.every_ms else ""
+        self._asked = ""
         self.number, self.opened_ms, self.state = self.number + 1, now_ms, State.OPEN
         deadline_ms = now_ms + self.rules.deadline_ms
         self.round = Round(
@@ -318,7 +348,7 @@ class Federation:
             bases=self.bases,
         )
         self.bases = {**self.round.bases, self.number: self.version}
-        return [Open(self.number, self.version, now_ms, deadline_ms)]
+        return [Open(self.number, self.version, now_ms, deadline_ms, asked)]
 
 
 # A transition's event is of the type that its key names. Only a federation that is closing is told of a new model.
@@ -326,6 +356,7 @@ TRANSITIONS: dict[tuple[State, type[Event]], Callable[..., list[Action]]] = {
     (State.WAITING, Born): Federation._born,
     (State.WAITING, Died): Federation._died,
     (State.WAITING, Answered): Federation._answered,
+    (State.WAITING, Asked): Federation._asks,
     (State.WAITING, Submitted): Federation._submitted,
     (State.WAITING, Refused): Federation._refused,
     (State.WAITING, Disconnected): Federation._disconnected,
@@ -334,6 +365,7 @@ TRANSITIONS: dict[tuple[State, type[Event]], Callable[..., list[Action]]] = {
     (State.OPEN, Born): Federation._born,
     (State.OPEN, Died): Federation._died,
     (State.OPEN, Answered): Federation._answered,
+    (State.OPEN, Asked): Federation._asks_late,
     (State.OPEN, Submitted): Federation._submitted,
     (State.OPEN, Refused): Federation._refused,
     (State.OPEN, Disconnected): Federation._disconnected,
@@ -342,6 +374,7 @@ TRANSITIONS: dict[tuple[State, type[Event]], Callable[..., list[Action]]] = {
     (State.CLOSING, Born): Federation._born,
     (State.CLOSING, Died): Federation._died,
     (State.CLOSING, Answered): Federation._answered,
+    (State.CLOSING, Asked): Federation._asks_late,
     (State.CLOSING, Submitted): Federation._submitted,
     (State.CLOSING, Refused): Federation._refused,
     (State.CLOSING, Disconnected): Federation._disconnected,
@@ -351,6 +384,7 @@ TRANSITIONS: dict[tuple[State, type[Event]], Callable[..., list[Action]]] = {
     (State.DONE, Born): Federation._born,
     (State.DONE, Died): Federation._died,
     (State.DONE, Answered): Federation._answered,
+    (State.DONE, Asked): Federation._asks_late,
     (State.DONE, Submitted): Federation._submitted,
     (State.DONE, Refused): Federation._refused,
     (State.DONE, Disconnected): Federation._disconnected,

@@ -88,7 +88,8 @@ def load_job(journal: Journal, file: TaskFile) -> Job:
     _check_size(file, int(shared.sum()))
     r = task.round
     every_ms = int(r.every_s * 1000) if r.mode == "sync" else 0
-    rules = Rules(r.min_gateways, int(r.deadline_s * 1000), every_ms, r.rounds, r.full)
+    early_ms = None if r.early_s is None else int(r.early_s * 1000)
+    rules = Rules(r.min_gateways, int(r.deadline_s * 1000), every_ms, r.rounds, r.full, early_ms)
     past = None
     if last:
         counted = journal.counted(name, last.round)

@@ -100,6 +100,16 @@ class TaskRow(NamedTuple):
     graph_digest: bytes
 
 
+def ledger_lines(folder: Path) -> list[str]:
+    """The ledger of an aggregator with its state in a folder, which may be running; LocalError if it can't be read."""
+    path = folder / "journal.db"
+    with (
+        _blame_disk(path),
+        contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=10)) as db,
+    ):
+        return [line for (line,) in db.execute("SELECT line FROM ledger ORDER BY seq")]
+
+
 class Journal:
     """An open journal. Writes belong inside `with journal.transaction():`; LocalError when the disk refuses."""
 
@@ -332,6 +342,12 @@ class Journal:
         seq, prev = (last[0] + 1, last[1]) if last else (ledger.FIRST, ledger.GENESIS)
         entry = ledger.append(prev, seq, now_ms, kind, body)
         self._do("INSERT INTO ledger VALUES (?, ?, ?)", seq, entry.hash, entry.line)
+
+    def checkpoint(self, now_ms: int, signer: ledger.Signs) -> None:
+        """Sign the ledger as it stands."""
+        last = self._one("SELECT seq, hash FROM ledger ORDER BY seq DESC LIMIT 1")
+        if last:
+            self.note(now_ms, ledger.CHECKPOINT, ledger.checkpoint(last[1], last[0] + 1, signer))
 
     def ledger_lines(self) -> Iterator[str]:
         """Every entry from the first, without newlines: what `ledger.verify` takes."""

@@ -75,7 +75,10 @@ class Death(Message, frozen=True, tag="death"):
 
 
 class Answer(Message, frozen=True, tag="answer"):
-    """A gateway's word on a round plan: `joined`, or `declined` with a reason code and a sentence."""
+    """A gateway's word on a round plan: `joined`, or `declined` with a reason code and a sentence.
+
+    `asks`, on the latest round once it is closed: for the next one before its time, and why.
+    """
 
     round: Count
     verdict: Word
@@ -246,6 +249,10 @@ class Signer:
     def public_key(self) -> bytes:
         """The raw public key, 32 bytes."""
         return self._private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+
+    def sign(self, data: bytes) -> bytes:
+        """Return a plain signature, 64 bytes; what is signed says itself what it is."""
+        return self._private.sign(data)
 
     def seal(self, message: Message, topic: str) -> bytes:
         """Sign a message for one topic; ValueError if the result is larger than a payload may be."""

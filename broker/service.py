@@ -81,7 +81,7 @@ class Service:
 
     async def _serve(self) -> None:
         signer = self._journal.signer()
-        self._public_key = signer.public_key.hex()
+        self._signer, self._public_key = signer, signer.public_key.hex()
         log.info("federation %s, public key %s", self._config.name, self._public_key)
         self._downlink = Downlink(self._config.name, signer, self._clock())
         wanted = {name: intake.Wanted(job.task, int(job.shared.sum()), job.ring_in) for name, job in self._jobs.items()}
@@ -187,6 +187,8 @@ class Service:
                 self._hear_birth(heard, now_ms)
             case intake.HeardDeath(path, death):
                 self._tell_all(federation.Died(path, death.session), now_ms)
+            case intake.HeardAnswer(path, task, answer) if answer.verdict == "asks":
+                self._tell(self._jobs[task], federation.Asked(path, answer.round), now_ms)
             case intake.HeardAnswer(path, task, answer):
                 joined = answer.verdict == "joined"
                 event = federation.Answered(path, answer.round, joined, answer.code, answer.reason)
@@ -259,11 +261,12 @@ class Service:
                     if word == rounds.COUNTED:
                         self._journal.note(now_ms, "update", body)
                     self._receipt(name, path, Receipt(VERSION, number, digest, word, detail, now_ms))
-                case federation.Open(number, base, opened_ms, deadline_ms):
-                    log.info("%s round %d: open, from version %d", name, number, base)
+                case federation.Open(number, base, opened_ms, deadline_ms, asked):
+                    log.info("%s round %d: open, from version %d%s", name, number, base, asked and f", for {asked}")
                     self._noted.clear()
                     self._journal.open_round(name, number, base, opened_ms, deadline_ms)
-                    self._journal.note(now_ms, "opened", {"task": name, "round": number, "base": base})
+                    early = {"asked": asked} if asked else {}
+                    self._journal.note(now_ms, "opened", {"task": name, "round": number, "base": base, **early})
                     job.deadline_ms = deadline_ms
                     self._put_plan(job)
                 case rounds.Extend(number, deadline_ms):
@@ -275,6 +278,7 @@ class Service:
                 case rounds.Close(number, base):
                     if close_round(self._journal, job, number, base, now_ms):
                         self._put_model(job, new=True)
+                    self._journal.checkpoint(now_ms, self._signer)
                     job.rate = job.rate.after(self._journal.losses(name, number))
                     # The last plan of the round goes out before the next round's, in the same order as it came to be.
                     follow = job.federation.handle(federation.Aggregated(job.model.version), now_ms)

@@ -85,7 +85,7 @@ class Uplink:
 
 @dataclass(frozen=True)
 class Local:
-    """What stays on the site: `_raw` (name is a tag), `_inference` and `_feedback` (a task), `_health` (a source)."""
+    """What stays on the site: `_raw` of a tag, `_health` of a source; `_inference`, `_drift`, `_feedback` of a task."""
 
     path: GatewayPath
     what: str
@@ -201,6 +201,6 @@ def parse(topic: str) -> Topic:
             return Status(GatewayPath.parse("/".join(levels[:LEVELS])))
         case [_, _, _, _, _, "_fl", task, what]:
             return Uplink(GatewayPath.parse("/".join(levels[:LEVELS])), task, what)
-        case [_, _, _, _, _, "_raw" | "_inference" | "_feedback" | "_health" as what, name]:
+        case [_, _, _, _, _, "_raw" | "_inference" | "_drift" | "_feedback" | "_health" as what, name]:
             return Local(GatewayPath.parse("/".join(levels[:LEVELS])), what[1:], name)
     raise PeerError("topic", f"{topic[:200]!r} is not in the topic tree")

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+import msgspec
+
 from broker import messages as m
 from broker.link import Inbound, Link
 from broker.topics import (
@@ -27,7 +29,7 @@ from broker.topics import (
     downlink_filters,
     parse,
 )
-from edge.config import Config
+from edge.config import Config, Policy
 from edge.health import Watch
 from edge.identity import own_signer, with_own_tls
 from edge.reload import Plan, plan
@@ -67,6 +69,7 @@ class Agent:
         self.stopped, self._hangup = asyncio.Event(), asyncio.Event()
         signer = own_signer(self.state)
         self.session = self._next_session()
+        self._enter(signer)
         self.status = Status(config.path).topic
         will = signer.seal(m.Death(m.VERSION, self.session), self.status)
         client = f"tundish-{signer.public_key.hex()[:16]}"
@@ -91,6 +94,16 @@ class Agent:
         session = max(int(time.time() * 1000), last + 1)
         self.state.put("session", session.to_bytes(8, "big"))
         return session
+
+    def _enter(self, signer: m.Signer) -> None:
+        """Let the ledger say who begins here, and what a birth tells the aggregator."""
+        with self.state.transaction():
+            self.state.record("session", {
+                "path": str(self.config.path), "session": self.session, "software": SOFTWARE,
+                "public_key": signer.public_key.hex(), "tasks": list(self.config.tasks),
+                "policy": msgspec.to_builtins(self.config.policy),
+            })  # fmt: skip
+            self.state.checkpoint(signer)
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -124,6 +137,8 @@ class Agent:
         await self.link.stop()
         write_status(self.folder, self.snapshot() | {"running": False, "sources": last["sources"]})
         self.samples.close()
+        with self.state.transaction():
+            self.state.checkpoint(self.shop.signer)
         self.state.close()
 
     def stop(self) -> None:
@@ -156,6 +171,7 @@ class Agent:
     async def _carry_out(self, new: Plan) -> None:
         """Change what runs to a new configuration; whatever stays the same is not touched."""
         await self._stop_sources(new.stop)
+        await self._note_policy(new.config.policy)
         self.config = self.shop.config = new.config
         self.watch.retag(new.config.tags, new.changed)
         await asyncio.to_thread(self.samples.flush)
@@ -184,6 +200,12 @@ class Agent:
         log.info("reload: %s", new.summary)
         for key in new.restart:
             log.warning("reload: %s has changed, which takes a restart: systemctl restart tundish-edge", key)
+
+    async def _note_policy(self, policy: Policy) -> None:
+        """Let the ledger say what holds from now on."""
+        if policy != self.config.policy:
+            body: dict[str, object] = {"policy": msgspec.to_builtins(policy)}
+            await self.state.commit(lambda: self.state.record("policy", body))
 
     def _sink(self, samples: Sequence[Sample], /) -> None:
         """Every batch of every driver: to the store's queue, and at once to the windows."""

@@ -31,6 +31,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     _add_simulate(commands)
     _add_bench(commands)
     _add_edge(commands)
+    _add_audit(commands)
     broker = commands.add_parser("broker", help="the aggregator beside an MQTT broker: run it, enrol gateways, status")
     if command in (None, "broker"):
         from broker.cli import add_commands  # noqa: PLC0415
@@ -86,6 +87,38 @@ def _add_bench(commands: Any) -> None:
     from edge.lab.bench import add_kinds  # noqa: PLC0415 - the kinds and their options; no kind's own imports
 
     add_kinds(kinds)
+
+
+def _add_audit(commands: Any) -> None:
+    audit = commands.add_parser("audit", help="prove what a gateway or an aggregator did: check its ledger, report it")
+    verbs = audit.add_subparsers(metavar="VERB", required=True)
+    verify = verbs.add_parser(
+        "verify",
+        help="check a ledger: no entry changed, missing or reordered; exit code 1 if one is",
+        epilog="example: tundish audit verify /var/lib/tundish --head 5f0c…",
+    )
+    verify.add_argument("--head", default="", metavar="HASH", help="a head noted earlier, which must still be in it")
+    verify.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    report = verbs.add_parser(
+        "report",
+        help="write what left a gateway's site as one HTML page and one CSV",
+        epilog="example: tundish audit report /var/lib/tundish --out what-left",
+    )
+    report.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for report.html and the CSV")
+    for name, verb in (("verify", verify), ("report", report)):
+        verb.add_argument("place", type=Path, metavar="PLACE", help="state folder, or an exported ledger")
+        verb.add_argument("--key", default="", metavar="HEX", help="public key that must have signed it")
+        verb.set_defaults(run=_audit(name))
+
+
+def _audit(verb: str) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        from edge import audit  # noqa: PLC0415
+
+        work: Callable[[argparse.Namespace], int] = getattr(audit, verb)
+        return work(args)
+
+    return run
 
 
 # Verbs of `tundish edge`: what each does, and the arguments of an example.

@@ -11,6 +11,7 @@ import msgspec
 from broker.settings import MqttSettings, check_mqtt
 from broker.topics import GatewayPath, segment
 from edge.drivers import registry
+from edge.hours import Rule, parse_rule
 from edge.profile import Profile, load_profile
 from edge.tags import Sample, Source, Tag
 from edge.tagscsv import parse_tags
@@ -71,12 +72,18 @@ class StoreTable(_Struct, frozen=True, kw_only=True):
 
 
 class TrainingTable(_Struct, frozen=True, kw_only=True):
-    """Caps of the training child: threads, memory, CPU seconds of one training, `nice` value."""
+    """Caps of the training child: threads, memory, CPU seconds of one training, `nice` value; and when it may start."""
 
     threads: int = 1
     memory: str = "1536MiB"
     cpu_seconds: int = 3600
     nice: int = 19
+    train_when: str | None = None
+
+    @property
+    def rule(self) -> Rule | None:
+        """When training may start, None for always; ValueError says what is wrong with `train_when`."""
+        return None if self.train_when is None else parse_rule(self.train_when)
 
 
 class ScoringTable(_Struct, frozen=True, kw_only=True):
@@ -147,6 +154,7 @@ def load_config(path: Path, profile: Path | None = None) -> Config:
     tags = {tag.ref: tag for source in sources for tag in source.tags}
     for name, table in raw.task.items():
         _check_task(file, name, table, tags)
+    _check_train_when(file, raw.training, tags)
     return Config(
         file=str(path),
         path=gateway,
@@ -255,33 +263,47 @@ def _tags(source: str, path: Path, file: TomlFile, i: int) -> Iterable[Tag]:
     return parse_tags(source, str(path), text)
 
 
-def _check_task(file: TomlFile, name: str, table: TaskTable, tags: dict[str, Tag]) -> None:
-    def known(ref: str, path: list[str | int]) -> None:
-        if ref not in tags:
-            near = difflib.get_close_matches(ref, tags, n=1)
-            remedy = f"did you mean {near[0]!r}?" if near else 'write "source/tag" of a [[source]] and its tags file'
-            raise file.error(path, f"no tag {ref!r}", remedy)
+def _known(file: TomlFile, ref: str, path: list[str | int], tags: dict[str, Tag]) -> None:
+    if ref not in tags:
+        near = difflib.get_close_matches(ref, tags, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else 'write "source/tag" of a [[source]] and its tags file'
+        raise file.error(path, f"no tag {ref!r}", remedy)
 
+
+def _check_task(file: TomlFile, name: str, table: TaskTable, tags: dict[str, Tag]) -> None:
     try:
         segment(name)
     except PeerError as error:
         raise file.error(["task", name], error.detail, "use the task's own name") from None
     for signal, ref in table.signals.items():
-        known(ref, ["task", name, "signals", signal])
+        _known(file, ref, ["task", name, "signals", signal], tags)
     for key in ("target", "segment"):
         if ref := getattr(table, key):
-            known(ref, ["task", name, key])
+            _known(file, ref, ["task", name, key], tags)
     try:
         gate = table.gate
     except ValueError as error:
         remedy = 'write "plc1/Running == 1", joined by "and"'
         raise file.error(["task", name, "active_when"], str(error), remedy) from None
     for condition in gate:
-        known(condition.tag, ["task", name, "active_when"])
+        _known(file, condition.tag, ["task", name, "active_when"], tags)
     try:
         seconds(table.max_lag)
     except ValueError as error:
         raise file.error(["task", name, "max_lag"], str(error), 'write "2s"') from None
+
+
+def _check_train_when(file: TomlFile, table: TrainingTable, tags: dict[str, Tag]) -> None:
+    path: list[str | int] = ["training", "train_when"]
+    try:
+        rule = table.rule or ()
+    except ValueError as error:
+        raise file.error(path, str(error), 'write "Sat 06:00-14:00 or plc1/Running == 0"') from None
+    for condition in (term for terms in rule for term in terms if isinstance(term, Condition)):
+        _known(file, condition.tag, path, tags)
+        tag = tags[condition.tag]
+        if tag.width or tag.type == "string":
+            raise file.error(path, f"{tag.ref} is no number", "compare with a tag that is one")
 
 
 def _raw_topics(file: TomlFile, refs: tuple[str, ...], tags: dict[str, Tag]) -> dict[str, str]:

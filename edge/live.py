@@ -43,7 +43,10 @@ class Stats:
 
 @dataclass
 class Live:
-    """One task's way from samples to scores. `scorer` is swapped by whoever has a better one, between two windows."""
+    """One task's way from samples to scores. `scorer` is swapped by whoever has a better one, between two windows.
+
+    `watch` is given each window that could be trained on, but for its label.
+    """
 
     task: Task
     wiring: Wiring
@@ -54,6 +57,7 @@ class Live:
     scorer: Scorer | None = None
     learnt: bool = False
     made_ms: int = 0
+    watch: Callable[[Task, NDArray[np.float32]], object] | None = None
     stats: Stats = field(default_factory=Stats)
     last: dict[str, Any] = field(default_factory=dict)
     _first: list[NDArray[np.float32]] = field(default_factory=list)
@@ -109,6 +113,8 @@ class Live:
         if usable(task, window):
             stats.usable += 1
             stats.trainable += not is_holdout(task, window)
+        if self.watch and window.active and reliable:
+            self.watch(task, window.x)
         if self.scorer is None or not self._scaled(window, reliable=reliable):
             self._say(window, None, "learning", alarm=False, reliable=reliable, top=[])
             return

@@ -15,6 +15,7 @@ from edge.handback import Model
 from edge.store import State
 from edge.train import Result
 from models.delta import Layout, Vector
+from models.drift import Reference
 from models.scale import Scale
 from models.spec import parse_task
 
@@ -94,6 +95,7 @@ class Memory:
         if result.own is not None:
             self.keep_vector("own", result.own)
         self.keep_scale(result.scale)
+        self._put("reference", result.reference.to_json())
         self.keep_holdout(result.holdout)
 
     def scale(self) -> Scale | None:
@@ -104,6 +106,11 @@ class Memory:
     def keep_scale(self, scale: Scale) -> None:
         """Store the normalisation."""
         self._put("scale", scale.to_json())
+
+    def reference(self) -> Reference | None:
+        """What drift is measured against; None before the first training."""
+        data = self._get("reference")
+        return None if data is None else Reference.from_json(data)
 
     def holdout(self) -> Dataset | None:
         """The windows that judge every model offered; None before the first training."""

@@ -5,7 +5,7 @@ transition there is, and an event that a state does not name changes nothing.
 
     IDLE      no round concerns us: none is open, we declined it, or it is settled
     FETCHING  a round is open, its base model has not arrived yet
-    WAITING   the base is here, there are too few good windows to train on
+    WAITING   the base is here, there are too few good windows to train on, or training may not start yet
     TRAINING  the child trains
     SENT      the update is in the outbox until its receipt comes
 
@@ -88,6 +88,24 @@ class Unable:
 
 
 @dataclass(frozen=True)
+class MayTrain:
+    """Whether training may start now: `unless` is empty, or says what has to hold first.
+
+    That may come at `opens_ms` at the earliest, in milliseconds since 1970.
+    """
+
+    unless: str = ""
+    opens_ms: int = 0
+
+
+@dataclass(frozen=True)
+class Drifted:
+    """Signals have drifted from what was trained on, as `reason` says; empty: they have not, or not any more."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Reconnected:
     """The broker is there again; what we said may not have arrived."""
 
@@ -100,13 +118,14 @@ class PolicyChanged:
 
 
 Event = (
-    PlanSeen | ModelStored | WindowsReady | Trained | TrainingFailed | Settled | Unable | Reconnected | PolicyChanged
-)
+    PlanSeen | ModelStored | WindowsReady | Trained | TrainingFailed | Settled | Unable | MayTrain | Drifted
+    | Reconnected | PolicyChanged
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Say `joined` or `declined` to the aggregator, with a code and a sentence."""
+    """Say `joined` or `declined` to the aggregator, or `asks` for the next round; with a code and a sentence."""
 
     round: int
     verdict: str
@@ -160,7 +179,11 @@ class Participant:
     """One task's state. `handled` is the newest round that needs nothing more from us: its number and its opening.
 
     A round is newer when either grew: the number falls when an aggregator is restored from a backup, the time when
-    its clock is set back. `started` is the round that the child trains for.
+    its clock is set back. `started` is the round that the child trains for. `wish` says why the next round should come
+    early: it is said once a round is closed, and again whenever the aggregator may not have heard it.
+
+    Who may not start to train before the round's deadline declines, so that nobody waits for it, and joins after all if
+    the deadline moves on, or if it may start sooner than was known.
     """
 
     policy: Policy
@@ -174,6 +197,8 @@ class Participant:
     failures: int = 0
     answer: Answer | None = None
     started: tuple[int, int] = (0, 0)
+    wish: str = ""
+    may_train: MayTrain = MayTrain()
     _due: int = field(default=0, repr=False)
 
     def handle(self, event: Event) -> list[Action]:
@@ -197,11 +222,13 @@ class Participant:
             stop = [StopTraining()]
         if same and plan.state == "open" and self.state is not State.IDLE:
             self.plan = plan
-            return []
+            return self._begin() if self.state is State.WAITING else []
+        told = same and self.plan is not None and self.plan.state == plan.state
         self.plan, self.failures, self._due = plan, 0, 0
         if plan.state != "open" or not _newer(plan, self.handled):
+            late = self._too_late() if same and self.state is State.WAITING else []
             self.state = State.IDLE
-            return stop
+            return stop + late if told else stop + late + self._ask()
         return stop + self._join(plan)
 
     def _goes_on(self, plan: Plan) -> bool:
@@ -223,8 +250,8 @@ class Participant:
             against = "training", self.can_train
         if against:
             return self._decline(*against)
-        self.answer = Answer(plan.round, "joined", "ok", "")
-        return [self.answer, *self._begin()]
+        self.answer = None
+        return self._begin()
 
     def _decline(self, code: str, reason: str) -> list[Action]:
         if self.plan is None:
@@ -237,15 +264,35 @@ class Participant:
         """Go as far towards training as model and data allow."""
         if self.plan is None:
             return []
-        if self.stored != (self.plan.base, self.plan.base_digest):
+        plan, may = self.plan, self.may_train
+        said = self._say(Answer(plan.round, "joined", "ok", ""))
+        if self.stored != (plan.base, plan.base_digest):
             self.state = State.FETCHING
-        elif self.windows < max(self.min_windows, self._due):
+        elif self.windows < max(self.min_windows, self._due) or may.unless:
             self.state = State.WAITING
         else:
-            self.state = State.TRAINING
-            plan, self.started = self.plan, _named(self.plan)
-            return [StartTraining(plan.round, plan.base, plan.bits, plan.opened_ms, plan.keep_ppm, plan.ring)]
-        return []
+            self.state, self.started = State.TRAINING, _named(plan)
+            said.append(StartTraining(plan.round, plan.base, plan.bits, plan.opened_ms, plan.keep_ppm, plan.ring))
+        return said
+
+    def _say(self, answer: Answer) -> list[Action]:
+        """Answer the round, unless that is what was said last; or decline it as long as it is too early to train."""
+        plan, may = self.plan, self.may_train
+        if plan and may.unless and may.opens_ms > plan.deadline_ms:
+            text = f"training may start when {may.unless}, which is after the round's deadline"
+            answer = Answer(plan.round, "declined", "train-when", text)
+        if answer == self.answer:
+            return []
+        self.answer = answer
+        return [answer]
+
+    def _too_late(self) -> list[Action]:
+        """Say why a round that was joined is over without this gateway's update."""
+        if not self.may_train.unless or not self.answer or self.answer.verdict != "joined":
+            return []
+        text = f"training may start when {self.may_train.unless}, which did not hold before the round was over"
+        self.answer = Answer(self.answer.round, "declined", "train-when", text)
+        return [self.answer]
 
     def on_model(self, event: ModelStored) -> list[Action]:
         """The base may have come."""
@@ -261,7 +308,7 @@ class Participant:
         """The update stands in the outbox."""
         if event.round != self.started[0]:
             return []
-        self.state, self.handled = State.SENT, self.started
+        self.state, self.handled, self.wish = State.SENT, self.started, ""  # it has learnt from what is new
         return self._next()
 
     def on_failed(self, event: TrainingFailed) -> list[Action]:
@@ -299,8 +346,25 @@ class Participant:
         return self._decline("training", event.reason)
 
     def on_again(self, _event: Reconnected) -> list[Action]:
-        """Repeat the answer: the aggregator may not have heard it."""
-        return [self.answer] if self.answer and self.plan and self.plan.state == "open" else []
+        """Repeat the answer, or the wish: the aggregator may not have heard it."""
+        return [self.answer] if self.answer and self.plan and self.plan.state == "open" else self._ask()
+
+    def on_may_train(self, event: MayTrain) -> list[Action]:
+        """Training may start now, or it is known when."""
+        self.may_train = event
+        return self._begin() if self.state is State.WAITING else []
+
+    def on_drifted(self, event: Drifted) -> list[Action]:
+        """Wish for a round, or no longer."""
+        first, self.wish = not self.wish, event.reason
+        return self._ask() if first else []
+
+    def _ask(self) -> list[Action]:
+        """Say the wish, between two rounds that this gateway may take part in."""
+        plan = self.plan
+        if not self.wish or plan is None or plan.state != "closed" or self.can_train or objection(self.policy, plan):
+            return []
+        return [Answer(plan.round, "asks", "drift", self.wish)]
 
     def on_policy(self, event: PolicyChanged) -> list[Action]:
         """Leave a round that is no longer allowed, unless its update is already sent; the next plan meets the rest."""
@@ -319,6 +383,8 @@ _ANY: dict[type[Event], _Step] = {
     WindowsReady: Participant.on_windows,
     Settled: Participant.on_settled,
     Unable: Participant.on_unable,
+    MayTrain: Participant.on_may_train,
+    Drifted: Participant.on_drifted,
     Reconnected: Participant.on_again,
     PolicyChanged: Participant.on_policy,
 }

@@ -39,7 +39,7 @@ class Runner:
         """Read the state: before the event loop, or in the state's own thread."""
         self.name, self.table, self.shop = name, table, shop
         self.memory = Memory(shop.state, name)
-        self.scoring = Scoring(shop, self.memory, self._spawn)
+        self.scoring = Scoring(shop, self.memory, self._spawn, self._wish)
         self._ear = Ear(shop, self.memory)
         self.model: Model | None = None
         self.fetch: Fetch | None = None
@@ -49,8 +49,10 @@ class Runner:
         self._installing = asyncio.Lock()
         self._jobs: set[asyncio.Task[None]] = set()
         self._trainer = Trainer()
+        self._said: p.Answer | None = None
         self._training: asyncio.Task[None] | None = None
         self.participant = p.Participant(shop.config.policy, 1, handled=self.memory.handled())
+        self.participant.handle(shop.may_train())
         self.guard("start", self._load)
 
     def _load(self) -> None:
@@ -113,10 +115,16 @@ class Runner:
                 log.exception("%s: %s", self.name, problem)
 
     def tick(self) -> None:
-        """Once in a while: let held values count, and tell the participant how much there is to train on."""
+        """Once in a while: let held values count, and tell the participant whether, and on how much, it may train."""
+        self._do(self.participant.handle(self.shop.may_train()))
         if self.live:
             self.live.tick()
             self._do(self.participant.handle(p.WindowsReady(self._stored_before + self.live.stats.trainable)))
+
+    def _wish(self, why: str) -> None:
+        """Let the participant wish for a round, where the task lets gateways ask for one."""
+        if self.model and self.model.task.round.early is not None:
+            self._do(self.participant.handle(p.Drifted(why)))
 
     # -- messages, already verified ----------------------------------------------------------------------------------
 
@@ -206,19 +214,30 @@ class Runner:
             self.problem = f"{type(error).__name__}: {error}"
             log.error("%s: %s", self.name, self.problem, exc_info=error)
 
-    def _note(self, kind: str, body: dict[str, object]) -> None:
-        """Write to the ledger, soon."""
-        self._spawn(self.shop.state.commit(lambda: self.shop.state.record(kind, body)))
-
     def _answer(self, answer: p.Answer) -> None:
-        if answer.verdict == "declined":
+        if answer.verdict == "asks":
+            log.info("%s: asks for a round after round %d: %s", self.name, answer.round, answer.reason)
+        elif answer.verdict == "declined":
             log.warning("%s: round %d declined: %s", self.name, answer.round, answer.reason)
-            self._note("declined", {"task": self.name, "round": answer.round, "reason": answer.reason})
+        self._spawn(self._say(answer))
+
+    async def _say(self, answer: p.Answer) -> None:
+        """Send an answer, once the ledger has it; one that is said again is one entry."""
         topic = Uplink(self.shop.config.path, self.name, "answer").topic
         word = m.Answer(
             m.VERSION, answer.round, answer.verdict, answer.code, answer.reason[:512], int(time.time() * 1000)
         )
-        self.shop.publish(topic, self.shop.signer.seal(word, topic))
+        envelope = self.shop.signer.seal(word, topic)
+
+        def work() -> None:
+            if answer != self._said:
+                body: dict[str, object] = {"task": self.name, "round": answer.round, "reason": word.reason}
+                body |= {"code": answer.code, "message_bytes": len(envelope)}
+                self.shop.state.record(answer.verdict, body)
+                self._said = answer
+
+        await self.shop.state.commit(work)
+        self.shop.publish(topic, envelope)
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -344,6 +363,8 @@ class Runner:
             "scoring_model": live.scorer.version if live and live.scorer else None,
             "scoring_kind": live.scorer.kind if live and live.scorer else None,
             "last_model": self.scoring.kept,
+            "training_waits_for": self.participant.may_train.unless,
+            "drift": self.scoring.drift.last,
             "problem": self.problem,
             "last": live.last if live else {},
             **(asdict(live.stats) if live else {}),

@@ -14,6 +14,7 @@ from broker.topics import Local
 from edge.candidates import after_training, build, stored
 from edge.choose import GLOBAL
 from edge.config import TaskTable
+from edge.drift import Drift
 from edge.handback import Model
 from edge.infer import Scorer, contest, elect
 from edge.live import Live
@@ -31,11 +32,21 @@ log = logging.getLogger(__name__)
 class Scoring:
     """The models of one task. `offer` and `elect` are called one at a time; `kept` is what the last of them decided.
 
-    `live` is None before a first model is wired. `spawn` runs what need not be waited for.
+    `live` is None before a first model is wired. `spawn` runs what need not be waited for, `wish` is told why a round
+    would help.
     """
 
-    def __init__(self, shop: Shop, memory: Memory, spawn: Callable[[Coroutine[Any, Any, None]], object]) -> None:
+    def __init__(
+        self,
+        shop: Shop,
+        memory: Memory,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        wish: Callable[[str], object],
+    ) -> None:
         self._shop, self._memory, self._spawn = shop, memory, spawn
+        self.drift = Drift(shop, memory, spawn, wish)
+        # The signals that had drifted until the last training.
+        self._learnt_from = list[str]()
         self.live: Live | None = None
         self.kept: dict[str, Any] = {}
         # What the memory holds, at hand for the event loop.
@@ -51,7 +62,9 @@ class Scoring:
             self.live.task = task
         else:
             lag_ns = int(seconds(table.max_lag) * 1e9)
-            self.live = Live(task, wiring, lag_ns, self._publish, self._shop.samples.score, self._first_scale)
+            keep, watch = self._shop.samples.score, self.drift.take
+            self.live = Live(task, wiring, lag_ns, self._publish, keep, self._first_scale, watch=watch)
+            self.drift.begin()
             self.live.feed(self._shop.latest.samples())
         return self.live
 
@@ -74,6 +87,8 @@ class Scoring:
     def take_result(self, result: Result, *, personal: bool) -> None:
         """Go by what a training left here; `personal` says that the task keeps some positions to its gateways."""
         self.scale, self.holdout, self.own = result.scale, result.holdout, result.own
+        self._learnt_from = self.drift.drifted
+        self.drift.learnt(result.reference)
         if personal:
             self.personal = result.vector
 
@@ -113,6 +128,7 @@ class Scoring:
         vector = newest.personalised(self.personal, self.average)
         found = await asyncio.to_thread(after_training, self._shop.config.scoring, newest, vector, result)
         chosen, body = await asyncio.to_thread(elect, found.scorers, result.holdout)
+        body |= self._moved(self.live.scorer, chosen)
         self.swap(chosen, newest)
         self.kept = body | {"task": self._memory.task, "version": chosen.version}
         parts = [(share, found.weights[kind]) for kind, share in body["shares"].items()]
@@ -124,8 +140,22 @@ class Scoring:
         await self._shop.state.commit(work)
         log.info("%s: scores with %s of version %d", self._memory.task, chosen.kind, chosen.version)
 
+    def _moved(self, old: Scorer | None, new: Scorer) -> dict[str, Any]:
+        """What a training made of data that had drifted, for the ledger: what was unusual may be normal from now on."""
+        found: dict[str, Any] = {"drifted": self._learnt_from} if self._learnt_from else {}
+        if new.task.kind == "anomaly":
+            found["threshold"] = new.threshold
+            if old is not None and old.learnt:
+                found["threshold_before"] = old.threshold
+                if self._learnt_from and new.threshold > old.threshold:
+                    change = f"{old.threshold:.3g} to {new.threshold:.3g}"
+                    text = "%s: trained on what had drifted: the alarm's threshold rose from %s"
+                    log.warning(text, self._memory.task, change)
+        return found
+
     def repeat(self) -> None:
-        """Publish the last verdict again: a broker may have come back empty."""
+        """Publish the last verdict and drift again: a broker may have come back empty."""
+        self.drift.repeat()
         if self.live and self.live.last:
             self._publish(msgspec.json.encode(self.live.last))
 

@@ -1,15 +1,20 @@
 """What all tasks of a gateway share."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from broker.messages import Signer
+from broker.round import FOREVER_MS
 from edge.config import Config
+from edge.hours import holds, opens
+from edge.participant import MayTrain
 from edge.ring import Samples
 from edge.store import State
-from edge.tags import Sample, Scan
+from edge.tags import Quality, Sample, Scan
 
 _MOST_SCANS = 256  # sets of tags that were read together
 
@@ -40,6 +45,16 @@ class Latest:
         self._unpack()
         return sorted(self._samples.values(), key=_time)
 
+    def value(self, ref: str) -> float:
+        """Return a tag's newest number; NaN where there is none, or it is not good."""
+        known = [scan[scan.refs.index(ref)] for scan in self._scans.values() if ref in scan.refs]
+        if ref in self._samples:
+            known.append(self._samples[ref])
+        newest = max(known, key=_time, default=None)
+        if newest is None or newest.quality is not Quality.GOOD or not isinstance(newest.value, float):
+            return math.nan
+        return newest.value
+
     def _unpack(self) -> None:
         for scan in sorted(self._scans.values(), key=_time):
             for sample in scan:
@@ -69,3 +84,11 @@ class Shop:
     latest: Latest = field(default_factory=Latest)
     federation: str = ""
     federation_key: bytes = b""
+
+    def may_train(self) -> MayTrain:
+        """Say whether training may start now, by `train_when`, and when at the earliest if not."""
+        text, rule, now = self.config.training.train_when, self.config.training.rule, datetime.now().astimezone()
+        if text is None or rule is None or holds(rule, now, self.latest.value):
+            return MayTrain()
+        earliest = opens(rule, now)
+        return MayTrain(text, FOREVER_MS if earliest is None else int(earliest.timestamp() * 1000))

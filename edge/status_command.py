@@ -39,18 +39,38 @@ def _print_status(status: dict[str, Any], *, alive: bool) -> None:
     for name, health in status["sources"].items():
         _print_source(name, health)
     for name, task in status["tasks"].items():
-        scored = f"{task.get('scored', 0)} windows scored, {task['scoring_kind']} model {task['scoring_model']}"
-        print(f"  task     {name}: {scored}, round {task['round']} {task['state']} {task['answer']}".rstrip())
-        if task["problem"]:
-            print(f"           PROBLEM {task['problem']}")
-        elif task["model"] is None and mqtt["connected"]:
-            print(f"           no model has come yet: does a federation publish a task named {name}?")
+        _print_task(name, task, connected=mqtt["connected"])
     for reason, count in status["refused"].items():
         print(f"  refused  {count} times: {reason}")
     if status["store_notice"]:
         print(f"  STORE    {status['store_notice']}")
     if status["store_error"]:
         print(f"  STORE    {status['store_error']} ({status['samples_dropped']} samples dropped)")
+
+
+def _print_task(name: str, task: dict[str, Any], *, connected: bool) -> None:
+    scored = f"{task.get('scored', 0)} windows scored, {task['scoring_kind']} model {task['scoring_model']}"
+    print(f"  task     {name}: {scored}, round {task['round']} {task['state']} {task['answer']}".rstrip())
+    if task["problem"]:
+        print(f"           PROBLEM {task['problem']}")
+    elif task["model"] is None and connected:
+        print(f"           no model has come yet: does a federation publish a task named {name}?")
+    if task["state"] == "waiting" and task.get("training_waits_for"):
+        print(f"           training may start when {task['training_waits_for']}")
+    _print_drift(task)
+
+
+def _print_drift(task: dict[str, Any]) -> None:
+    """Say which signals are no longer what was trained on, and what a training on such made of an alarm's threshold."""
+    drift, chosen = task.get("drift") or {}, task.get("last_model") or {}
+    if drift.get("drifted"):
+        named = ", ".join(f"{name} {drift['psi'][name]}" for name in drift["drifted"][:_SHOWN])
+        more = f" and {len(drift['drifted']) - _SHOWN} more" if len(drift["drifted"]) > _SHOWN else ""
+        since = f"the newest {drift['windows']} windows, training had {drift['trained_on']}"
+        print(f"           DRIFT {named}{more} (PSI above {drift['above']}; {since})")
+    if chosen.get("drifted") and "threshold_before" in chosen:
+        moved = f"from {chosen['threshold_before']:.3g} to {chosen['threshold']:.3g}"
+        print(f"           THRESHOLD {moved}: trained on what had drifted ({', '.join(chosen['drifted'][:_SHOWN])})")
 
 
 def _print_stranger(status: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -73,6 +73,16 @@ def open_database(path: Path, schema: str, version: int, synchronous: str) -> sq
         raise
     db.close()
     raise SchemaError(path, found, version)
+
+
+def ledger_lines(folder: Path) -> list[str]:
+    """The ledger of a gateway with its state in a folder, which may be running; LocalError if it can't be read."""
+    path = folder / "state.db"
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=10)) as db:
+            return [line for (line,) in db.execute("SELECT line FROM ledger ORDER BY seq")]
+    except sqlite3.Error as error:
+        raise LocalError(f"{path} can't be read: {error}") from error
 
 
 class State:
@@ -190,6 +200,12 @@ class State:
         seq, previous = (last[0] + 1, last[1]) if last else (ledger.FIRST, ledger.GENESIS)
         entry = ledger.append(previous, seq, int(time.time() * 1000), kind, body)
         self._db.execute("INSERT INTO ledger VALUES (?, ?, ?)", (seq, entry.line, entry.hash))
+
+    def checkpoint(self, signer: ledger.Signs) -> None:
+        """Sign the ledger as it stands."""
+        last = self._db.execute("SELECT seq, hash FROM ledger ORDER BY seq DESC LIMIT 1").fetchone()
+        if last:
+            self.record(ledger.CHECKPOINT, {**ledger.checkpoint(last[1], last[0] + 1, signer)})
 
     def ledger(self) -> Iterator[str]:
         """Give the ledger as JSON lines, oldest first."""

@@ -22,6 +22,7 @@ from edge.dataset import Dataset
 from edge.feedback import Correction
 from edge.window import Wiring
 from models.delta import Layout, Vector
+from models.drift import Reference
 from models.errors import LocalError
 from models.scale import Scale
 
@@ -72,6 +73,7 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 class Result:
     """What the child learnt: weights (layout.size,), the windows and optimiser steps it took, scale and holdout.
 
+    `reference` is what drift is measured against.
     `tuned` (layout.size,) is the mean of the global models after further passes, sent to nobody; `own` the net that
     learns alone, None where the task wants none.
     """
@@ -83,6 +85,7 @@ class Result:
     seconds: float
     device: str
     scale: Scale
+    reference: Reference
     holdout: Dataset
     tuned: Vector
     own: Vector | None = None
@@ -265,7 +268,8 @@ def write_result(folder: Path, result: Result) -> None:
     with (folder / "partial").open("wb") as file:
         np.savez(
             file, vector=result.vector, numbers=numbers, device=np.array(result.device),
-            scale=np.frombuffer(result.scale.to_json(), np.uint8), holdout_x=result.holdout.x, holdout_y=y,
+            scale=np.frombuffer(result.scale.to_json(), np.uint8),
+            reference=np.frombuffer(result.reference.to_json(), np.uint8), holdout_x=result.holdout.x, holdout_y=y,
             tuned=result.tuned, own=np.empty(0, np.float32) if result.own is None else result.own,
         )  # fmt: skip
     (folder / "partial").rename(folder / _RESULT)
@@ -277,7 +281,8 @@ def _read(path: Path, size: int) -> Result:
         holdout = Dataset(z["holdout_x"], z["holdout_y"] if len(z["holdout_y"]) or not len(z["holdout_x"]) else None)
         scale = Scale.from_json(z["scale"].tobytes())
         own = z["own"] if z["own"].size else None
-        what = int(samples), int(steps), loss, took, str(z["device"]), scale, holdout
+        reference = Reference.from_json(z["reference"].tobytes())
+        what = int(samples), int(steps), loss, took, str(z["device"]), scale, reference, holdout
         result = Result(z["vector"], *what, z["tuned"], own)
     learnt = [result.vector, result.tuned, *([] if own is None else [own])]
     if any(vector.shape != (size,) or not np.isfinite(vector).all() for vector in learnt):

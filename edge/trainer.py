@@ -17,6 +17,7 @@ from edge.history import SampleReader
 from edge.stored import stored_windows
 from edge.train import DIVERGED, DONE, NOT_ENOUGH, Job, Result, lower_priority, write_result
 from models.delta import Layout, Vector
+from models.drift import Reference
 from models.scale import Scale
 from models.spec import Task, parse_task
 
@@ -70,6 +71,7 @@ def run(folder: Path) -> tuple[int, str]:
             fitted.seconds,
             fitted.device,
             scale,
+            Reference.learn(task, train.x),
             holdout,
             tuned,
             own,

@@ -24,7 +24,7 @@ Wide = NDArray[np.float64]
 # Of one tag, oldest first: times (N,) ns, values (N,) or (N, width), qualities (N,).
 Columns = tuple[NDArray[np.int64], NDArray[np.floating], NDArray[np.int8]]
 
-_OPERATORS: dict[str, Callable[[float, float], bool]] = {
+OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "==": operator.eq,
     "!=": operator.ne,
     "<=": operator.le,
@@ -153,7 +153,7 @@ class Rows:
         """Whether the machine-state gate held in all rows; a gate tag that is not good does not hold."""
         for c in self.wiring.gate:
             column = rows[:, self.index[c.tag]]
-            holds: NDArray[np.bool_] = _OPERATORS[c.compare](column, c.number)  # type: ignore[arg-type, assignment]
+            holds: NDArray[np.bool_] = OPERATORS[c.compare](column, c.number)  # type: ignore[arg-type, assignment]
             # Of all comparisons, NaN passes "is not" alone.
             if not holds.all() or (c.compare == "!=" and np.isnan(column).any()):
                 return False

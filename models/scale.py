@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from models.spec import Task
 
 Windows = NDArray[np.float32]
-_FLAT = 1e-6
+FLAT = 1e-6
 _FAR = 20
 
 
@@ -34,7 +34,7 @@ class Scale:
                     mean[c] = float(seen.mean())
                     # A channel that never moved says nothing: leave it at 0 rather than blow up its last digit.
                     spread = float(seen.std())
-                    std[c] = spread if spread > _FLAT * max(1.0, abs(mean[c])) else 1.0
+                    std[c] = spread if spread > FLAT * max(1.0, abs(mean[c])) else 1.0
         low_high = task.target.range if task.target else None
         target_mean, target_std = 0.0, 1.0
         if task.kind == "regression" and low_high:
@@ -51,7 +51,7 @@ class Scale:
             filled = np.where(keep, x, 0)
             mean = filled.sum(-1, keepdims=True) / many
             spread = np.sqrt((np.where(keep, x - mean, 0) ** 2).sum(-1, keepdims=True) / many)
-            scaled: Windows = ((x - mean) / np.maximum(spread, _FLAT)).astype(np.float32)
+            scaled: Windows = ((x - mean) / np.maximum(spread, FLAT)).astype(np.float32)
             return scaled
         mean_c, std_c = self._columns
         scaled = (x - mean_c) / std_c

@@ -24,6 +24,8 @@ MAX_BATCH = 65_536
 MAX_WINDOW_VALUES = 4_000_000
 MAX_STRIDE = 1_000_000
 MAX_DURATION_S = 10 * 366 * 86_400.0
+# Of fewer windows, an index of stability is mostly noise; all of them wait in memory, some values of each.
+DRIFT_WINDOWS = 100, 20_000
 
 _Need = Callable[[bool, list[str | int], str, str], None]
 
@@ -69,6 +71,13 @@ class Alarm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     quantile: float = 0.99
 
 
+class Drift(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """When a signal has drifted: its PSI (`models.drift`) over the newest `windows` windows is `above` this."""
+
+    above: float = 0.25
+    windows: int = 1000
+
+
 class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The local training of one round. `min_windows` good windows are needed before a gateway takes part.
 
@@ -97,6 +106,7 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """How the federation runs the task: `every` from one opening to the next, at most `deadline` per round.
 
     `keep` is the share of values that a sparse update keeps; None: steered by the holdouts (`broker.rate`).
+    `early`: so long after an opening, a gateway whose signals have drifted may have the next round opened.
     """
 
     strategy: str = "fedavg"
@@ -105,6 +115,7 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     min_gateways: int = 1
     deadline: str = "2h"
     every: str = "1d"
+    early: str | None = None
     rounds: int | None = None
     codec: Literal["sparse", "int2", "int4", "int8", "float32", "ring"] = "sparse"
     keep: float | None = None
@@ -136,6 +147,11 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         """Seconds."""
         return seconds(self.every)
 
+    @property
+    def early_s(self) -> float | None:
+        """Seconds; None where no gateway may ask for a round."""
+        return None if self.early is None else seconds(self.early)
+
 
 class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the task demands of the sum and of each gateway's noise."""
@@ -154,6 +170,7 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     personal: tuple[str, ...] = ()
     target: Target | None = None
     alarm: Alarm = Alarm()
+    drift: Drift = Drift()
     training: Training = Training()
     round: Round = Round()
     privacy: Privacy = Privacy()
@@ -223,6 +240,9 @@ def _check(file: TomlFile, task: Task) -> None:
         need(signal.name not in seen, ["signal", i, "name"], twice, "give each its own")
         seen.add(signal.name)
     need(0 < task.alarm.quantile < 1, ["alarm", "quantile"], "out of range", "write a part, such as 0.99")
+    need(task.drift.above > 0, ["drift", "above"], "out of range", "write a number above 0, such as 0.25")
+    few, many = DRIFT_WINDOWS
+    need(few <= task.drift.windows <= many, ["drift", "windows"], "out of range", f"write {few} to {many}")
     _check_window(need, task.window, task.channels)
     _check_target(need, task)
     _check_net(need, task)
@@ -287,12 +307,14 @@ def _check_round(file: TomlFile, need: _Need, r: Round) -> None:
     need(not few, ["round", "buffer"], "less than min_gateways", f"write {r.min_gateways} or more")
     need(0 <= r.momentum < 1, ["round", "momentum"], "out of range", "write 0.0 to 0.99")
     need(r.rounds is None or r.rounds >= 1, ["round", "rounds"], "out of range", "write 1 or more, or leave it out")
-    for key in ("deadline", "every"):
+    for key, text in (("deadline", r.deadline), ("every", r.every), ("early", r.early or "0s")):
         try:
-            duration = seconds(getattr(r, key))
+            duration = seconds(text)
         except ValueError as error:
             raise file.error(["round", key], str(error), 'write "90s", "2h", "7d" or "2w"') from None
         need(duration <= MAX_DURATION_S, ["round", key], "out of range", "write ten years at most")
+    soon = r.early_s is None or (r.mode == "sync" and r.early_s < r.every_s)
+    need(soon, ["round", "early"], "no earlier than the next round anyway", "write less than every, or leave it out")
 
 
 def _is_name(text: str) -> bool:

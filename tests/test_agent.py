@@ -1,5 +1,6 @@
 """The gateway's real process between a real PLC simulator, a real broker and the real aggregator."""
 
+import csv
 import hashlib
 import itertools
 import json
@@ -7,6 +8,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,19 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from broker import ledger, topics
 from broker.journal import Journal
-from broker.messages import MAX_PAYLOAD, Birth, Death, ModelManifest, Plan, Signer, Terms, Whole, open_envelope, peek
+from broker.messages import (
+    MAX_PAYLOAD,
+    Answer,
+    Birth,
+    Death,
+    ModelManifest,
+    Plan,
+    Signer,
+    Terms,
+    Whole,
+    open_envelope,
+    peek,
+)
 from edge.cli import main
 from edge.feedback import Correction
 from edge.lab.physics import FEATURES
@@ -151,12 +165,32 @@ def test_a_round_completes_and_scores_say_by_which_model(tmp_path: Path, kind: s
     state = State(p.stage.gateway_state(0))
     lines = [json.loads(line) for line in state.ledger()]
     ledger.verify(state.ledger())
-    assert [line["kind"] for line in lines][:2] == ["key-made", "federation-pinned"]
+    assert [line["kind"] for line in lines][:4] == ["key-made", "session", "checkpoint", "federation-pinned"]
     assert [line["body"]["outcome"] for line in lines if line["kind"] == "receipt"] == ["counted"]
     state.close()
+    nothing_else_left(p, tmp_path / "what-left")
+    assert main(["audit", "verify", str(p.stage.aggregator_state)]) == 0
     journal = Journal(p.stage.aggregator_state)
     assert list(journal.counted(TASK, 1)) == [str(PATH)]
     journal.close()
+
+
+def nothing_else_left(p: Plant, out: Path) -> None:
+    """Hold the report of what left a site against all that a broker saw below its `_fl/`, which alone is forwarded."""
+    assert main(["audit", "report", str(p.stage.gateway_state(0)), "--out", str(out)]) == 0
+    with (out / "left-this-site.csv").open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    key = bytes.fromhex(p.status()["public_key"])
+    update, answer = (topics.Uplink(PATH, TASK, kind).topic for kind in ("update", "answer"))
+    assert {topic for topic in p.heard if topic.startswith(f"{PATH}/_fl/")} == {STATUS, update, answer}
+    sent = {(hashlib.sha256(payload).hexdigest(), str(len(payload))) for payload in p.heard[update]}
+    assert sent == {(row["digest"], row["message_bytes"]) for row in rows if row["what"] == "update"}
+    said = [open_envelope(payload, answer, key, Answer) for payload in p.heard[answer]]
+    answers = {(row["what"], row["round"]) for row in rows if row["what"] in {"joined", "declined"}}
+    assert {(one.verdict, str(one.round)) for one in said} == answers
+    births = [open_envelope(one, STATUS, key, Birth) for one in p.heard[STATUS] if one and is_birth(one)]
+    assert len({one.session for one in births}) == sum(row["what"] == "birth" for row in rows)
+    assert all(f"software {one.software}, tasks {list(one.tasks)}" in rows[0]["detail"] for one in births)
 
 
 def test_an_asynchronous_federation_goes_from_version_to_version(tmp_path: Path) -> None:
@@ -259,6 +293,34 @@ def test_an_update_in_the_outbox_outlives_kill_9_and_an_empty_broker(
         assert kinds.count("receipt") == 1
         ledger.verify(state.ledger())
         state.close()
+
+
+def test_a_gateway_trains_when_it_may_and_says_why_it_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with plant(tmp_path, "amqtt") as p:
+        toml = tmp_path / "plant1" / "gateway.toml"
+        always = toml.read_text()
+        day = (datetime.now().astimezone() + timedelta(days=3)).strftime("%a")
+        toml.write_text(f'{always}\n[training]\ntrain_when = "{day} 06:00-14:00"\n')
+        for process in (*p.stage.plcs, p.stage.aggregator, p.gateway):
+            process.start()
+        p.until(lambda: p.aggregator().get("gateways", {}).get(str(PATH), {}).get("verdict") == "declined")
+        said = p.aggregator()["gateways"][str(PATH)]
+        reason = f"training may start when {day} 06:00-14:00, which is after the round's deadline"
+        assert (said["code"], said["reason"]) == ("train-when", reason)
+        p.until(lambda: p.task()["state"] == "waiting" and p.task()["scored"] > 20)
+        main(["edge", "status", "--state", str(p.stage.gateway_state(0))])
+        assert f"training may start when {day} 06:00-14:00\n" in capsys.readouterr().out
+        assert p.status()["outbox"] == 0
+        # Hours that hold: it joins the same round after all.
+        p.gateway.stop()
+        toml.write_text(f'{always}\n[training]\ntrain_when = "{day} or 00:00-24:00"\n')
+        p.gateway.start()
+        p.until(lambda: p.aggregator().get("state") == "done")
+    journal = Journal(p.stage.aggregator_state)
+    assert list(journal.counted(TASK, 1)) == [str(PATH)]
+    journal.close()
 
 
 def outbox(p: Plant) -> list[bytes]:

@@ -83,6 +83,7 @@ def test_every_command_has_help_with_an_example(path: str, capsys: pytest.Captur
         ("window", spec.Window),
         ("target", spec.Target),
         ("alarm", spec.Alarm),
+        ("drift", spec.Drift),
         ("training", spec.Training),
         ("round", spec.Round),
         ("privacy", spec.Privacy),
@@ -119,3 +120,12 @@ def test_the_readme_shows_a_real_run() -> None:
     text = (ROOT / "README.md").read_text()
     assert "DEMO_OUTPUT" not in text
     assert "lost, counted twice                 0, 0" in text
+
+
+def test_every_test_that_the_security_page_names_is_there() -> None:
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "security.md").read_text())
+    assert len(named) > 30
+    for file, test in named:
+        assert re.search(rf"^(async )?def {test}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), (
+            f"{file}::{test}"
+        )

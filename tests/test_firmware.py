@@ -200,6 +200,7 @@ GATEWAY = GatewayPath.parse("acme/lyon/press/line4/cell2")
 STAYS: list[Topic] = [
     Local(GATEWAY, "raw", "Temp"),
     Local(GATEWAY, "inference", "wear"),
+    Local(GATEWAY, "drift", "wear"),
     Local(GATEWAY, "feedback", "wear"),
     Local(GATEWAY, "health", "plc1"),
 ]

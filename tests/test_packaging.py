@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -128,4 +129,18 @@ def test_make_alone_says_what_there_is() -> None:
     done = subprocess.run([make], cwd=ROOT, env=outside, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     said = {line.split()[1] for line in done.stdout.splitlines()}
-    assert said == {"help", "demo", "test", "lint", "arm64", "clean"}
+    assert said == {"help", "demo", "test", "lint", "arm64", "sbom", "clean"}
+
+
+def test_the_bill_of_materials_names_what_a_gateway_installs(tmp_path: Path) -> None:
+    file = tmp_path / "sbom.json"
+    tool = [sys.executable, "-m", "cyclonedx_py", "environment", "--pyproject", str(ROOT / "pyproject.toml")]
+    subprocess.run([*tool, "--output-reproducible", "-o", str(file), sys.executable], check=True, capture_output=True)
+    found = json.loads(file.read_text())
+    assert (found["bomFormat"], found["metadata"]["component"]["name"]) == ("CycloneDX", "tundish")
+    named = {one["name"].lower(): one for one in found["components"]}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for wanted in project["dependencies"]:
+        name = re.split(r"[\[>=<!~ ]", wanted, maxsplit=1)[0].lower()
+        assert named[name]["version"] == version(name)
+        assert named[name]["purl"].startswith(f"pkg:pypi/{name}@")

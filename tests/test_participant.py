@@ -4,6 +4,7 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,8 @@ from edge import participant as p
 from edge.config import Policy
 from edge.participant import (
     Answer,
+    Drifted,
+    MayTrain,
     ModelStored,
     Participant,
     PlanSeen,
@@ -236,13 +239,89 @@ def test_a_policy_that_no_longer_allows_a_round_leaves_it(way: tuple[p.Event, ..
     assert tell(g, seen(2)) == [joined(2), StartTraining(2, 0, 4, 2)]
 
 
+def asks(number: int) -> Answer:
+    return Answer(number, "asks", "drift", "s1 0.4")
+
+
+def test_what_has_drifted_is_asked_for_between_rounds_until_it_is_trained_on() -> None:
+    g, wish = gateway(), Drifted("s1 0.4")
+    assert tell(g, wish, Reconnected()) == []  # no plan is known
+    assert tell(g, seen(1, state="closed")) == [asks(1)]
+    assert tell(g, seen(1, state="closed"), wish) == []
+    assert tell(g, Reconnected()) == [asks(1)]
+    assert tell(g, *READY, seen(2)) == [joined(2), StartTraining(2, 0, 4, 2)]
+    assert tell(g, wish, Drifted("s1 0.5"), Reconnected()) == [joined(2)]
+    # The round went without its update: it asks again; with one, it has what it wanted.
+    assert tell(g, seen(2, state="closed")) == [StopTraining(), Answer(2, "asks", "drift", "s1 0.5")]
+    assert tell(g, seen(3), Trained(3), seen(3, state="closed"), Reconnected()) == [
+        joined(3),
+        StartTraining(3, 0, 4, 3),
+    ]
+    # What drifts and comes back, or drifts after the last round, is not asked for.
+    assert tell(g, Drifted(""), wish, Drifted(""), Reconnected()) == [asks(3)]
+    assert tell(g, wish, seen(4, state="done"), Reconnected()) == [asks(3)]
+
+
+def test_who_may_not_or_can_not_take_part_asks_for_nothing() -> None:
+    for g in (gateway(Policy(federate=False)), gateway(can_train="no target")):
+        assert tell(g, seen(1, state="closed"), Drifted("s1 0.4"), Reconnected()) == []
+
+
+# -- train_when --------------------------------------------------------------------------------------------------------
+
+STILL = "plc/run == 0"
+
+
+def not_now(number: int, text: str) -> Answer:
+    return Answer(number, "declined", "train-when", f"training may start when {STILL}, which {text}")
+
+
+AFTER = "is after the round's deadline"
+
+
+def test_training_starts_when_it_may_and_a_running_one_goes_on() -> None:
+    g = gateway()
+    assert tell(g, MayTrain(STILL, 5), *READY, seen(1)) == [joined(1)]
+    assert tell(g, WindowsReady(20), seen(1), MayTrain(STILL, 9)) == []
+    assert tell(g, MayTrain()) == [StartTraining(1, 0, 4, 1)]
+    assert tell(g, MayTrain(STILL, 9), seen(1)) == []
+    # One that failed starts again when it may.
+    assert tell(g, TrainingFailed(1, "killed")) == []
+    assert tell(g, MayTrain()) == [StartTraining(1, 0, 4, 1)]
+
+
+def test_who_may_only_train_after_the_deadline_declines_and_joins_if_that_moves_on() -> None:
+    for way in ([seen(1), *READY], [*READY, seen(1)]):
+        g = gateway()
+        assert tell(g, MayTrain(STILL, 10), *way) == [not_now(1, AFTER)]
+        assert tell(g, seen(1), MayTrain(STILL, 11), WindowsReady(50)) == []
+        assert tell(g, Reconnected()) == [not_now(1, AFTER)]
+        later = PlanSeen(msgspec.structs.replace(plan(1), deadline_ms=12))
+        assert tell(g, later) == [joined(1)]
+        assert tell(g, MayTrain(STILL, 13)) == [not_now(1, AFTER)]  # the hours have passed
+        assert tell(g, MayTrain()) == [joined(1), StartTraining(1, 0, 4, 1)]
+
+
+def test_a_round_that_is_over_before_training_may_start_is_told_why() -> None:
+    g = gateway()
+    over = not_now(1, "did not hold before the round was over")
+    assert tell(g, MayTrain(STILL, 5), *READY, seen(1), seen(1, state="closed")) == [joined(1), over]
+    assert tell(g, MayTrain(), seen(1, state="closed")) == []
+    assert tell(g, seen(2)) == [joined(2), StartTraining(2, 0, 4, 2)]
+    # Who waits for data, or had declined, has nothing to add.
+    g = gateway()
+    assert tell(g, ModelStored(0, bytes(32)), seen(1), seen(1, state="closed")) == [joined(1)]
+    assert tell(g, MayTrain(STILL, 10), seen(2), seen(2, state="closed")) == [not_now(2, AFTER)]
+
+
 # -- every pair, any order ---------------------------------------------------------------------------------------------
 
 
 EVENTS: dict[type, p.Event] = {
     PlanSeen: seen(1), ModelStored: ModelStored(0, bytes(32)), WindowsReady: WindowsReady(10), Trained: Trained(1),
     TrainingFailed: TrainingFailed(1, "killed"), Settled: Settled(1, "counted"), Unable: Unable(""),
-    Reconnected: Reconnected(), PolicyChanged: PolicyChanged(Policy()),
+    MayTrain: MayTrain(), Drifted: Drifted("s1 0.4"), Reconnected: Reconnected(),
+    PolicyChanged: PolicyChanged(Policy()),
 }  # fmt: skip
 WAYS: dict[State, tuple[p.Event, ...]] = {
     State.IDLE: (), State.FETCHING: (seen(1),), State.WAITING: (seen(1), ModelStored(0, bytes(32))),
@@ -317,21 +396,26 @@ class World:
                     assert action.round not in self.trained
                     assert not (answer := self.said.get(action.round)) or answer.verdict == "joined"
                     assert p.objection(self.policy, known) is None
+                    assert not self.g.may_train.unless
                     self.running = action
                 case StopTraining():
                     assert self.running is not None
                     self.running = None
+                case Answer(verdict="asks"):
+                    assert self.g.plan is not None
+                    assert (action.round, self.g.plan.state) == (self.g.plan.round, "closed")
+                    assert p.objection(self.policy, self.g.plan) is None
                 case Answer():
                     before = self.said.get(action.round)
                     if before is not None and before != action:
-                        # The one cause there is: the training failed three times, or it can't be wired after all.
-                        assert before.verdict == "joined"
-                        assert action.code in {"training-failed", "training"}
-                        assert isinstance(event, TrainingFailed | Unable)
+                        # The causes there are: the training failed three times, it can't be wired after all, or hours.
+                        assert before.verdict == "joined" or before.code == "train-when"
+                        assert action.code in {"training-failed", "training", "train-when", "ok"}
+                        assert isinstance(event, TrainingFailed | Unable) == action.code.startswith("training")
                     assert i == 0 or isinstance(actions[i - 1], StopTraining)
                     self.said[action.round] = action
 
-    def step(self, what: str, count: int) -> None:  # noqa: C901 - one branch for each thing that can happen
+    def step(self, what: str, count: int) -> None:  # noqa: C901, PLR0912 - one branch for each thing that can happen
         if what == "open" and not self.open:
             self.number, self.open = self.number + 1, True
         elif what == "close" and self.open:
@@ -359,6 +443,10 @@ class World:
             self.tell(Settled(first, "counted"))
         elif what == "reconnect":
             self.tell(Reconnected())
+        elif what == "hours":
+            self.tell([MayTrain(), MayTrain(STILL, 5), MayTrain(STILL, 10)][count % 3])
+        elif what == "drift":
+            self.tell(Drifted("s1 0.4" if count > 2 else ""))
         elif what == "unable":
             self.tell(Unable("no target" if count > 6 else ""))
         elif what == "restart":
@@ -374,7 +462,7 @@ steps = st.lists(
         st.sampled_from([
             "open", "open", "close", "plan", "plan", "plan", "model", "model", "windows", "windows", "finish",
             "fail", "few",
-            "receipt", "reconnect", "unable", "restart",
+            "receipt", "reconnect", "unable", "restart", "drift", "hours",
         ]),
         st.integers(1, 8),
     ),
@@ -397,6 +485,7 @@ def test_whatever_happens(script: list[tuple[str, int]], policy: Policy) -> None
     for what in ("close", "plan", "model", "open", "plan"):
         world.step(what, 1)
     world.step("windows", 200)
+    world.step("hours", 3)
     known = world.g.plan
     assert known is not None
     assert known.round == world.number

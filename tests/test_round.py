@@ -12,6 +12,7 @@ from broker import round as rounds
 from broker.federation import (
     Aggregated,
     Answered,
+    Asked,
     Born,
     Connected,
     Died,
@@ -52,7 +53,7 @@ def test_every_transition_stands_in_the_table() -> None:
     assert rounds.TRANSITIONS.keys() == set(itertools.product(rounds.State, events))
     with pytest.raises(LocalError, match="knows no Event"):
         sync().handle(rounds.Event(), 0)
-    more = [Born, Died, Answered, federation.Submitted, federation.Refused, Disconnected, Connected, Tick]
+    more = [Born, Died, Answered, Asked, federation.Submitted, federation.Refused, Disconnected, Connected, Tick]
     pairs = {*itertools.product(federation.State, more), (federation.State.CLOSING, Aggregated)}
     assert federation.TRANSITIONS.keys() == pairs
     with pytest.raises(LocalError, match="waiting knows no Aggregated"):
@@ -266,6 +267,34 @@ def test_opens_with_enough_gateways_and_then_every() -> None:
     assert f.next_opening_ms == 7 + HOUR
     assert tell(f, Tick(), now=6 + HOUR) == []
     assert tell(f, Tick(), now=7 + HOUR) == [Open(2, 1, 7 + HOUR, 107 + HOUR)]
+
+
+def early(early_ms: int | None = 50) -> Federation:
+    """Between round 1, which opened at 0, and round 2."""
+    f = Federation(Rules(2, 100, HOUR, early_ms=early_ms), version=0, past=None)
+    tell(f, Born("a", 1), Born("b", 1), update("a"), update("b"), Aggregated(1))
+    return f
+
+
+def test_a_gateway_may_have_the_next_round_opened_early() -> None:
+    f = early()
+    assert tell(f, Asked("a", 1), Tick(), now=49) == []
+    assert f.next_opening_ms == 50
+    assert tell(f, Tick(), now=50) == [Open(2, 1, 50, 150, "a")]
+    assert tell(f, Asked("b", 2), update("a", 2, 1), update("b", 2, 1), now=60)[-1] == Close(2, 1)
+    assert tell(f, Asked("b", 2), Aggregated(2), Tick(), now=HOUR) == []  # in a round, and while it closes
+    assert tell(f, Asked("b", 1), Asked("b", 3), Asked("x", 2), Tick(), now=HOUR) == []  # of before, of later, by whom?
+    assert tell(f, Asked("b", 2), now=HOUR) == [Open(3, 2, HOUR, HOUR + 100, "b")]
+
+
+def test_who_asks_opens_no_round_that_may_not_be() -> None:
+    assert tell(early(None), Asked("a", 1), Tick(), now=HOUR - 1) == []
+    f = early()
+    assert tell(f, Died("b", 1), Asked("a", 1), Asked("b", 1), Tick(), now=60) == []  # too few are there
+    assert tell(f, Born("b", 2), now=61) == [Open(2, 1, 61, 161, "a")]
+    f = early()
+    tell(f, Asked("a", 1), now=1)
+    assert tell(f, Tick(), now=HOUR) == [Open(2, 1, HOUR, HOUR + 100)]  # its time had come anyway
 
 
 def test_every_zero_opens_at_once_and_rounds_end() -> None:

@@ -223,7 +223,8 @@ class Gateway:
 
     def answer(self, number: int, verdict: str) -> None:
         topic = topics.Uplink(self.path, "wear", "answer").topic
-        code, reason = ("", "") if verdict == "joined" else ("too-few", "not enough windows")
+        said = {"joined": ("", ""), "declined": ("too-few", "not enough windows"), "asks": ("drift", "T 0.4")}
+        code, reason = said[verdict]
         self.link.publish(topic, self.signer.seal(Answer(1, number, verdict, code, reason, 1), topic))
 
     def send(
@@ -475,6 +476,24 @@ async def test_who_declines_or_dies_is_not_waited_for(broker: BrokerProcess, tmp
             await until(lambda: plant.status()["tasks"]["wear"]["state"] == "done")
             said = plant.status()["tasks"]["wear"]["gateways"][str(there[0].path)]
             assert (said["verdict"], said["code"]) == ("declined", "too-few")
+
+
+async def test_a_gateway_whose_signals_drifted_has_the_next_round_opened(broker: BrokerProcess, tmp_path: Path) -> None:
+    plant = Plant(tmp_path, broker.url, rounds=2)
+    file = tmp_path / "wear.toml"
+    file.write_text(file.read_text().replace('every = "0s"', 'every = "7d"\nearly = "0s"'))
+    async with gateways(broker.url) as there, plant.service():
+        plan = await open_plan(there)
+        for i, g in enumerate(there):
+            g.send(plan, delta(i))
+        await until(lambda: all((p := g.plan()) and p.state == "closed" for g in there))
+        there[0].answer(0, "asks")  # about a round that is none
+        there[1].answer(1, "asks")
+        assert (await open_plan(there, 2)).base == 1
+    journal = Journal(plant.state)
+    opened = [line["body"] for line in map(json.loads, journal.ledger_lines()) if line["kind"] == "opened"]
+    journal.close()
+    assert [body.get("asked") for body in opened] == [None, str(there[1].path)]
 
 
 async def test_kill_9_after_one_counted_update(broker: BrokerProcess, tmp_path: Path) -> None:

@@ -324,7 +324,7 @@ def test_the_ledger_is_a_chain(tmp_path: Path) -> None:
         ledger.verify([*lines[:2], lines[2].replace('"round":2', '"round":3'), *lines[3:]])
 
 
-@pytest.mark.parametrize(("name", "known"), [("state.db", 1), ("samples.db", 2)])
+@pytest.mark.parametrize(("name", "known"), [("state.db", 1), ("samples.db", 3)])
 def test_a_file_of_another_version_is_refused(tmp_path: Path, name: str, known: int) -> None:
     db = sqlite3.connect(tmp_path / name)
     db.execute("PRAGMA user_version = 9")

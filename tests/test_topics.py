@@ -29,7 +29,7 @@ paths = st.builds(GatewayPath, levels, levels, levels, levels, levels)
 any_topic: st.SearchStrategy[Topic] = st.one_of(
     st.builds(Status, paths),
     st.builds(Uplink, paths, segments, segments),
-    st.builds(Local, paths, st.sampled_from(["raw", "inference", "feedback"]), segments),
+    st.builds(Local, paths, st.sampled_from(["raw", "inference", "drift", "feedback", "health"]), segments),
     st.builds(FederationStatus, segments),
     st.builds(RoundPlan, segments, segments),
     st.builds(Manifest, segments, segments),

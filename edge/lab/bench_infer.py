@@ -1,8 +1,9 @@
 """`tundish bench infer`: a window from its last value to its score, beside the same session's bare run.
 
 Ours is what a gateway does with a row of values that completes a window: gate, quality, normalisation, ONNX Runtime,
-verdict, the score for the store, and the `_inference` message to a broker over MQTT. Raw is `session.run` on an input
-that is scaled already. They take turns. Then rows come at a pace, without and with a training beside them.
+verdict, the values kept for drift, the score for the store, and the `_inference` message to a broker over MQTT. Raw is
+`session.run` on an input that is scaled already. They take turns. Then rows come at a pace, without and with a training
+beside them.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from broker.link import Link, MqttSettings
 from broker.topics import GatewayPath, Local
@@ -25,9 +27,10 @@ from edge.live import Live
 from edge.tags import Quality, Sample
 from edge.window import Wiring, parse_gate
 from models.delta import Layout
+from models.drift import picked
 from models.errors import LocalError, UserError
 from models.scale import Scale
-from models.spec import parse_task
+from models.spec import Task, parse_task
 
 _SIGNALS, _LENGTH = 4, 256
 _TASK = (
@@ -110,7 +113,12 @@ class _Feed:
         def publish(payload: bytes) -> None:
             link.publish(topic, payload, qos=0, retain=True)
 
-        self.live = Live(task, wiring, 0, publish, scores.append, lambda _: None, scorer, learnt=True)
+        newest = list[NDArray[np.float32]]()
+
+        def watch(task: Task, x: NDArray[np.float32]) -> None:
+            newest.append(picked(task, x[None])[0])
+
+        self.live = Live(task, wiring, 0, publish, scores.append, lambda _: None, scorer, learnt=True, watch=watch)
         self.session = scorer.session
         self._refs = (*signals, "plc/running")
         self._step_ns, self._steps, self._random = wiring.step_ns, count(), np.random.default_rng(0)

@@ -99,7 +99,8 @@ def mosquitto_path() -> str | None:
 def mqtt_broker(kind: str, port: int, folder: Path) -> Process:
     """Make (not start) a broker on loopback: `embedded` is amqtt, `mosquitto` the real one.
 
-    Both forget everything when they stop, which is the harder case for those who talk to them.
+    Both forget everything when they stop, which is the harder case for those who talk to them. Mosquitto reads
+    mosquitto.conf in the folder.
     """
     log = folder / "broker.log"
     if kind == "embedded":
@@ -107,13 +108,7 @@ def mqtt_broker(kind: str, port: int, folder: Path) -> Process:
     binary = mosquitto_path()
     if binary is None:
         raise LocalError("mosquitto is not installed; apt-get install mosquitto, or use --broker embedded")
-    conf = folder / "mosquitto.conf"
-    lines = [
-        f"listener {port} 127.0.0.1", "allow_anonymous true", "persistence false", "max_packet_size 300000",
-        "max_inflight_messages 64", "max_queued_messages 10000",
-    ]  # fmt: skip
-    conf.write_text("\n".join([*lines, ""]))
-    return Process("broker", [binary, "-c", str(conf)], log)
+    return Process("broker", [binary, "-c", str(folder / "mosquitto.conf")], log)
 
 
 def wait_for(what: str, ready: Callable[[], bool], processes: list[Process], timeout_s: float) -> None:

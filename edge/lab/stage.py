@@ -1,6 +1,7 @@
 """A whole federation on one machine: the files a user would write, and the processes that a user would start."""
 
 import csv
+import getpass
 import io
 import json
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ min_windows = 60
 """
 
 
-def _gateway_toml(scenario: Scenario, i: int, mqtt: int, opcua: int, modbus: int) -> str:
+def _gateway_toml(scenario: Scenario, i: int, mqtt: str, opcua: int, modbus: int) -> str:
     layout, task = scenario.layout, scenario.task
     if layout is None:
         wires = _WIRES
@@ -177,7 +178,7 @@ tags = "drive.csv"
 path = "{gateway_path(i)}"
 
 [mqtt]
-url = "mqtt://127.0.0.1:{mqtt}"
+url = "{mqtt}"
 
 [[source]]
 name = "plc"
@@ -209,20 +210,58 @@ class Stage:
         self.scenario, self.folder = scenario, folder
         self.mqtt_port = free_port()
         self.broker = mqtt_broker(scenario.broker, self.mqtt_port, self._dir("broker"))
+        secure = scenario.broker == "mosquitto"
+        self._url = f"{'mqtts://localhost' if secure else 'mqtt://127.0.0.1'}:{self.mqtt_port}"
         federation = self._dir("aggregator")
         (federation / "task.toml").write_text(task_toml(scenario))
         (federation / "federation.toml").write_text(
-            f'[federation]\nname = "{FEDERATION}"\nroots = ["demo"]\njoin = "first-seen"\n\n'
-            f'[mqtt]\nurl = "mqtt://127.0.0.1:{self.mqtt_port}"\n\n[[task]]\nfile = "task.toml"\n'
+            f'[federation]\nname = "{FEDERATION}"\nroots = ["demo"]\n'
+            f'join = "{"enrolled" if secure else "first-seen"}"\n\n'
+            f'[[task]]\nfile = "task.toml"\n\n[mqtt]\nurl = "{self._url}"\n'
         )
-        run = python(
-            "edge.cli", "broker", "run", "-c", federation / "federation.toml", "--state", self.aggregator_state
-        )
-        self.aggregator = Process("aggregator", run, federation / "aggregator.log")
+        self.aggregator = Process("aggregator", self._broker("run"), federation / "aggregator.log")
         self.plcs: list[Process] = []
         self.gateways: list[Process] = []
         for i in range(scenario.gateways):
             self._plant(i)
+
+    def _broker(self, verb: str, *options: object) -> list[str]:
+        """One of the operator's commands."""
+        config = self.folder / "aggregator" / "federation.toml"
+        return python("edge.cli", "broker", verb, "-c", config, "--state", self.aggregator_state, *options)
+
+    def _edge(self, i: int, verb: str, *options: object) -> list[str]:
+        """One of the commands at gateway i."""
+        config = self.folder / f"plant{i + 1}" / "gateway.toml"
+        return python("edge.cli", "edge", verb, "-c", config, "--state", self.gateway_state(i), *options)
+
+    def enrol(self) -> None:
+        """Make the authority, enrol every gateway by two files, and write what Mosquitto reads: for TLS on both sides.
+
+        With the embedded broker, which has no TLS, there is nothing to do.
+        """
+        if self.scenario.broker != "mosquitto":
+            return
+        log = self.folder / "enrolment.log"
+
+        def step(command: list[str]) -> None:
+            Process("enrolment", command, log).complete()
+
+        step(self._broker("init", "--host", "localhost"))
+        pki = self.aggregator_state / "pki"
+        with (self.folder / "aggregator" / "federation.toml").open("a") as file:
+            for key, name in (("ca", "ca.pem"), ("cert", "aggregator.pem"), ("key", "aggregator.key")):
+                file.write(f'{key} = "{pki / name}"\n')
+        for i in range(self.scenario.gateways):
+            request, answer = (self.folder / f"plant{i + 1}" / f"gateway.{end}" for end in ("request", "admission"))
+            step(self._edge(i, "export", "--request", request))
+            step(self._broker("enrol", "--path", gateway_path(i), "--request", request, "--out", answer))
+            step(self._edge(i, "import", answer))
+        folder = self._dir("broker")
+        step(self._broker("acl", "--out", folder, "--port", self.mqtt_port))
+        with (folder / "mosquitto.conf").open("a") as file:
+            # Files of this user, and a broker that comes back empty: the harder case for those who talk to it.
+            file.write(f"user {getpass.getuser()}\npersistence false\n")
 
     def _dir(self, name: str) -> Path:
         path = self.folder / name
@@ -241,9 +280,8 @@ class Stage:
         plc, drive = tags_csv(scenario.layout)
         (folder / "plc.csv").write_text(plc)
         (folder / "drive.csv").write_text(drive)
-        (folder / "gateway.toml").write_text(_gateway_toml(scenario, i, self.mqtt_port, opcua, modbus))
-        run = python("edge.cli", "edge", "run", "-c", folder / "gateway.toml", "--state", self.gateway_state(i))
-        self.gateways.append(Process(f"gateway {i + 1}", run, folder / "gateway.log"))
+        (folder / "gateway.toml").write_text(_gateway_toml(scenario, i, self._url, opcua, modbus))
+        self.gateways.append(Process(f"gateway {i + 1}", self._edge(i, "run"), folder / "gateway.log"))
 
     @property
     def aggregator_state(self) -> Path:

@@ -1,0 +1,183 @@
+"""Proof: ledgers that hold and ledgers that were touched, and the report of what left a site."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from broker import ledger
+from broker.journal import Journal
+from broker.messages import Signer
+from edge.cli import main
+from edge.identity import own_signer
+from edge.store import State
+
+OTHER = Signer.from_bytes(bytes(32))
+SESSION = {"path": "a/b/c/d/e", "session": 1, "software": "0.1.0", "tasks": ["wear"], "policy": {"min_gateways": 3}}
+
+
+def fill(state: State) -> None:
+    signer = own_signer(state)
+    with state.transaction():
+        state.record("session", {**SESSION})
+        state.checkpoint(signer)
+        state.record("joined", {"task": "wear", "round": 1, "reason": "", "message_bytes": 90})
+        update = {"task": "wear", "round": 1, "samples": 200, "digest": "ab" * 32, "bytes": 300, "message_bytes": 400}
+        state.record("update", {**update})
+        state.record("receipt", {"task": "wear", "round": 1, "digest": "ab" * 32, "outcome": "counted"})
+        state.record("update", {**update, "round": 2, "digest": "cd" * 32})
+        state.record("declined", {"task": "wear", "round": 3, "reason": "=too few", "message_bytes": 95})
+        state.checkpoint(signer)
+        state.record("feedback", {"task": "wear"})
+
+
+@pytest.fixture
+def gateway(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "state"
+    with closing(State(folder)) as state:
+        fill(state)
+        yield folder  # read while it is open, as on a running gateway
+
+
+def lines(folder: Path) -> list[str]:
+    with closing(State(folder)) as state:
+        return list(state.ledger())
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_a_ledger_holds_and_says_who_signed_how_much(gateway: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "verify", str(gateway)]) == 0
+    text = said(capsys)
+    assert f"{gateway}: ok, 10 entries" in text
+    assert "up to entry 8" in text
+    assert main(["audit", "verify", str(gateway), "--json"]) == 0
+    head = json.loads(said(capsys))
+    with closing(State(gateway)) as state:
+        key = own_signer(state).public_key.hex()
+    assert (head["entries"], head["signed"], head["key"]) == (10, 8, key)
+    assert main(["audit", "verify", str(gateway), "--key", key.upper(), "--head", head["hash"]]) == 0
+
+
+def test_a_head_that_was_kept_shows_what_was_taken_away(gateway: Path, tmp_path: Path) -> None:
+    found = lines(gateway)
+    file = tmp_path / "ledger.jsonl"
+    file.write_text("\n".join(found) + "\n")
+    head = ledger.verify(found).hash
+    assert main(["audit", "verify", str(file), "--head", head]) == 0
+    file.write_text("\n".join(found[:-1]) + "\n")
+    assert main(["audit", "verify", str(file)]) == 0  # a shorter chain holds too
+    assert main(["audit", "verify", str(file), "--head", head]) == 1
+
+
+Touch = Callable[[list[str]], list[str]]
+
+
+def rewritten(found: list[str], start: int, change: Callable[[dict[str, Any]], None]) -> list[str]:
+    """The chain as somebody without the key would write it anew after a change."""
+    out, prev = found[:start], json.loads(found[start])["prev"]
+    for line in found[start:]:
+        one = json.loads(line)
+        if len(out) == start:
+            change(one)
+        entry = ledger.append(prev, one["seq"], one["time_ms"], one["kind"], one["body"])
+        out, prev = [*out, entry.line], entry.hash
+    return out
+
+
+@pytest.mark.parametrize(
+    ("touch", "says"),
+    [
+        (lambda f: [*f[:4], f[4].replace('"bytes":300', '"bytes":30'), *f[5:]], "ledger entry 5: changed after it was"),
+        (lambda f: f[:4] + f[5:], "ledger entry 5: numbered 6"),
+        (lambda f: [*f[:4], f[5], f[4], *f[6:]], "ledger entry 5: numbered 6"),
+        (lambda f: rewritten(f, 4, lambda one: one["body"].update(bytes=30)), "entry 9: its signature"),
+        (lambda f: rewritten(f, 2, lambda one: one["body"].update(key=OTHER.public_key.hex())), "entry 3: its"),
+        (lambda f: rewritten(f, 2, lambda one: one["body"].update(key=7)), "entry 3: its signature does not verify"),
+        (lambda f: [*f[:4], "{", *f[5:]], "ledger entry 5: not JSON"),
+        (lambda f: [*f[:4], f[4].replace('"time_ms":', '"time_ms":"x","y":'), *f[5:]], "ledger entry 5: not an entry"),
+    ],
+)  # fmt: skip
+def test_what_was_touched_is_found(
+    gateway: Path, tmp_path: Path, touch: Touch, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "ledger.jsonl"
+    file.write_text("\n".join(touch(lines(gateway))) + "\n")
+    assert main(["audit", "verify", str(file)]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert says in err
+    assert main(["audit", "report", str(file), "--out", str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_key_has_signed_nothing(gateway: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "verify", str(gateway), "--key", OTHER.public_key.hex()]) == 1
+    assert "ledger entry 3: signed by" in capsys.readouterr().err
+    file = tmp_path / "ledger.jsonl"
+    unsigned = ledger.append(ledger.GENESIS, 1, 5, "session", SESSION)
+    file.write_text(unsigned.line)
+    assert main(["audit", "verify", str(file)]) == 0
+    assert "not signed: whoever has the file may have written it" in said(capsys)
+    assert main(["audit", "verify", str(file), "--key", OTHER.public_key.hex()]) == 1
+
+
+def test_what_left_is_one_table_and_one_page(gateway: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["audit", "report", str(gateway), "--out", str(out)]) == 0
+    assert said(capsys).startswith("5 things left this site: ")
+    with (out / "left-this-site.csv").open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["what"] for row in rows] == ["birth", "joined", "update", "update", "declined"]
+    counted, open_ = rows[2:4]
+    assert (counted["digest"], counted["payload_bytes"], counted["message_bytes"]) == ("ab" * 32, "300", "400")
+    assert counted["answered"].startswith("counted 20")
+    assert open_["answered"] == "not answered yet"
+    assert rows[4]["detail"] == "'=too few"  # no formula for a spreadsheet
+    page = (out / "report.html").read_text()
+    assert "2: 600 bytes of weight deltas, 800 with signatures" in page
+    assert "<script" not in page
+    assert ledger.verify(lines(gateway)).hash in page
+
+
+def test_an_aggregators_ledger_is_checked_too_and_is_no_sites(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with closing(Journal(tmp_path)) as journal:
+        with journal.transaction():
+            journal.note(1, "task", {"task": "wear"})
+            journal.checkpoint(2, OTHER)
+        assert main(["audit", "verify", str(tmp_path), "--key", OTHER.public_key.hex()]) == 0
+    assert "ok, 2 entries, 1970-01-01T00:00:00Z" in said(capsys)
+    assert main(["audit", "report", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "is no gateway's ledger; name the gateway's state folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "says"),
+    [
+        (None, 2, "holds no ledger (No such file or directory); name the state folder of a gateway"),
+        (b"\xff\xfe", 2, "is no ledger; name the state folder"),
+        (b"x" * (1 << 20) + b"\n", 2, "longer than 1048576 characters; name a ledger"),
+        (b"hello\n", 1, "ledger entry 1: not JSON"),
+        (b"[" * 100_000, 1, "ledger entry 1: not JSON (RecursionError)"),
+    ],
+)
+def test_what_is_no_ledger(
+    tmp_path: Path, text: bytes | None, code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "place"
+    if text is not None:
+        place.write_bytes(text)
+    assert main(["audit", "verify", str(place)]) == code
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert says in err
