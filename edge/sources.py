@@ -62,8 +62,9 @@ class Sources:
                     with contextlib.suppress(asyncio.CancelledError):
                         await asyncio.wait([work])
                 error = None if work.cancelled() else work.exception()
-                name, self._counted[source.name] = source.name, driver.health
-                log.critical("driver of %s ended, which it should not; it is started again", name, exc_info=error)
+                self._counted[source.name] = driver.health
+                text = "driver of %s ended, which it should not; it is started again"
+                log.critical(text, source.name, exc_info=error)
                 await asyncio.sleep(_RESTART_S)
         finally:
             self.drivers.pop(source.name, None)
