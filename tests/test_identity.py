@@ -420,13 +420,16 @@ def test_who_has_no_right_to_connect_does_not(broker: tuple[Operator, int, Path]
         party.close()
 
 
-def test_gateway_and_aggregator_meet_over_it(broker: tuple[Operator, int, Path]) -> None:
+def test_gateway_and_aggregator_meet_over_it(
+    broker: tuple[Operator, int, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     operator, port, folder = broker
     pki, cell = operator.state / "pki", folder / "cell0"
     toml = operator.config.read_text()
     tls = f'ca = "{pki / "ca.pem"}"\ncert = "{pki / "aggregator.pem"}"\nkey = "{pki / "aggregator.key"}"\n'
     url = f'url = "mqtts://localhost:{port}"\n'
-    operator.config.write_text(toml.replace('url = "mqtts://localhost"\n', url + tls))
+    enrolment = f'[enrolment]\nlisten = "127.0.0.1:{free_port()}"\n'
+    operator.config.write_text(toml.replace('url = "mqtts://localhost"\n', url + tls) + enrolment)
     gateway_toml(cell, HERE, port)
     run = [sys.executable, "-m", "edge.cli"]
     commands = (
@@ -449,3 +452,10 @@ def test_gateway_and_aggregator_meet_over_it(broker: tuple[Operator, int, Path])
         until(lambda: seen().get("online"), 120)
         # It read the federation's plan, and said in signed words why it does not train yet.
         until(lambda: seen().get("verdict"), 120)
+        # Somebody enrols by a token while all of it runs.
+        gateway_toml(folder / "late", OLD, port)
+        capsys.readouterr()
+        assert operator.run("enrol", "--path", OLD) == 0
+        assert edge(folder / "late", "import", capsys.readouterr().out.strip()) == 0
+        with contextlib.closing(Journal(operator.state)) as journal:
+            assert journal.key_of(OLD)
