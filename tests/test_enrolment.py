@@ -11,20 +11,26 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
 from broker import est, listener
 from broker.config import load_federation
 from broker.enrolment import by_token, make_token
 from broker.journal import Journal
+from broker.link import Link
 from broker.listener import body_length, listening, password, read_head
-from broker.messages import Request
-from broker.pki import Authority
+from broker.messages import Request, Signer
+from broker.pki import Authority, key_pem
+from broker.settings import MqttSettings
 from edge import enrol
 from edge.cli import main
 from edge.config import load_config
-from edge.identity import make_own_request, own_signer, with_own_tls
+from edge.identity import Issued, make_own_request, own_signer, tls_files, with_own_tls
 from edge.lab.processes import free_port
+from edge.renewal import Renewal, renews_ms
+from edge.ring import Samples
+from edge.shop import Shop
 from edge.store import State
 from models.errors import LocalError, PeerError, UserError
 from tests.test_identity import HERE, THERE, Operator, gateway_toml
@@ -310,3 +316,137 @@ async def test_a_port_that_is_taken_is_told(office: Office) -> None:
     with office.serving(), pytest.raises(LocalError, match="choose another address or port"):
         async with listening(config, config.enrolment, office.state, office.refused):
             pass
+
+
+# -- renewal -----------------------------------------------------------------------------------------------------------
+
+DAY_MS = 24 * 3600 * 1000
+
+
+@contextlib.contextmanager
+def gateway(office: Office, folder: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Shop]:
+    """One that was enrolled by a token, while the listener served."""
+    gateway_toml(folder)
+    with office.serving():
+        assert take(folder, office.token(capsys), capsys)[0] == 0
+    here = folder / "state"
+    with contextlib.closing(State(here)) as state, contextlib.closing(Samples(here, 1 << 20)) as samples:
+        shop = Shop(load_config(folder / "gateway.toml"), here, state, samples, own_signer(state), bool, print, print)
+        pinned = state.pinned()
+        assert pinned
+        shop.federation, shop.federation_key = pinned
+        yield shop
+
+
+def serial(shop: Shop) -> int:
+    return x509.load_pem_x509_certificate(tls_files(shop.folder)[1].read_bytes()).serial_number
+
+
+def due_ms(shop: Shop) -> int:
+    issued = Issued.stored(shop.state)
+    assert issued
+    at = renews_ms(issued)
+    assert at
+    return at
+
+
+def test_a_certificate_is_renewed_at_two_thirds_of_its_life() -> None:
+    assert renews_ms(Issued("https://a:1", 0, 90 * DAY_MS)) == 60 * DAY_MS
+    assert renews_ms(Issued("https://a:1", 3 * DAY_MS, 6 * DAY_MS)) == 5 * DAY_MS
+    assert renews_ms(Issued("", 0, 90 * DAY_MS)) is None
+
+
+async def test_renewal_asks_with_the_certificate_that_ends(
+    office: Office, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with gateway(office, tmp_path / "cell2", capsys) as shop, office.serving():
+        due, before, key = due_ms(shop), serial(shop), tls_files(shop.folder)[2].read_bytes()
+        renewal = Renewal(shop)
+        await renewal.look(due - 1)
+        assert serial(shop) == before
+        await renewal.look(due)
+        assert (renewal.problem, serial(shop) != before) == ("", True)
+        assert tls_files(shop.folder)[2].read_bytes() == key
+        assert due_ms(shop) >= due
+        after = serial(shop)
+        await renewal.look(due - 1)
+        assert serial(shop) == after
+    issued = (office.state / "pki/issued" / f"{HERE.replace('/', '+')}.pem").read_bytes()
+    assert [one.serial_number for one in x509.load_pem_x509_certificates(issued)] == [before, after]
+
+
+async def test_a_renewal_that_fails_is_told_and_tried_a_day_later(
+    office: Office, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with gateway(office, tmp_path / "cell2", capsys) as shop:
+        due, before, renewal = due_ms(shop), serial(shop), Renewal(shop)
+        await renewal.look(due)
+        assert "can't be reached" in renewal.problem
+        assert (renewal.status() or {})["problem"] == renewal.problem
+        with office.serving():
+            await renewal.look(due + DAY_MS - 1)
+            assert serial(shop) == before
+            await renewal.look(due + DAY_MS)
+        assert (renewal.problem, serial(shop) != before) == ("", True)
+
+
+async def test_one_who_was_taken_out_is_not_renewed(
+    office: Office, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with gateway(office, tmp_path / "cell2", capsys) as shop, office.serving():
+        due, before, renewal = due_ms(shop), serial(shop), Renewal(shop)
+        empty = (office.state / "pki/crl.pem").read_bytes()
+        assert office.run("enrol", "--path", HERE, "--revoke") == 0
+        await renewal.look(due)
+        assert renewal.problem
+        assert serial(shop) == before
+        # Nor where the list of revoked ones got lost: the roster counts too.
+        (office.state / "pki/crl.pem").write_bytes(empty)
+        await renewal.look(due + DAY_MS)
+        assert "not enrolled any more" in renewal.problem
+        assert serial(shop) == before
+
+
+async def test_a_stolen_certificate_alone_is_not_renewed(
+    office: Office, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with gateway(office, tmp_path / "cell2", capsys) as shop, office.serving():
+        due, before = due_ms(shop), serial(shop)
+        shop.signer = Signer.generate()
+        renewal = Renewal(shop)
+        await renewal.look(due)
+        assert "not enrolled any more" in renewal.problem
+        assert serial(shop) == before
+        assert office.refused[f"enrolment-{est.STRANGER}"] == 1
+
+
+async def test_a_connection_shows_the_certificate_that_is_there_now(office: Office, tmp_path: Path) -> None:
+    pki = office.state / "pki"
+    authority, key = Authority(pki), ec.generate_private_key(ec.SECP256R1())
+    cert = tmp_path / "cert.pem"
+    (tmp_path / "cert.key").write_bytes(key_pem(key))
+    cert.write_bytes(authority.issue(key.public_key(), HERE, "client"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pki / "broker.pem", pki / "broker.key")
+    context.load_verify_locations(pki / "ca.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    shown: asyncio.Queue[int] = asyncio.Queue()
+
+    async def seen(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        await shown.put(x509.load_der_x509_certificate(der).serial_number)
+        writer.close()
+
+    server = await asyncio.start_server(seen, "127.0.0.1", 0, ssl=context)
+    url = f"mqtts://localhost:{server.sockets[0].getsockname()[1]}"
+    settings = MqttSettings(url=url, ca=str(pki / "ca.pem"), cert=str(cert), key=str(tmp_path / "cert.key"))
+    link = Link(settings, client_id="x", will=None, on_message=print, on_up=print, on_down=print)
+    async with server:
+        link.start()
+        first = await asyncio.wait_for(shown.get(), 60)
+        cert.write_bytes(authority.issue(key.public_key(), HERE, "client"))
+        renewed = x509.load_pem_x509_certificate(cert.read_bytes()).serial_number
+        assert first != renewed
+        while await asyncio.wait_for(shown.get(), 60) != renewed:
+            pass
+        await link.stop()

@@ -27,8 +27,10 @@ from broker.journal import Journal
 from broker.pki import AGGREGATOR, Authority, key_pem, make_request, requested_key
 from edge import cli as edge_cli
 from edge.config import load_config
-from edge.identity import with_own_tls
+from edge.identity import Issued, with_own_tls
 from edge.lab.processes import free_port, mosquitto_path
+from edge.status import read_status
+from edge.store import State
 from models.errors import LocalError, PeerError, UserError
 from tests.brokers import need_mosquitto
 
@@ -428,9 +430,13 @@ def test_gateway_and_aggregator_meet_over_it(
     toml = operator.config.read_text()
     tls = f'ca = "{pki / "ca.pem"}"\ncert = "{pki / "aggregator.pem"}"\nkey = "{pki / "aggregator.key"}"\n'
     url = f'url = "mqtts://localhost:{port}"\n'
-    enrolment = f'[enrolment]\nlisten = "127.0.0.1:{free_port()}"\n'
+    listener = free_port()
+    enrolment = f'[enrolment]\nlisten = "127.0.0.1:{listener}"\n'
     operator.config.write_text(toml.replace('url = "mqtts://localhost"\n', url + tls) + enrolment)
     gateway_toml(cell, HERE, port)
+    with contextlib.closing(State(cell / "state")) as state, state.transaction():
+        # As if it had been enrolled by a token, long ago.
+        Issued(f"https://localhost:{listener}", 0, 3).keep(state)
     run = [sys.executable, "-m", "edge.cli"]
     commands = (
         [*run, "broker", "run", "-c", operator.config, "--state", operator.state],
@@ -449,9 +455,12 @@ def test_gateway_and_aggregator_meet_over_it(
         for command in commands:
             child = stack.enter_context(subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL))
             stack.callback(child.terminate)
+            until(lambda: listening(listener), 120)
         until(lambda: seen().get("online"), 120)
         # It read the federation's plan, and said in signed words why it does not train yet.
         until(lambda: seen().get("verdict"), 120)
+        # Its certificate was due: it got another while it ran.
+        until(lambda: (read_status(cell / "state") or {}).get("certificate", {"until_ms": 3})["until_ms"] > 3, 120)
         # Somebody enrols by a token while all of it runs.
         gateway_toml(folder / "late", OLD, port)
         capsys.readouterr()
