@@ -158,7 +158,8 @@ class Listener:
             writer.write(await self._answer(reader, transport.get_extra_info("ssl_object")))
             await writer.drain()
             writer.close()
-            await writer.wait_closed()
+            with contextlib.suppress(OSError):  # it has its answer: how it hangs up is its own affair
+                await writer.wait_closed()
         finally:
             transport.abort()
 

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import socket
 import ssl
 import threading
 from collections import Counter
@@ -95,8 +96,6 @@ def take(folder: Path, token: str, capsys: pytest.CaptureFixture[str]) -> tuple[
 
 def ask(office: Office, data: bytes) -> bytes:
     """What the listener says to these bytes, over TLS."""
-    import socket  # noqa: PLC0415
-
     context = ssl.create_default_context(cafile=str(office.state / "pki" / "ca.pem"))
     with (
         socket.create_connection(("127.0.0.1", office.port), 20) as plain,
@@ -116,6 +115,7 @@ def test_a_gateway_is_enrolled_by_a_token(office: Office, tmp_path: Path, capsys
     token = office.token(capsys)
     with office.serving():
         assert take(folder, token, capsys)[0] == 0
+        assert not office.refused
         code, said = take(folder, token, capsys)  # twice
         assert (code, "has been used" in said, said.count("\n")) == (2, True, 1)
     shown = with_own_tls(load_config(folder / "gateway.toml").mqtt, folder / "state")
@@ -234,6 +234,21 @@ def test_hostile_bytes_are_refused_and_the_listener_goes_on(
             assert answer in got[:20], (data[:80], got)
         assert take(folder, office.token(capsys), capsys)[0] == 0
     assert office.refused["enrolment-internal"] == 0
+
+
+def test_those_who_say_nothing_lose_their_places(
+    office: Office, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "LIFE_S", 3.0)
+    monkeypatch.setattr(listener, "MOST_CONNECTIONS", 2)
+    gateway_toml(tmp_path / "cell2")
+    with office.serving(), contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", office.port), 60)) for _ in range(2)]
+        assert take(tmp_path / "cell2", office.token(capsys), capsys)[0] == 0
+        # Its two connections found no place before these two had lost theirs.
+        assert office.refused["enrolment-connection"] == 2
+        for one in silent:
+            assert one.recv(1) == b""
 
 
 @pytest.mark.filterwarnings("ignore:PKCS#7 certificates could not be parsed as DER")
