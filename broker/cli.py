@@ -39,9 +39,10 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     )
     init.add_argument("--host", action="append", default=[], help="name or address that the broker is reached by")
     example = "-c federation.toml --path acme/lyon/press/line4/cell2 --request cell2.request --out cell2.admission"
-    enrol = _command(subparsers, "enrol", _identity("enrol"), "let a gateway take part, or no more", example)
+    text = "let a gateway take part, or no more; with --path alone, print a token by which it enrols over the network"
+    enrol = _command(subparsers, "enrol", _identity("enrol"), text, example)
     enrol.add_argument("--path", required=True, help="enterprise/site/area/line/cell")
-    what = enrol.add_mutually_exclusive_group(required=True)
+    what = enrol.add_mutually_exclusive_group()
     what.add_argument("--key", help="the gateway's Ed25519 public key, 64 hex digits")
     what.add_argument("--request", type=Path, metavar="FILE", help="what tundish edge export wrote on the gateway")
     what.add_argument("--revoke", action="store_true", help="take the gateway out, and its certificate back")

@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from broker.aggregate import strategy_names
+from broker.est import is_host, listen_address
 from broker.settings import MqttSettings, check_mqtt
 from broker.topics import segment
 from models.errors import PeerError
@@ -31,10 +32,21 @@ class TaskTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     file: str
 
 
+class EnrolmentTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[enrolment]`: `listen` is address and port of the listener for enrolment over the network.
+
+    `host` is the name or address by which gateways reach it (default: the first of the MQTT broker's certificate).
+    """
+
+    listen: str
+    host: str | None = None
+
+
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     federation: FederationTable
     mqtt: MqttSettings
     task: tuple[TaskTable, ...]
+    enrolment: EnrolmentTable | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,7 @@ class FederationConfig:
     join: Literal["enrolled", "first-seen"]
     mqtt: MqttSettings
     tasks: tuple[TaskFile, ...]
+    enrolment: EnrolmentTable | None = None
 
 
 def load_federation(path: Path) -> FederationConfig:
@@ -71,9 +84,25 @@ def load_federation(path: Path) -> FederationConfig:
     mqtt = check_mqtt(file, raw.mqtt)
     if not raw.task:
         raise file.error(["task"], "no task", 'add [[task]] with file = "task.toml"')
+    if raw.enrolment is not None:
+        _check_enrolment(file, raw.enrolment)
     return FederationConfig(
-        raw.federation.name, raw.federation.roots, raw.federation.join, mqtt, _tasks(file, raw.task, path)
+        raw.federation.name,
+        raw.federation.roots,
+        raw.federation.join,
+        mqtt,
+        _tasks(file, raw.task, path),
+        raw.enrolment,
     )
+
+
+def _check_enrolment(file: TomlFile, table: EnrolmentTable) -> None:
+    try:
+        listen_address(table.listen)
+    except ValueError as error:
+        raise file.error(["enrolment", "listen"], str(error), 'write "0.0.0.0:8443"') from None
+    if table.host is not None and not is_host(table.host):
+        raise file.error(["enrolment", "host"], f"{table.host!r} is no host", "write a name or an address") from None
 
 
 def _tasks(file: TomlFile, tables: tuple[TaskTable, ...], path: Path) -> tuple[TaskFile, ...]:

@@ -11,9 +11,11 @@ from broker import admission
 from broker.acl import acl as access_list
 from broker.acl import mosquitto_conf
 from broker.config import FederationConfig
+from broker.enrolment import admission_of, admit, make_token, url_of
+from broker.est import VALID_S
 from broker.journal import Journal
-from broker.messages import KEY_BYTES, VERSION, Admission, Request
-from broker.pki import AGGREGATOR, MOST_NAME, OPERATORS, Authority, requested_key
+from broker.messages import KEY_BYTES, Request
+from broker.pki import AGGREGATOR, ENROLMENT, MOST_NAME, OPERATORS, Authority
 from broker.topics import GatewayPath, segment
 from models.errors import LocalError, PeerError, UserError
 
@@ -51,28 +53,45 @@ def enrol(args: argparse.Namespace, config: FederationConfig, state: Path) -> in
         if args.revoke:
             return _revoke(journal, str(path), state)
         if args.key is not None:
-            return _admit(journal, str(path), _key(args.key), state)
+            return _admit(journal, str(path), _key(args.key), "key", state)
+        if args.request is None:
+            return _token(args, config, journal, str(path), state)
         request = admission.read(args.request, Request)
         if request.path != str(path):
             problem = f"is of {request.path}, not of {path}"
             raise UserError(str(args.request), 0, "", problem, "write the gateway's own path, or give its own file")
+        _check_length(str(path))
         try:
-            key = requested_key(request.request)
+            answer = admission_of(journal, Authority(folder(state)), config.name, request)
         except PeerError as error:
             raise UserError(str(args.request), 0, "", error.detail, "make it again on the gateway") from error
-        if len(str(path)) > MOST_NAME:
-            raise UserError("--path", 0, "", f"{len(str(path))} characters", f"a certificate takes {MOST_NAME} at most")
-        authority, signer = Authority(folder(state)), journal.signer()
-        certificate = authority.issue(key, str(path), "client")
-        root = (authority.folder / "ca.pem").read_bytes()
-        answer = Admission(VERSION, str(path), signer.public_key, config.name, certificate, root)
-        admission.write(args.out, signer, answer)
-        _admit(journal, str(path), request.public_key, state)
+        admission.write(args.out, journal.signer(), answer)
+        _admit(journal, str(path), request.public_key, "file", state)
     print(
         f"{args.out} goes back to the gateway: tundish edge import {args.out.name} -c gateway.toml, "
         "with the --state that it runs with"
     )
     print("tundish broker acl writes the access list anew")
+    return 0
+
+
+def _token(args: argparse.Namespace, config: FederationConfig, journal: Journal, path: str, state: Path) -> int:
+    """Print what an engineer pastes on the gateway; the journal keeps a hash of it."""
+    if config.enrolment is None:
+        remedy = 'write [enrolment] listen = "0.0.0.0:8443" for a token, or give --key, --request or --revoke'
+        raise UserError(str(args.config), 0, "enrolment", "missing", remedy)
+    if args.out is not None:
+        raise UserError("--request", 0, "", "missing", "--out goes with --request FILE; a token goes without both")
+    _check_length(path)
+    authority = Authority(folder(state))
+    token = make_token(journal, authority, path, url_of(authority, config.enrolment))
+    print(token.text)
+    print(
+        f"within {VALID_S // 60} minutes, once, on the gateway of {path}: "
+        "tundish edge import 'TOKEN' -c gateway.toml, with the --state that it runs with",
+        file=sys.stderr,
+    )
+    print("then tundish broker acl writes the access list anew", file=sys.stderr)
     return 0
 
 
@@ -111,7 +130,7 @@ def _certify_operator(authority: Authority, name: str) -> None:
         segment(name)
     except PeerError as error:
         raise UserError("--operator", 0, "", error.detail, "write a short name") from error
-    if name == AGGREGATOR:
+    if name in {AGGREGATOR, ENROLMENT}:
         raise UserError("--operator", 0, "", f"{name!r} is the aggregator's own name", "write another")
     people = authority.folder / OPERATORS
     people.mkdir(exist_ok=True, mode=0o700)
@@ -129,6 +148,11 @@ def _revoke_operator(authority: Authority, name: str) -> None:
     for file in files:
         file.unlink(missing_ok=True)
     print(f"{name} is an operator no more")
+
+
+def _check_length(path: str) -> None:
+    if len(path) > MOST_NAME:
+        raise UserError("--path", 0, "", f"{len(path)} characters", f"a certificate takes {MOST_NAME} at most")
 
 
 def _path(text: str, config: FederationConfig) -> GatewayPath:
@@ -152,11 +176,9 @@ def _key(text: str) -> bytes:
     return key
 
 
-def _admit(journal: Journal, path: str, key: bytes, state: Path) -> int:
-    now_ms = time.time_ns() // 1_000_000
+def _admit(journal: Journal, path: str, key: bytes, how: str, state: Path) -> int:
     with journal.transaction():
-        journal.add_to_roster(path, key, now_ms, "enrolled")
-        journal.note(now_ms, "enrolled", {"path": path, "key": key.hex()})
+        admit(journal, path, key, how)
     print(f"{path} may take part with key {key.hex()} (state: {state})")
     return 0
 
@@ -164,11 +186,11 @@ def _admit(journal: Journal, path: str, key: bytes, state: Path) -> int:
 def _revoke(journal: Journal, path: str, state: Path) -> int:
     """Out of the roster at once, which ends what it may say; and its certificate onto the list, if it has one."""
     key, certificates = journal.key_of(path), 0
+    with journal.transaction():
+        journal.remove_from_roster(path)
+        if key is not None:
+            journal.note(time.time_ns() // 1_000_000, "revoked", {"path": path, "key": key.hex()})
     if key is not None:
-        now_ms = time.time_ns() // 1_000_000
-        with journal.transaction():
-            journal.remove_from_roster(path)
-            journal.note(now_ms, "revoked", {"path": path, "key": key.hex()})
         print(f"{path} takes part no more (state: {state})")
     # Also where the roster has forgotten it: an earlier try may have ended between the two.
     if (folder(state) / "ca.key").exists():
@@ -179,5 +201,5 @@ def _revoke(journal: Journal, path: str, state: Path) -> int:
         else:
             print(f"{certificates} certificates of it are revoked; tundish broker acl tells the MQTT broker")
     if key is None and not certificates:
-        raise LocalError(f"{path} is not in the roster, and has no certificate")
+        raise LocalError(f"{path} is not in the roster, and has no certificate; a token of it is no good any more")
     return 0

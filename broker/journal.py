@@ -16,42 +16,11 @@ from typing import Any, NamedTuple
 from broker import ledger
 from broker.messages import Signer
 from broker.round import STALEST
+from broker.schema import SCHEMA, SCHEMA_VERSION, UPGRADE
 from models.errors import LocalError
 
-SCHEMA_VERSION = 5
 # Versions whose weights are kept: enough to go back, and to lead on whoever trains on an old one.
 _KEPT_VERSIONS = 64
-_SCHEMA = """
-CREATE TABLE keys(name TEXT PRIMARY KEY, private_key BLOB NOT NULL) STRICT;
-CREATE TABLE roster(path TEXT PRIMARY KEY, public_key BLOB NOT NULL, since_ms INTEGER NOT NULL,
-    how TEXT NOT NULL) STRICT;
-CREATE TABLE tasks(task TEXT PRIMARY KEY, text TEXT NOT NULL, layout TEXT NOT NULL, graph BLOB NOT NULL,
-    graph_size INTEGER NOT NULL, graph_digest BLOB NOT NULL, strategy_state BLOB NOT NULL,
-    residual BLOB NOT NULL DEFAULT x'') STRICT;
-CREATE TABLE models(task TEXT NOT NULL, version INTEGER NOT NULL, round INTEGER NOT NULL, weights BLOB NOT NULL,
-    digest BLOB NOT NULL, gateways INTEGER NOT NULL, samples INTEGER NOT NULL, created_ms INTEGER NOT NULL,
-    step BLOB, PRIMARY KEY(task, version)) STRICT;
-CREATE TABLE rounds(task TEXT NOT NULL, round INTEGER NOT NULL, base INTEGER NOT NULL, opened_ms INTEGER NOT NULL,
-    deadline_ms INTEGER NOT NULL, state TEXT NOT NULL, closed_ms INTEGER, version INTEGER,
-    PRIMARY KEY(task, round)) STRICT;
-CREATE TABLE updates(task TEXT NOT NULL, round INTEGER NOT NULL, path TEXT NOT NULL, digest BLOB NOT NULL,
-    samples INTEGER NOT NULL, metric REAL, payload BLOB, counted_ms INTEGER NOT NULL,
-    base_loss REAL, counted_in INTEGER, UNIQUE(task, round, path)) STRICT;
-CREATE TABLE ledger(seq INTEGER PRIMARY KEY, hash TEXT NOT NULL, line TEXT NOT NULL) STRICT;
-"""
-# What leads from each earlier schema to the next one.
-_UPGRADE = {
-    1: """
-ALTER TABLE tasks ADD COLUMN residual BLOB NOT NULL DEFAULT x'';
-ALTER TABLE models ADD COLUMN step BLOB;
-ALTER TABLE updates ADD COLUMN base_metric REAL;
-""",
-    2: "ALTER TABLE updates ADD COLUMN base_loss REAL;",
-    3: "ALTER TABLE updates ADD COLUMN counted_in INTEGER; UPDATE updates SET counted_in = round;",
-    4: "ALTER TABLE updates DROP COLUMN base_metric;",
-}
-
-
 # Task and number, three times: what is counted late comes from the rounds right before, which the index finds.
 _COUNTED_IN = f"task = ? AND round BETWEEN ? - {STALEST} AND ? AND counted_in = ?"
 
@@ -64,6 +33,14 @@ class RoundRow(NamedTuple):
     opened_ms: int
     deadline_ms: int
     state: str
+
+
+class TokenRow(NamedTuple):
+    """Of an enrolment token: the path that it is for, until when, and whether it has been used."""
+
+    path: str
+    expires_ms: int
+    used: bool
 
 
 class ModelRow(NamedTuple):
@@ -158,10 +135,9 @@ class Journal:
         row = self._one("SELECT private_key FROM keys WHERE name = 'aggregator'")
         if row:
             return Signer.from_bytes(row[0])
-        signer = Signer.generate()
-        with self.transaction():
-            self._do("INSERT INTO keys VALUES ('aggregator', ?)", signer.to_bytes())
-        return signer
+        with self.transaction():  # of two who come at once, the first one's stays
+            self._do("INSERT OR IGNORE INTO keys VALUES ('aggregator', ?)", Signer.generate().to_bytes())
+        return self.signer()
 
     def roster(self) -> dict[str, bytes]:
         """Gateway path -> raw Ed25519 public key (32 bytes)."""
@@ -187,8 +163,23 @@ class Journal:
         self._do("INSERT OR REPLACE INTO roster VALUES (?, ?, ?, ?)", path, public_key, now_ms, how)
 
     def remove_from_roster(self, path: str) -> None:
-        """Forget a gateway's key: from now on it is a stranger."""
+        """Forget a gateway's key and its token: from now on it is a stranger."""
         self._do("DELETE FROM roster WHERE path = ?", path)
+        self._do("DELETE FROM tokens WHERE path = ?", path)
+
+    def add_token(self, digest: bytes, path: str, expires_ms: int) -> None:
+        """Let the one who knows what has this digest enrol as a path, once; an earlier one of that path is no good."""
+        self._do("DELETE FROM tokens WHERE path = ?", path)
+        self._do("INSERT INTO tokens VALUES (?, ?, ?, 0)", digest, path, expires_ms)
+
+    def token(self, digest: bytes) -> TokenRow | None:
+        """What is known of a token; None if it is none of ours."""
+        row = self._one("SELECT path, expires_ms, used FROM tokens WHERE hash = ?", digest)
+        return TokenRow(row[0], row[1], bool(row[2])) if row else None
+
+    def spend_token(self, digest: bytes) -> None:
+        """Remember that it was used."""
+        self._do("UPDATE tokens SET used = 1 WHERE hash = ?", digest)
 
     # Tasks and models.
 
@@ -361,9 +352,9 @@ class Journal:
         self._db.execute("PRAGMA synchronous = FULL")
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version == 0:
-            self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        elif version in _UPGRADE:
-            steps = " ".join(_UPGRADE[v] for v in range(version, SCHEMA_VERSION))
+            self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        elif version in UPGRADE:
+            steps = " ".join(UPGRADE[v] for v in range(version, SCHEMA_VERSION))
             self._db.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         elif version != SCHEMA_VERSION:
             self._db.close()

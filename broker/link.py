@@ -17,6 +17,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -179,7 +180,9 @@ class Link:
         if s.username is not None:
             client.username_pw_set(s.username, password_of(s.password_file))
         if where.tls:
-            client.tls_set_context(tls_context(s))
+            context = tls_context(s)
+            client.tls_set_context(context)
+            client.on_pre_connect = partial(self._read_certificate, context)
         if self._will:
             client.will_set(self._will[0], self._will[1], qos=1, retain=True)
         client.max_inflight_messages_set(RECEIVE_MAXIMUM)
@@ -211,6 +214,15 @@ class Link:
 
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
             self._loop.call_soon_threadsafe(run)
+
+    def _read_certificate(self, context: ssl.SSLContext, _client: paho.Client, _userdata: Any) -> None:
+        """Before each connection: the certificate may have been renewed since the last one."""
+        if not self._settings.cert:
+            return
+        try:
+            context.load_cert_chain(self._settings.cert, self._settings.key)
+        except (OSError, ValueError) as error:
+            log.warning("mqtt: %s can't be used, the one before is: %s", self._settings.cert, error)
 
     def _socket_open(self, client: paho.Client, _userdata: Any, _socket: Any) -> None:
         self._hand(client, self._listen)

@@ -3,6 +3,7 @@
     ca.pem, ca.key              the authority, made once by `tundish broker init`; the key stays where it was made
     broker.pem, broker.key      what the MQTT broker shows
     aggregator.pem, .key        what the aggregator shows
+    enrolment.pem, .key         what the listener for enrolment shows, where there is one
     operators/NAME.pem, .key    what people show who read scores and give feedback
     issued/NAME.pem             the certificates of each name, oldest first, `/` written as `+`
     crl.pem                     serial numbers that are no longer good
@@ -31,7 +32,7 @@ from models.errors import LocalError, PeerError, UserError
 Role = Literal["broker", "client"]
 PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | rsa.RSAPublicKey
 
-AGGREGATOR, OPERATORS = "aggregator", "operators"
+AGGREGATOR, OPERATORS, ENROLMENT = "aggregator", "operators", "enrolment"
 # The standard's bound of a common name (RFC 5280, ub-common-name), which OpenSSL keeps.
 MOST_NAME = 64
 MOST_REQUEST = 16 * 1024
@@ -95,15 +96,23 @@ class Authority:
         pairs += [(self.folder / f"{AGGREGATOR}.pem", "client")]
         pairs += [(path, "client") for path in sorted((self.folder / OPERATORS).glob("*.pem"))]
         for path, role in pairs:
-            old = x509.load_pem_x509_certificate(path.read_bytes())
-            if old.not_valid_after_utc - datetime.now(UTC) > timedelta(days=_DAYS / 3):
-                continue
-            names = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-            hosts = names.get_values_for_type(x509.DNSName) + [
-                str(address) for address in names.get_values_for_type(x509.IPAddress)
-            ]
-            file = str(path.relative_to(self.folder).with_suffix(""))
-            self.make_pair(file, role, hosts, name=path.stem)
+            if not _lasts(path):
+                file = str(path.relative_to(self.folder).with_suffix(""))
+                self.make_pair(file, role, _hosts(path), name=path.stem)
+
+    def brokers_host(self) -> str:
+        """Return the first name or address by which the MQTT broker is reached; LocalError if there is none."""
+        try:
+            return _hosts(self.folder / "broker.pem")[0]
+        except (OSError, ValueError, IndexError) as error:
+            raise LocalError(f"{self.folder / 'broker.pem'} names no host: {error}") from error
+
+    def server_pair(self, host: str) -> tuple[Path, Path]:
+        """Return certificate and key of the listener for enrolment, made anew for another host or when they run out."""
+        path = self.folder / f"{ENROLMENT}.pem"
+        if not path.is_file() or not _lasts(path) or _hosts(path) != [str(_general_name(host).value)]:
+            self.make_pair(ENROLMENT, "broker", [host])
+        return path, path.with_suffix(".key")
 
     def make_pair(self, file: str, role: Role, hosts: Sequence[str] = (), *, name: str = "") -> None:
         """Make a key and its certificate here, for `name` (or `file`): of who lives on the aggregator's own machine."""
@@ -157,6 +166,19 @@ class Authority:
             builder = builder.add_revoked_certificate(entry)
         crl = builder.sign(self._key, hashes.SHA256())
         write_file(self.folder / "crl.pem", crl.public_bytes(serialization.Encoding.PEM))
+
+
+def _lasts(path: Path) -> bool:
+    """Whether a certificate has more than a third of its time left."""
+    left = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc - datetime.now(UTC)
+    return left > timedelta(days=_DAYS / 3)
+
+
+def _hosts(path: Path) -> list[str]:
+    """Names and addresses that a certificate is for."""
+    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return names.get_values_for_type(x509.DNSName) + [str(ip) for ip in names.get_values_for_type(x509.IPAddress)]
 
 
 def make_request(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -13,6 +13,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,20 @@ class Service:
         self._link.subscribe(topics.ALL_STATUS, *(topics.uplink_filter(name) for name in self._jobs))
         self._link.start()
         try:
-            await self._loop()
+            async with self._enrolment():
+                await self._loop()
             self._link.publish(self._downlink.status_topic, self._downlink.status("down"), retain=True)
         finally:
             await self._link.stop()
             self._write_status()
+
+    def _enrolment(self) -> AbstractAsyncContextManager[None]:
+        """Enrolment over the network, where it was asked for; without it, no port is open and no X.509 is loaded."""
+        if self._config.enrolment is None:
+            return nullcontext()
+        from broker.listener import listening  # noqa: PLC0415
+
+        return listening(self._config, self._config.enrolment, self._state, self._refusals)
 
     async def _loop(self) -> None:
         status_at, seen = 0.0, self._journal.data_version()

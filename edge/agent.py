@@ -33,6 +33,7 @@ from edge.config import Config, Policy
 from edge.health import Watch
 from edge.identity import own_signer, with_own_tls
 from edge.reload import Plan, plan
+from edge.renewal import Renewal
 from edge.ring import Samples
 from edge.runner import Runner
 from edge.shop import Shop
@@ -83,6 +84,7 @@ class Agent:
         )  # fmt: skip
         self.trust = Trust(self.shop)
         self.runners = {name: Runner(name, table, self.shop) for name, table in config.tasks.items()}
+        self.renewal = Renewal(self.shop)
         self.sources = Sources(folder / "pki", self._sink)
         self._unread, self._restart = "", tuple[str, ...]()
         self._health_at, self._tags = 0.0, dict[str, dict[str, dict[str, object]]]()
@@ -122,7 +124,7 @@ class Agent:
         self.link.start()
         for source in self.config.sources:
             self.sources.start(source)
-        jobs = [asyncio.create_task(self._tick()), asyncio.create_task(self._reload())]
+        jobs = [asyncio.create_task(job) for job in (self._tick(), self._reload(), self.renewal.run())]
         log.info("gateway %s: %d sources, %d tasks", self.config.path, len(self.config.sources), len(self.runners))
         await self.stopped.wait()
         for job in jobs:
@@ -353,6 +355,7 @@ class Agent:
             "time_ms": int(time.time() * 1000),
             "resident_mb": round(resident_bytes(os.getpid()) / 2**20, 1),
             "mqtt": {"connected": self.link.connected, "version": self.link.version, "error": self.link.error},
+            "certificate": self.renewal.status(),
             "problem": self._unread or self.trust.problem,
             "restart": self._restart,
             "federation": {"name": self.shop.federation, "key": self.shop.federation_key.hex()},

@@ -29,7 +29,7 @@ _WORDS = {
     "declined": "answer: it does not take part in a round",
     "asks": "answer: it asks for a round, since signals have drifted",
     "update": "update: a weight delta (the same one again until it is answered)",
-    "request-made": "request for enrolment, written to a file",
+    "request-made": "request for enrolment, written to a file or sent with a token",
 }
 
 

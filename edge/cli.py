@@ -142,7 +142,7 @@ _EDGE = {
         "-c gateway.toml --request /media/stick/cell2.request",
     ),
     "import": (
-        "take up the operator's answer: certificate, authority and federation",
+        "take up the operator's answer, a file or a token: certificate, authority and federation",
         "/media/stick/cell2.admission -c gateway.toml",
     ),
 }
@@ -172,7 +172,7 @@ def _add_edge(commands: Any) -> None:
     made["doctor"].set_defaults(run=_doctor)
     made["export"].add_argument("--request", type=Path, required=True, metavar="FILE", help="the file to write")
     made["export"].set_defaults(run=_identity("export_request"))
-    made["import"].add_argument("file", type=Path, help="what tundish broker enrol wrote")
+    made["import"].add_argument("file", metavar="FILE|TOKEN", help="what tundish broker enrol wrote, or printed")
     made["import"].set_defaults(run=_identity("import_admission"))
 
 

@@ -1,7 +1,7 @@
-"""Who this gateway is: its signing key, its TLS key, and the files that it and the operator exchange by hand.
+"""Who this gateway is: its signing key, its TLS key, and what it and the operator exchange, by file or by token.
 
 state.db            the Ed25519 key that signs what it says; made on the first start
-tls/key.pem         its TLS key, made by `tundish edge export`
+tls/key.pem         its TLS key, made by `tundish edge export`, or by `import` of a token
 tls/cert.pem, ca.pem    what `tundish edge import` brought
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from broker import admission
+from broker.est import Token, is_token
 from broker.messages import VERSION, Admission, Request, Signer
 from broker.settings import MqttSettings, endpoint
 from broker.topics import segment
@@ -41,20 +42,43 @@ def own_signer(state: State) -> Signer:
 
 def with_own_tls(settings: MqttSettings, folder: Path) -> MqttSettings:
     """Show the certificate that was imported, where the file names none."""
-    ca, cert, key = (folder / _TLS / name for name in ("ca.pem", "cert.pem", "key.pem"))
+    ca, cert, key = tls_files(folder)
     if not endpoint(settings.url).tls or settings.cert or not cert.is_file():
         return settings
     return msgspec.structs.replace(settings, ca=settings.ca or str(ca), cert=str(cert), key=str(key))
 
 
-def export_request(args: argparse.Namespace, config: Config, folder: Path) -> int:
-    """Write the request that the operator enrols this gateway by."""
+class Issued(msgspec.Struct, frozen=True):
+    """This gateway's certificate: where it is renewed ("": by file alone), from when until when it is good (ms)."""
+
+    url: str
+    from_ms: int
+    until_ms: int
+
+    @classmethod
+    def stored(cls, state: State) -> "Issued | None":
+        """What `keep` stored; None before an enrolment."""
+        data = state.get("certificate")
+        return None if data is None else msgspec.json.decode(data, type=cls)
+
+    def keep(self, state: State) -> None:
+        """Store it, with a line in the ledger; inside of a transaction."""
+        state.put("certificate", msgspec.json.encode(self))
+        state.record("certificate", {"until_ms": self.until_ms})
+
+
+def make_own_request(config: Config, signer: Signer, folder: Path) -> Request:
+    """Make this gateway's request, and on the first call its TLS key."""
     from broker.pki import make_request  # noqa: PLC0415 - X.509 is for enrolment alone
 
+    return Request(VERSION, str(config.path), signer.public_key, make_request(_tls_key(folder / _TLS)))
+
+
+def export_request(args: argparse.Namespace, config: Config, folder: Path) -> int:
+    """Write the request that the operator enrols this gateway by."""
     with closing(State(folder)) as state:
         signer = own_signer(state)
-        request = Request(VERSION, str(config.path), signer.public_key, make_request(_tls_key(folder / _TLS)))
-        admission.write(args.request, signer, request)
+        admission.write(args.request, signer, make_own_request(config, signer, folder))
         with state.transaction():
             state.record("request-made", {"path": str(config.path), "public_key": signer.public_key.hex()})
     print(
@@ -66,48 +90,75 @@ def export_request(args: argparse.Namespace, config: Config, folder: Path) -> in
 
 
 def import_admission(args: argparse.Namespace, config: Config, folder: Path) -> int:
-    """Take up what the operator sent back: the certificate, its authority, and the federation's key."""
-    from broker.pki import write_file  # noqa: PLC0415 - X.509 is for enrolment alone
-
-    answer = admission.read(args.file, Admission)
-    try:
-        segment(answer.federation)
-    except PeerError as error:
-        raise UserError(str(args.file), 0, "", error.detail, "let the operator make it again") from error
-    if answer.path != str(config.path):
-        problem = f"is for {answer.path}, this is {config.path}"
-        raise UserError(str(args.file), 0, "", problem, "give the file that was made for this gateway")
-    if config.federation.key and config.federation.key != answer.public_key.hex():
-        remedy = "ask the operator which key is right; federation.key in gateway.toml says another one"
-        raise UserError(str(args.file), 0, "", f"is of a federation with key {answer.public_key.hex()}", remedy)
-    _check_fits(args.file, answer, folder / _TLS / "key.pem")
+    """Take up the operator's answer, from a file or for a token: certificate, its authority, the federation's key."""
     with closing(State(folder)) as state:
         state.claim()  # a running gateway would go on with the old ones
-        write_file(folder / _TLS / "ca.pem", answer.authority)
-        write_file(folder / _TLS / "cert.pem", answer.certificate)
+        place, answer, url = _answer_of(args.file, config, folder, state)
+        _check_answer(place, answer, config)
+        took = take_up(place, answer, url, folder)
         with state.transaction():
             state.pin(answer.federation, answer.public_key, "imported")
+            took.keep(state)
     print(f"{config.path} takes part in {answer.federation}, whose key is {answer.public_key.hex()}")
     return 0
 
 
-def _check_fits(file: Path, answer: Admission, key: Path) -> None:
-    """UserError unless the certificate is for our own TLS key, and by the authority that comes with it."""
+def _answer_of(text: str, config: Config, folder: Path, state: State) -> tuple[str, Admission, str]:
+    """Read a file, or ask the listener that a token names: what to call it, the answer, where it is renewed."""
+    if not is_token(text):
+        return text, admission.read(Path(text), Admission), ""
+    from edge.enrol import by_token  # noqa: PLC0415 - X.509 is for enrolment alone
+
+    token, signer = Token.parse(text), own_signer(state)
+    with state.transaction():
+        state.record("request-made", {"path": str(config.path), "public_key": signer.public_key.hex()})
+    answer = by_token(token, signer, make_own_request(config, signer, folder))
+    return "TOKEN", answer, token.url
+
+
+def _check_answer(place: str, answer: Admission, config: Config) -> None:
+    """UserError unless it is for this gateway, and of the federation that gateway.toml names."""
+    try:
+        segment(answer.federation)
+    except PeerError as error:
+        raise UserError(place, 0, "", error.detail, "let the operator make it again") from error
+    if answer.path != str(config.path):
+        problem = f"is for {answer.path}, this is {config.path}"
+        raise UserError(place, 0, "", problem, "give the file that was made for this gateway")
+    if config.federation.key and config.federation.key != answer.public_key.hex():
+        remedy = "ask the operator which key is right; federation.key in gateway.toml says another one"
+        raise UserError(place, 0, "", f"is of a federation with key {answer.public_key.hex()}", remedy)
+
+
+def tls_files(folder: Path) -> tuple[Path, Path, Path]:
+    """Where authority, certificate and key are."""
+    return folder / _TLS / "ca.pem", folder / _TLS / "cert.pem", folder / _TLS / "key.pem"
+
+
+def take_up(place: str, answer: Admission, url: str, folder: Path) -> Issued:
+    """Store authority and certificate; UserError unless that is for our own TLS key, and by that authority."""
     from cryptography import x509  # noqa: PLC0415
     from cryptography.exceptions import InvalidSignature  # noqa: PLC0415
     from cryptography.hazmat.primitives.serialization import load_pem_private_key  # noqa: PLC0415
 
+    from broker.pki import write_file  # noqa: PLC0415 - X.509 is for enrolment alone
+
     again = "export the request again, and let the operator answer that one"
+    ca, cert, key = tls_files(folder)
     try:
         certificate, authority = map(x509.load_pem_x509_certificate, (answer.certificate, answer.authority))
         certificate.verify_directly_issued_by(authority)
         ours = load_pem_private_key(key.read_bytes(), None).public_key()
     except OSError:
-        raise UserError(str(file), 0, "", "this gateway made no request", "run tundish edge export first") from None
+        raise UserError(place, 0, "", "this gateway made no request", "run tundish edge export first") from None
     except (ValueError, TypeError, x509.InvalidVersion, InvalidSignature) as error:
-        raise UserError(str(file), 0, "", f"its certificate can't be used: {error}", again) from error
+        raise UserError(place, 0, "", f"its certificate can't be used: {error}", again) from error
     if certificate.public_key() != ours:
-        raise UserError(str(file), 0, "", "its certificate is for another key than this gateway has now", again)
+        raise UserError(place, 0, "", "its certificate is for another key than this gateway has now", again)
+    write_file(ca, answer.authority)
+    write_file(cert, answer.certificate)
+    good = (int(1000 * t.timestamp()) for t in (certificate.not_valid_before_utc, certificate.not_valid_after_utc))
+    return Issued(url, *good)
 
 
 def _tls_key(folder: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def _print_status(status: dict[str, Any], *, alive: bool) -> None:
         print(f"  PROBLEM  {status['problem']}")
     if status.get("restart"):
         print(f"  RESTART  to take up {', '.join(status['restart'])}")
+    _print_certificate(status.get("certificate"))
     _print_stranger(status)
     for name, health in status["sources"].items():
         _print_source(name, health)
@@ -71,6 +73,20 @@ def _print_drift(task: dict[str, Any]) -> None:
     if chosen.get("drifted") and "threshold_before" in chosen:
         moved = f"from {chosen['threshold_before']:.3g} to {chosen['threshold']:.3g}"
         print(f"           THRESHOLD {moved}: trained on what had drifted ({', '.join(chosen['drifted'][:_SHOWN])})")
+
+
+def _print_certificate(certificate: dict[str, Any] | None) -> None:
+    """Say until when this gateway may connect, and who sees to it that it may longer."""
+    if certificate is None:
+        return
+    until, renews = (
+        ms and f"{datetime.fromtimestamp(ms / 1000, UTC):%Y-%m-%d}"
+        for ms in (certificate["until_ms"], certificate["renews_ms"])
+    )
+    how = f"renewed by itself from {renews}" if renews else "renewed by file: tundish edge export, and import"
+    print(f"  cert     until {until}, {how}")
+    if certificate["problem"]:
+        print(f"  RENEWAL  {certificate['problem']}")
 
 
 def _print_stranger(status: dict[str, Any]) -> None:

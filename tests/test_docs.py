@@ -80,6 +80,7 @@ def test_every_command_has_help_with_an_example(path: str, capsys: pytest.Captur
         ("mqtt", MqttSettings),
         ("task.NAME", config.TaskTable),
         ("federation", federation.FederationTable),
+        ("enrolment", federation.EnrolmentTable),
         ("window", spec.Window),
         ("target", spec.Target),
         ("alarm", spec.Alarm),

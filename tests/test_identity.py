@@ -27,8 +27,10 @@ from broker.journal import Journal
 from broker.pki import AGGREGATOR, Authority, key_pem, make_request, requested_key
 from edge import cli as edge_cli
 from edge.config import load_config
-from edge.identity import with_own_tls
+from edge.identity import Issued, with_own_tls
 from edge.lab.processes import free_port, mosquitto_path
+from edge.status import read_status
+from edge.store import State
 from models.errors import LocalError, PeerError, UserError
 from tests.brokers import need_mosquitto
 
@@ -420,14 +422,21 @@ def test_who_has_no_right_to_connect_does_not(broker: tuple[Operator, int, Path]
         party.close()
 
 
-def test_gateway_and_aggregator_meet_over_it(broker: tuple[Operator, int, Path]) -> None:
+def test_gateway_and_aggregator_meet_over_it(
+    broker: tuple[Operator, int, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     operator, port, folder = broker
     pki, cell = operator.state / "pki", folder / "cell0"
     toml = operator.config.read_text()
     tls = f'ca = "{pki / "ca.pem"}"\ncert = "{pki / "aggregator.pem"}"\nkey = "{pki / "aggregator.key"}"\n'
     url = f'url = "mqtts://localhost:{port}"\n'
-    operator.config.write_text(toml.replace('url = "mqtts://localhost"\n', url + tls))
+    listener = free_port()
+    enrolment = f'[enrolment]\nlisten = "127.0.0.1:{listener}"\n'
+    operator.config.write_text(toml.replace('url = "mqtts://localhost"\n', url + tls) + enrolment)
     gateway_toml(cell, HERE, port)
+    with contextlib.closing(State(cell / "state")) as state, state.transaction():
+        # As if it had been enrolled by a token, long ago.
+        Issued(f"https://localhost:{listener}", 0, 3).keep(state)
     run = [sys.executable, "-m", "edge.cli"]
     commands = (
         [*run, "broker", "run", "-c", operator.config, "--state", operator.state],
@@ -446,6 +455,16 @@ def test_gateway_and_aggregator_meet_over_it(broker: tuple[Operator, int, Path])
         for command in commands:
             child = stack.enter_context(subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL))
             stack.callback(child.terminate)
+            until(lambda: listening(listener), 120)
         until(lambda: seen().get("online"), 120)
         # It read the federation's plan, and said in signed words why it does not train yet.
         until(lambda: seen().get("verdict"), 120)
+        # Its certificate was due: it got another while it ran.
+        until(lambda: (read_status(cell / "state") or {}).get("certificate", {"until_ms": 3})["until_ms"] > 3, 120)
+        # Somebody enrols by a token while all of it runs.
+        gateway_toml(folder / "late", OLD, port)
+        capsys.readouterr()
+        assert operator.run("enrol", "--path", OLD) == 0
+        assert edge(folder / "late", "import", capsys.readouterr().out.strip()) == 0
+        with contextlib.closing(Journal(operator.state)) as journal:
+            assert journal.key_of(OLD)

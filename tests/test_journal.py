@@ -242,7 +242,8 @@ def test_refuses_an_unknown_schema(tmp_path: Path) -> None:
         Journal(tmp_path)
 
 
-_TO_4 = "".join(
+_TO_5 = "DROP TABLE tokens;"
+_TO_4 = _TO_5 + "".join(
     f"ALTER TABLE updates {change};"
     for change in (
         "DROP COLUMN counted_in", "DROP COLUMN base_loss", "ADD COLUMN base_metric REAL", "ADD COLUMN base_loss REAL",
@@ -257,6 +258,7 @@ UNDO = {
     2: _TO_2,
     3: _TO_3,
     4: _TO_4,
+    5: _TO_5,
 }
 
 
