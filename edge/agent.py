@@ -87,6 +87,7 @@ class Agent:
         self.renewal = Renewal(self.shop)
         self.sources = Sources(folder / "pki", self._sink)
         self._unread, self._restart = "", tuple[str, ...]()
+        self._told: tuple[str, ...] | None = None
         self._health_at, self._tags = 0.0, dict[str, dict[str, dict[str, object]]]()
         self._resend_at, self._resend_s = 0.0, _RESEND_S[0]
 
@@ -98,7 +99,7 @@ class Agent:
         return session
 
     def _enter(self, signer: m.Signer) -> None:
-        """Let the ledger say who begins here, and what a birth tells the aggregator."""
+        """Let the ledger say who begins here."""
         with self.state.transaction():
             self.state.record("session", {
                 "path": str(self.config.path), "session": self.session, "software": SOFTWARE,
@@ -207,6 +208,7 @@ class Agent:
         """Let the ledger say what holds from now on."""
         if policy != self.config.policy:
             body: dict[str, object] = {"policy": msgspec.to_builtins(policy)}
+            log.info("reload: the policy from now on: %s", body["policy"])
             await self.state.commit(lambda: self.state.record("policy", body))
 
     def _sink(self, samples: Sequence[Sample], /) -> None:
@@ -278,9 +280,22 @@ class Agent:
         self._hurry()
 
     def _born(self) -> None:
+        self._announcing = asyncio.ensure_future(self._announce())
+
+    async def _announce(self) -> None:
+        """Say who is here, once the ledger has it; at later connections the same is said again."""
         now_ms, key = int(time.time() * 1000), self.shop.signer.public_key
         birth = m.Birth(m.VERSION, self.session, now_ms, key, SOFTWARE, tuple(self.config.tasks))
-        self.link.publish(self.status, self.shop.signer.seal(birth, self.status), retain=True)
+        envelope = self.shop.signer.seal(birth, self.status)
+
+        def work() -> None:
+            if birth.tasks != self._told:
+                body = {"session": self.session, "software": SOFTWARE, "tasks": list(birth.tasks)}
+                self.state.record("birth", {**body, "message_bytes": len(envelope)})
+                self._told = birth.tasks
+
+        await self.state.commit(work)
+        self.link.publish(self.status, envelope, retain=True)
 
     def _down(self, reason: str) -> None:
         log.warning("mqtt: %s; scoring goes on, updates wait in the outbox", reason)

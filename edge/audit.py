@@ -4,6 +4,7 @@ import argparse
 import csv
 import html
 import json
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,8 @@ from models.errors import UserError
 
 MOST_LINE = 1 << 20  # characters of an entry in a file
 COLUMNS = (
-    "time_utc", "what", "task", "round", "windows", "payload_bytes", "message_bytes", "digest", "answered", "detail",
+    "entry", "time_utc", "what", "task", "round", "windows", "payload_bytes", "message_bytes", "digest", "answered",
+    "detail",
 )  # fmt: skip
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1f2937}
@@ -24,7 +26,7 @@ td,th{padding:.25rem .6rem;border-bottom:1px solid #e5e7eb;text-align:left;verti
 td.n{text-align:right}code{font-size:.8rem;word-break:break-all}
 """
 _WORDS = {
-    "session": "birth: the gateway said who it is (again at each connection to the broker)",
+    "birth": "birth: the gateway said who it is (again at each connection, and that it ended)",
     "joined": "answer: it takes part in a round",
     "declined": "answer: it does not take part in a round",
     "asks": "answer: it asks for a round, since signals have drifted",
@@ -33,9 +35,17 @@ _WORDS = {
 }
 
 
+_WHAT_IT_MEANS = (
+    "Entry: its number in the ledger. Payload: the weight delta alone, in bytes; message: with signature and header. "
+    "Digest: SHA-256 of the message. Answered: what the aggregator said of it; counted: it is part of a model. From a "
+    "weight delta something of the data that it was learnt from can be inferred."
+)
+
+
 class Left(NamedTuple):
     """One thing that left the site, in the order of COLUMNS; an empty text where a column says nothing."""
 
+    entry: str
     time_utc: str
     what: str
     task: str = ""
@@ -50,7 +60,8 @@ class Left(NamedTuple):
 
 def verify(args: argparse.Namespace) -> int:
     """Check a ledger; LocalError names the first entry that does not hold."""
-    head = ledger.verify(lines_of(args.place), key=args.key.lower(), head=args.head.lower())
+    key, noted = (_hex(f"--{name}", getattr(args, name)) for name in ("key", "head"))
+    head = ledger.verify(lines_of(args.place), key=key, head=noted)
     if args.json:
         print(json.dumps(head._asdict()))
         return 0
@@ -67,7 +78,7 @@ def verify(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     """Check a gateway's ledger, and write what left its site as one page and one table."""
     lines = lines_of(args.place)
-    head = ledger.verify(lines, key=args.key.lower())
+    head = ledger.verify(lines, key=_hex("--key", args.key))
     entries = [json.loads(line) for line in lines]
     sessions = [entry["body"] for entry in entries if entry["kind"] == "session"]
     if not sessions:
@@ -83,8 +94,15 @@ def report(args: argparse.Namespace) -> int:
         page.write_text(_page(str(sessions[-1].get("path", "")), head, entries, found), encoding="utf-8")
     except OSError as error:
         raise UserError("--out", 0, "", f"{args.out}: {error.strerror}", "name a folder that can be written") from None
-    print(f"{len(found)} things left this site: {table}, {page}")
+    print(f"messages that left this site: {len(found)}; {table}, {page}")
     return 0
+
+
+def _hex(option: str, text: str) -> str:
+    """Take a hash or a key as it was noted; UserError for what is none."""
+    if text and not re.fullmatch(r"[0-9a-fA-F]{64}", text):
+        raise UserError(option, 0, "", f"{text!r} is not 64 hex digits", "copy all of what audit verify prints")
+    return text.lower()
 
 
 def lines_of(place: Path) -> list[str]:
@@ -96,6 +114,9 @@ def lines_of(place: Path) -> list[str]:
     remedy = "name the state folder of a gateway or an aggregator, or an exported ledger"
     try:
         with place.open(encoding="utf-8") as file:
+            if file.read(1) not in {"", "{"}:
+                raise UserError(str(place), 0, "", "is no ledger", remedy)
+            file.seek(0)
             return list(_bounded(file, place))
     except UnicodeDecodeError:
         raise UserError(str(place), 0, "", "is no ledger", remedy) from None
@@ -125,11 +146,12 @@ def left(entries: list[dict[str, Any]]) -> Iterator[Left]:
             continue
         digest = str(body.get("digest", ""))
         detail = body.get("reason", "")
-        if kind == "session":
+        if kind == "birth":
             detail = f"path, public key, software {body.get('software')}, tasks {body.get('tasks')}"
         yield Left(
+            str(entry["seq"]),
             _time(entry["time_ms"]),
-            "birth" if kind == "session" else kind,
+            kind,
             str(body.get("task", "")),
             str(body.get("round", "")),
             str(body.get("samples", "")),
@@ -169,7 +191,7 @@ def _page(path: str, head: ledger.Head, entries: list[dict[str, Any]], found: li
         ("Head", head.hash),
         ("Signed", f"by {head.key} up to entry {head.signed}" if head.signed else "not signed"),
         ("Federation", ", ".join(f"{one.get('federation')} (key {one.get('key')})" for one in trusted) or "none yet"),
-        ("Policy in force", policy),
+        ("Policy in force", _plain(policy)),
         ("Updates", f"{len(updates)}: {payload:,} bytes of weight deltas, {message:,} with signatures"),
     ]  # fmt: skip
     summary = "".join(f"<tr><th>{_text(name)}</th><td><code>{_text(value)}</code></td></tr>" for name, value in facts)
@@ -180,8 +202,15 @@ def _page(path: str, head: ledger.Head, entries: list[dict[str, Any]], found: li
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>What left {_text(path)}</title>'
         f"<style>{_STYLE}</style><h1>What left {_text(path)}</h1><table>{summary}</table>"
         f"<h2>Kinds of message</h2><p>Beyond the site's broker go these and no others:</p><ul>{words}</ul>"
-        f"<h2>One by one</h2><table><tr>{header}</tr>{rows}</table></html>\n"
+        f"<h2>One by one</h2><p>{_text(_WHAT_IT_MEANS)}</p><table><tr>{header}</tr>{rows}</table></html>\n"
     )
+
+
+def _plain(policy: object) -> str:
+    """A policy as its file says it."""
+    if not isinstance(policy, dict):
+        return str(policy)
+    return "; ".join(f"{key} = {json.dumps(value)}" for key, value in policy.items() if value is not None)
 
 
 def _text(value: object) -> str:

@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
     with handed_over(Path(source.pki).parent if source.pki else None):
         tree = asyncio.run(browse(source, args.node, args.depth, args.filter))
     tags = [found for found in tree.found if not found.reason]
-    if args.write:
+    if args.write and tags:
         if len(tags) > MAX_TAGS:
             raise UserError("--filter", 0, "", f"{len(tags)} tags, {MAX_TAGS} fit a file", "narrow it, or --node")
         _write(args.write, tags)
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(_as_json(args, tree)))
     else:
         _show(tree, args.filter)
-        if args.write:
+        if args.write and tags:
             print(f"{len(tags)} tags written to {args.write}")
     return 0 if tree.complete else 1
 
@@ -127,7 +127,7 @@ def _as_json(args: argparse.Namespace, tree: Tree) -> dict[str, object]:
         "skipped": [row(found, "tag", "address", "reason") for found in tree.found if found.reason],
         "unopened": tree.unopened,
         "complete": tree.complete,
-        "written": str(args.write) if args.write else None,
+        "written": str(args.write) if args.write and any(not found.reason for found in tree.found) else None,
     }
 
 

@@ -153,6 +153,9 @@ class StopTraining:
 Action = Answer | StartTraining | StopTraining
 
 
+_OF_POLICY = frozenset({"federate", "min-gateways", "max-epsilon", "secure-aggregation"})
+
+
 def objection(policy: Policy, plan: Plan) -> tuple[str, str] | None:
     """Say what of this gateway's policy a plan breaks, as (code, sentence); None if nothing."""
     if not policy.federate:
@@ -366,10 +369,19 @@ class Participant:
             return []
         return [Answer(plan.round, "asks", "drift", self.wish)]
 
+    def _declined_by_policy(self, plan: Plan) -> bool:
+        """Whether the open round was declined for what the policy was."""
+        answer = self.answer
+        if answer is None or self.state is not State.IDLE or plan.state != "open":
+            return False
+        return (answer.round, answer.verdict) == (plan.round, "declined") and answer.code in _OF_POLICY
+
     def on_policy(self, event: PolicyChanged) -> list[Action]:
-        """Leave a round that is no longer allowed, unless its update is already sent; the next plan meets the rest."""
-        self.policy = event.policy
-        against = objection(event.policy, self.plan) if self.plan else None
+        """Leave a round that is no longer allowed, unless its update is already sent; join one that now is."""
+        self.policy, plan = event.policy, self.plan
+        against = objection(event.policy, plan) if plan else None
+        if plan and against is None and self._declined_by_policy(plan):
+            return self._join(plan)
         if against is None or self.state not in {State.FETCHING, State.WAITING, State.TRAINING}:
             return []
         stop: list[Action] = [StopTraining()] if self.state is State.TRAINING else []

@@ -179,6 +179,7 @@ class Runner:
             if not self.shop.state.settle(receipt.digest):
                 return False
             self.shop.state.record("receipt", body)
+            self.shop.state.checkpoint(self.shop.signer)
             return True
 
         if await self.shop.state.commit(work):

@@ -17,7 +17,8 @@ def main(folder: Path, *, as_json: bool) -> int:
     """Print the status of the gateway with its state in a folder; 1 if it does not run."""
     status = read_status(folder)
     if status is None:
-        raise LocalError(f"no gateway has run with its state in {folder}; start one with tundish edge run")
+        remedy = "start one with tundish edge run, or name the --state that it runs with"
+        raise LocalError(f"no gateway has run with its state in {folder}; {remedy}")
     alive = is_alive(status)
     if as_json:
         print(json.dumps(status | {"alive": alive}))
@@ -51,8 +52,12 @@ def _print_status(status: dict[str, Any], *, alive: bool) -> None:
 
 
 def _print_task(name: str, task: dict[str, Any], *, connected: bool) -> None:
-    scored = f"{task.get('scored', 0)} windows scored, {task['scoring_kind']} model {task['scoring_model']}"
-    print(f"  task     {name}: {scored}, round {task['round']} {task['state']} {task['answer']}".rstrip())
+    model = "no model yet" if task["model"] is None else f"{task['scoring_kind']} model {task['scoring_model']}"
+    round_ = "no round yet" if task["round"] is None else f"round {task['round']} {task['state']} {task['answer']}"
+    print(f"  task     {name}: {task.get('scored', 0)} windows scored, {model}, {round_}".rstrip())
+    if not task.get("scored") and (task.get("inactive") or task.get("unreliable")):
+        why = f"{task['inactive']} while active_when did not hold, {task['unreliable']} with too much that was Bad"
+        print(f"           no window could be used: {why}; the gate must hold in all of a window")
     if task["problem"]:
         print(f"           PROBLEM {task['problem']}")
     elif task["model"] is None and connected:

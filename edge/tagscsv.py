@@ -25,8 +25,12 @@ def parse_tags(source: str, path: str, text: str) -> Iterable[Tag]:
     seen: dict[str, int] = {}
     for cells in reader:
         row = {k: v.strip() for k, v in zip(header, cells, strict=False)}
-        if not any(row.values()):
+        if not any(cell.strip() for cell in cells):
             continue
+        if any(cell.strip() for cell in cells[len(header) :]):
+            problem = f"{len(cells)} cells, the first line names {len(header)}"
+            remedy = "put a cell with a comma in quotes; write 0.1, not 0,1"
+            raise UserError(path, reader.line_num, "", problem, remedy)
         tag = _tag(source, path, reader.line_num, row, decimal_comma=semicolons)
         if tag.name in seen:
             remedy = "give each tag its own name, since the name is its topic"
@@ -39,6 +43,8 @@ def parse_tags(source: str, path: str, text: str) -> Iterable[Tag]:
 
 def _header(path: str, cells: list[str]) -> list[str]:
     header = [name.strip() for name in cells]
+    if not set(header) & set(COLUMNS):
+        raise UserError(path, 1, "", "names no column", f"write a first line: {','.join(COLUMNS[:9])}")
     for name in header:
         if name not in COLUMNS:
             raise UserError(path, 1, name, "unknown column", f"columns are: {', '.join(COLUMNS)}")
@@ -56,6 +62,8 @@ def _tag(source: str, path: str, line: int, row: dict[str, str], *, decimal_comm
         raise UserError(path, line, "tag", f"{row['tag']!r} holds a space or a slash", "use letters, digits, . _ -")
 
     number = partial(_number, path, line, row, decimal_comma=decimal_comma)
+    if number("scale", 1.0) == 0:
+        raise UserError(path, line, "scale", "0 makes every value the same", "write 1, or what a count is worth")
     low, high = number("low", -NO_BOUND), number("high", NO_BOUND)
     if low > high:
         raise UserError(path, line, "low", f"{low:g} is above high, {high:g}", "swap them, or leave one empty")

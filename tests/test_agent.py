@@ -165,7 +165,10 @@ def test_a_round_completes_and_scores_say_by_which_model(tmp_path: Path, kind: s
     state = State(p.stage.gateway_state(0))
     lines = [json.loads(line) for line in state.ledger()]
     ledger.verify(state.ledger())
-    assert [line["kind"] for line in lines][:4] == ["key-made", "session", "checkpoint", "federation-pinned"]
+    kinds = [line["kind"] for line in lines]
+    assert kinds[:3] == ["key-made", "session", "checkpoint"]
+    assert kinds.index("birth") < kinds.index("update")
+    assert kinds.index("federation-pinned") < kinds.index("update")
     assert [line["body"]["outcome"] for line in lines if line["kind"] == "receipt"] == ["counted"]
     state.close()
     nothing_else_left(p, tmp_path / "what-left")

@@ -25,6 +25,7 @@ def fill(state: State) -> None:
     with state.transaction():
         state.record("session", {**SESSION})
         state.checkpoint(signer)
+        state.record("birth", {"session": 1, "software": "0.1.0", "tasks": ["wear"], "message_bytes": 170})
         state.record("joined", {"task": "wear", "round": 1, "reason": "", "message_bytes": 90})
         update = {"task": "wear", "round": 1, "samples": 200, "digest": "ab" * 32, "bytes": 300, "message_bytes": 400}
         state.record("update", {**update})
@@ -57,13 +58,13 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 def test_a_ledger_holds_and_says_who_signed_how_much(gateway: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", "verify", str(gateway)]) == 0
     text = said(capsys)
-    assert f"{gateway}: ok, 10 entries" in text
-    assert "up to entry 8" in text
+    assert f"{gateway}: ok, 11 entries" in text
+    assert "up to entry 9" in text
     assert main(["audit", "verify", str(gateway), "--json"]) == 0
     head = json.loads(said(capsys))
     with closing(State(gateway)) as state:
         key = own_signer(state).public_key.hex()
-    assert (head["entries"], head["signed"], head["key"]) == (10, 8, key)
+    assert (head["entries"], head["signed"], head["key"]) == (11, 9, key)
     assert main(["audit", "verify", str(gateway), "--key", key.upper(), "--head", head["hash"]]) == 0
 
 
@@ -76,6 +77,7 @@ def test_a_head_that_was_kept_shows_what_was_taken_away(gateway: Path, tmp_path:
     file.write_text("\n".join(found[:-1]) + "\n")
     assert main(["audit", "verify", str(file)]) == 0  # a shorter chain holds too
     assert main(["audit", "verify", str(file), "--head", head]) == 1
+    assert main(["audit", "verify", str(file), "--head", head[:16]]) == 2  # not all of it: no tampering
 
 
 Touch = Callable[[list[str]], list[str]]
@@ -96,14 +98,14 @@ def rewritten(found: list[str], start: int, change: Callable[[dict[str, Any]], N
 @pytest.mark.parametrize(
     ("touch", "says"),
     [
-        (lambda f: [*f[:4], f[4].replace('"bytes":300', '"bytes":30'), *f[5:]], "ledger entry 5: changed after it was"),
-        (lambda f: f[:4] + f[5:], "ledger entry 5: numbered 6"),
-        (lambda f: [*f[:4], f[5], f[4], *f[6:]], "ledger entry 5: numbered 6"),
-        (lambda f: rewritten(f, 4, lambda one: one["body"].update(bytes=30)), "entry 9: its signature"),
+        (lambda f: [*f[:5], f[5].replace('"bytes":300', '"bytes":30'), *f[6:]], "ledger entry 6: changed after it was"),
+        (lambda f: f[:5] + f[6:], "ledger entry 6: numbered 7"),
+        (lambda f: [*f[:5], f[6], f[5], *f[7:]], "ledger entry 6: numbered 7"),
+        (lambda f: rewritten(f, 5, lambda one: one["body"].update(bytes=30)), "entry 10: its signature"),
         (lambda f: rewritten(f, 2, lambda one: one["body"].update(key=OTHER.public_key.hex())), "entry 3: its"),
         (lambda f: rewritten(f, 2, lambda one: one["body"].update(key=7)), "entry 3: its signature does not verify"),
-        (lambda f: [*f[:4], "{", *f[5:]], "ledger entry 5: not JSON"),
-        (lambda f: [*f[:4], f[4].replace('"time_ms":', '"time_ms":"x","y":'), *f[5:]], "ledger entry 5: not an entry"),
+        (lambda f: [*f[:5], "{", *f[6:]], "ledger entry 6: not JSON"),
+        (lambda f: [*f[:5], f[5].replace('"time_ms":', '"time_ms":"x","y":'), *f[6:]], "ledger entry 6: not an entry"),
     ],
 )  # fmt: skip
 def test_what_was_touched_is_found(
@@ -133,7 +135,7 @@ def test_another_key_has_signed_nothing(gateway: Path, tmp_path: Path, capsys: p
 def test_what_left_is_one_table_and_one_page(gateway: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["audit", "report", str(gateway), "--out", str(out)]) == 0
-    assert said(capsys).startswith("5 things left this site: ")
+    assert said(capsys).startswith("messages that left this site: 5; ")
     with (out / "left-this-site.csv").open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["what"] for row in rows] == ["birth", "joined", "update", "update", "declined"]
@@ -141,6 +143,8 @@ def test_what_left_is_one_table_and_one_page(gateway: Path, tmp_path: Path, caps
     assert (counted["digest"], counted["payload_bytes"], counted["message_bytes"]) == ("ab" * 32, "300", "400")
     assert counted["answered"].startswith("counted 20")
     assert open_["answered"] == "not answered yet"
+    assert [row["entry"] for row in rows] == ["4", "5", "6", "8", "9"]
+    assert rows[0]["message_bytes"] == "170"
     assert rows[4]["detail"] == "'=too few"  # no formula for a spreadsheet
     page = (out / "report.html").read_text()
     assert "2: 600 bytes of weight deltas, 800 with signatures" in page
@@ -166,9 +170,10 @@ def test_an_aggregators_ledger_is_checked_too_and_is_no_sites(
     [
         (None, 2, "holds no ledger (No such file or directory); name the state folder of a gateway"),
         (b"\xff\xfe", 2, "is no ledger; name the state folder"),
-        (b"x" * (1 << 20) + b"\n", 2, "longer than 1048576 characters; name a ledger"),
-        (b"hello\n", 1, "ledger entry 1: not JSON"),
-        (b"[" * 100_000, 1, "ledger entry 1: not JSON (RecursionError)"),
+        (b"{" + b"x" * (1 << 20) + b"\n", 2, "longer than 1048576 characters; name a ledger"),
+        (b"hello\n", 2, "is no ledger; name the state folder"),
+        (b"{hello\n", 1, "ledger entry 1: not JSON"),
+        (b'{"a":' * 100_000, 1, "ledger entry 1: not JSON (RecursionError)"),
     ],
 )
 def test_what_is_no_ledger(

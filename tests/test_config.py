@@ -355,6 +355,16 @@ def test_two_tags_on_one_raw_topic(gateway: Path) -> None:
 
 CSV_MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
     "range upside down": (",scale,offset,", ",low,high,", 2, "low", "0.1 is above high, -40", "swap them"),
+    "no header": (
+        PLC1.partition("\n")[0],
+        "rms,holding:0,float32",
+        1,
+        "",
+        "names no column",
+        "write a first line: tag",
+    ),
+    "a decimal comma": (",0.1,-40,", ",0,1,-40,", 2, "", "cells, the first line names 9", "write 0.1, not 0,1"),
+    "scale 0": (",0.1,-40,", ",0,-40,", 2, "scale", "0 makes every value the same", "write 1"),
     "unknown column": (",sampling_ms,", ",sampling,", 1, "sampling", "unknown column", "columns are: tag, address"),
     "missing column": ("tag,address", "tag,type", 1, "address", "missing column", "the first line is tag,address,type"),
     "a tag twice": ("\nPartId,", "\nRUL,", 6, "tag", "'RUL' stands on line 3 too", "give each tag its own name"),

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,11 @@ def test_a_demo_that_is_told_to_end_takes_its_plants_with_it(tmp_path: Path) -> 
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
         assert child.stderr is not None
         assert any("gateways started" in line for line in child.stderr)
-        assert len(processes_of(out)) == 3  # the demo, an aggregator and a gateway name it
+        # The demo, an aggregator and a gateway name it; a child has its command line a moment after it is started.
+        deadline = time.monotonic() + 20
+        while len(processes_of(out)) != 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(processes_of(out)) == 3
         child.terminate()
         child.communicate(timeout=60)
     assert child.returncode == 128 + signal.SIGTERM

@@ -223,6 +223,7 @@ async def until(condition: Callable[[], object]) -> None:
 async def test_a_gateway_says_once_that_its_signals_drift_and_asks_for_a_round(
     stores: tuple[Path, State, Samples], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    caplog.set_level("WARNING")  # whoever ran a command in this process may have set it otherwise
     floor = Floor(*stores)
     runner = floor.runner()
     runner.on_plan(floor.plan(3, "closed"))
@@ -284,6 +285,7 @@ async def test_where_the_task_does_not_allow_it_nobody_asks(stores: tuple[Path, 
 async def test_a_threshold_that_moves_with_what_drifted_is_told(
     stores: tuple[Path, State, Samples], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    caplog.set_level("WARNING")  # whoever ran a command in this process may have set it otherwise
     floor = Floor(*stores)
     runner = floor.runner()
     floor.feed(runner, 105, b=3)

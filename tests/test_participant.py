@@ -235,8 +235,13 @@ def test_a_policy_that_no_longer_allows_a_round_leaves_it(way: tuple[p.Event, ..
     assert stop == [StopTraining()] * training
     assert isinstance(answer, Answer)
     assert (answer.round, answer.verdict, answer.code) == (1, "declined", "federate")
-    assert tell(g, PolicyChanged(Policy()), seen(1), *READY) == []
-    assert tell(g, seen(2)) == [joined(2), StartTraining(2, 0, 4, 2)]
+    assert tell(g, seen(1), *READY, PolicyChanged(Policy(federate=False, min_gateways=2))) == []
+    # Allowed again while the round is open: where few gateways are, there would be no other.
+    again = tell(g, PolicyChanged(Policy()))
+    assert again[0] == joined(1)
+    assert [type(one) for one in again[1:]] == [StartTraining]
+    assert tell(g, PolicyChanged(Policy())) == []
+    assert tell(g, seen(2)) == [StopTraining(), joined(2), StartTraining(2, 0, 4, 2)]
 
 
 def asks(number: int) -> Answer:
