@@ -163,6 +163,7 @@ def _add_edge(commands: Any) -> None:
     _add_browse(verbs)
     _add_wire(made["wire"])
     made["run"].set_defaults(run=_run)
+    made["status"].add_argument("--tags", action="store_true", help="also show every tag's last good value")
     made["status"].set_defaults(run=_status)
     check = made["check"]
     check.add_argument("--task", type=Path, action="append", default=[], help="task.toml to check the wiring of")
@@ -323,7 +324,7 @@ def _check(args: argparse.Namespace) -> int:
 def _status(args: argparse.Namespace) -> int:
     from edge.status_command import main as status  # noqa: PLC0415
 
-    return status(_state(args), as_json=args.json)
+    return status(_state(args), tags=args.tags, as_json=args.json)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -287,10 +287,23 @@ def _check_task(file: TomlFile, name: str, table: TaskTable, tags: dict[str, Tag
         raise file.error(["task", name, "active_when"], str(error), remedy) from None
     for condition in gate:
         _known(file, condition.tag, ["task", name, "active_when"], tags)
+        _scalar(tags[condition.tag], "the gate active_when", text=False)
+    if table.segment:
+        _scalar(tags[table.segment], "segment", text=True)
     try:
         seconds(table.max_lag)
     except ValueError as error:
         raise file.error(["task", name, "max_lag"], str(error), 'write "2s"') from None
+
+
+def _scalar(tag: Tag, name: str, *, text: bool) -> None:
+    """Refuse a waveform where one value is needed, and a text unless its checksum will do."""
+    if tag.width:
+        problem = f"{tag.ref} is a waveform, which {name} can't be"
+        raise UserError(tag.file, tag.line, "type", problem, "wire a tag that is one number")
+    if tag.type == "string" and not text:
+        remedy = "wire it as segment, or another tag here"
+        raise UserError(tag.file, tag.line, "type", f"{tag.ref} is a text, {name} a number", remedy)
 
 
 def _check_train_when(file: TomlFile, table: TrainingTable, tags: dict[str, Tag]) -> None:

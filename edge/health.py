@@ -113,9 +113,10 @@ class Table:
         return ""
 
     def snapshot(self, row: int, now_ns: int) -> dict[str, object]:
-        """What status and the `_health` topic show of a tag; plain JSON types."""
+        """What status and the `_health` topic show of a tag; `value` is the last good one; plain JSON types."""
         last_ns, changed_ns, interval_ns = int(self.last_ns[row]), int(self.changed_ns[row]), self.interval_ns[row]
         return {
+            "value": round(float(self.last[row]), 9) if np.isfinite(self.last[row]) else None,
             "samples": int(self.samples[row]),
             "rate_hz": round(float(1e9 / interval_ns), 3) if interval_ns else None,
             "bad_ratio": round(float(self.bad_ratio[row]), 4),

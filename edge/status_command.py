@@ -13,7 +13,7 @@ _SHOWN = 10
 _SKEW_S = 2.0
 
 
-def main(folder: Path, *, as_json: bool) -> int:
+def main(folder: Path, *, tags: bool, as_json: bool) -> int:
     """Print the status of the gateway with its state in a folder; 1 if it does not run."""
     status = read_status(folder)
     if status is None:
@@ -23,11 +23,11 @@ def main(folder: Path, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(status | {"alive": alive}))
     else:
-        _print_status(status, alive=alive)
+        _print_status(status, alive=alive, tags=tags)
     return 0 if alive else 1
 
 
-def _print_status(status: dict[str, Any], *, alive: bool) -> None:
+def _print_status(status: dict[str, Any], *, alive: bool, tags: bool) -> None:
     age = time.time() - status["time_ms"] / 1000
     print(f"{status['path']}: {'running' if alive else 'NOT RUNNING; what it said last:'} ({age:.0f} s ago)")
     mqtt = status["mqtt"]
@@ -41,6 +41,8 @@ def _print_status(status: dict[str, Any], *, alive: bool) -> None:
     _print_stranger(status)
     for name, health in status["sources"].items():
         _print_source(name, health)
+        if tags:
+            _print_tags(name, health)
     for name, task in status["tasks"].items():
         _print_task(name, task, connected=mqtt["connected"])
     for reason, count in status["refused"].items():
@@ -128,6 +130,13 @@ def _print_source(name: str, health: dict[str, Any]) -> None:
         print(f"           and {len(unwell) - _SHOWN} tags more (--json has all)")
     if len(health["quarantined"]) > _SHOWN:
         print(f"           and {len(health['quarantined']) - _SHOWN} tags more (--json has all)")
+
+
+def _print_tags(name: str, health: dict[str, Any]) -> None:
+    """Every tag's last good value, in its own unit."""
+    for tag, one in sorted(health.get("tags", {}).items()):
+        value = "no value" if one["value"] is None else f"{one['value']:g}"
+        print(f"           {name}/{tag} = {value}, {one['age_s']} s ago {one['word']}".rstrip())
 
 
 def _tag_line(one: dict[str, Any]) -> str:

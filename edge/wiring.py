@@ -31,11 +31,6 @@ def wire(task: Task, table: TaskTable, tags: dict[str, Tag], place: str) -> Wiri
         # Classes and counts have no unit, whatever the tag's column says.
         unit = "" if task.target.classes or task.target.unit == "1" else task.target.unit
         conversions.append(_convert(tags[target], task.target.name, unit))
-    for condition in table.gate:
-        _number(tags[condition.tag], "the gate active_when")
-        _scalar(tags[condition.tag], "the gate active_when")
-    if table.segment:
-        _scalar(tags[table.segment], "segment")
     same = all(c == SAME for c in conversions)
     ranges = tuple((tag.low, tag.high) for tag in (tags[table.signals[s.name]] for s in task.signal))
     return Wiring(
@@ -55,12 +50,6 @@ def _number(tag: Tag, name: str) -> None:
     if tag.type == "string":
         remedy = "wire it as segment, or another tag here"
         raise UserError(tag.file, tag.line, "type", f"{tag.ref} is a text, {name} a number", remedy)
-
-
-def _scalar(tag: Tag, name: str) -> None:
-    if tag.width:
-        remedy = "wire a tag that is one number"
-        raise UserError(tag.file, tag.line, "type", f"{tag.ref} is a waveform, which {name} can't be", remedy)
 
 
 def _convert(tag: Tag, name: str, unit: str) -> Conversion:

@@ -424,8 +424,8 @@ def test_files_that_are_no_text(gateway: Path) -> None:
 # -- wiring a published task -------------------------------------------------------------------------------------------
 
 
-def wired(config: Config, text: str, table: TaskTable | None = None, **more: str) -> UserError:
-    table = TaskTable(signals=more) if more else table or config.tasks["spindle-wear"]
+def wired(config: Config, text: str, **more: str) -> UserError:
+    table = TaskTable(signals=more) if more else config.tasks["spindle-wear"]
     with pytest.raises(UserError) as caught:
         wire(parse_task(text), table, config.tags, config.file)
     return caught.value
@@ -463,15 +463,22 @@ def test_a_task_that_does_not_fit_the_wiring(gateway: Path) -> None:
     told(error, plc1, 7, "type", "plc1/Wave is float32[16]", "the task wants a scalar")
     error = wired(config, one.replace("length = 30", "length = 17\nwaveform = true"), w="plc1/Wave")
     told(error, plc1, 7, "type", "plc1/Wave is float32[16]", "the task wants float32[17]")
-    gated = msgspec.structs.replace(config.tasks["spindle-wear"], active_when="plc1/Wave > 1")
-    told(wired(config, TASK, gated), plc1, 7, "type", "plc1/Wave is a waveform, which the gate", "one number")
-    cut = msgspec.structs.replace(config.tasks["spindle-wear"], segment="plc1/Wave")
-    told(wired(config, TASK, cut), plc1, 7, "type", "plc1/Wave is a waveform, which segment can't be", "one number")
-    change(plc1, "Running,,", "Running,string,")
-    error = wired(load_config(gateway), TASK)
-    told(error, plc1, 4, "type", "plc1/Running is a text, the gate active_when a number", "wire it as segment")
     fits: Task = parse_task(one.replace("length = 30", "length = 16\nwaveform = true"))
     assert wire(fits, TaskTable(signals={"w": "plc1/Wave"}), config.tags, "x").signals == ("plc1/Wave",)
+
+
+def test_a_gate_is_of_numbers_and_a_segment_of_single_values(gateway: Path) -> None:
+    plc1 = gateway.parent / "plc1.csv"
+    change(gateway, "plc1/Running == 1", "plc1/Wave == 1")
+    told(refused(gateway), plc1, 7, "type", "plc1/Wave is a waveform, which the gate active_when", "one number")
+    change(gateway, "plc1/Wave == 1", "plc1/Running == 1")
+    change(gateway, 'segment = "plc1/PartId"', 'segment = "plc1/Wave"')
+    told(refused(gateway), plc1, 7, "type", "plc1/Wave is a waveform, which segment can't be", "one number")
+    change(gateway, 'segment = "plc1/Wave"', 'segment = "plc1/PartId"')
+    change(plc1, "PartId,,", "PartId,string,")
+    load_config(gateway)  # its checksum tells parts apart
+    change(plc1, "Running,,", "Running,string,")
+    told(refused(gateway), plc1, 4, "type", "plc1/Running is a text, the gate active_when a number", "as segment")
 
 
 def test_an_anomaly_task_ignores_a_target(gateway: Path) -> None:

@@ -55,6 +55,7 @@ def moving(first_s: int, count: int) -> Columns:
 def test_a_tag_that_moves_once_a_second_is_well() -> None:
     one = fed(*(moving(i, 5) for i in range(0, 100, 5)))
     assert one.snapshot(at(100)) == {
+        "value": 1.0,
         "samples": 100,
         "rate_hz": 1.0,
         "bad_ratio": 0.0,

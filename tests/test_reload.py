@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -196,6 +197,9 @@ async def test_a_running_gateway_takes_up_its_files(tmp_path: Path, capsys: pyte
         assert "reload: gateway.path has changed, which takes a restart" in g.log.read_text()
         assert main(["edge", "status", "-c", str(g.toml), "--state", str(g.state)]) == 0
         assert "RESTART  to take up gateway.path" in capsys.readouterr().out
+        await g.until(lambda: g.source("drive").get("tags"))
+        assert main(["edge", "status", "-c", str(g.toml), "--state", str(g.state), "--tags"]) == 0
+        assert re.search(r"drive/b = -?\d+, [\d.]+ s ago", capsys.readouterr().out)
         g.process.stop()
         assert main(["edge", "status", "-c", str(g.toml), "--state", str(g.state)]) == 1
         said = capsys.readouterr().out
