@@ -164,7 +164,7 @@ def encode(vector: Vector, ring: Ring, samples: int) -> Encoded:
         raise ValueError("the vector holds a NaN or an infinity")
     laid = np.zeros((_BLOCK, ring.blocks), np.float32)
     laid.ravel()[: values.size] = values
-    turned = _turn(laid.T * ring.signs).ravel()
+    turned = turn(laid.T * ring.signs).ravel()
     numbers = np.clip(np.rint(turned / ring.step + ring.levels / 2), 0, ring.levels).astype(np.uint32)
     spread = float(np.sqrt(np.square(values, dtype=np.float64).mean()))
     larger = 2 * np.log2(max(spread, float(np.finfo(np.float32).tiny)) / ring.spread)
@@ -208,7 +208,7 @@ def decode(total: Numbers, ring: Ring, gateways: int) -> tuple[Vector, float]:
     """
     signed = (total & np.uint32(2**ring.bits - 1)).astype(np.float32)
     turned = (signed[:-TOLD] - np.float32(gateways * ring.levels / 2)) * np.float32(ring.step)
-    values = (_turn(turned.reshape(-1, _BLOCK)) * ring.signs).T.ravel()[: ring.places.size]
+    values = (turn(turned.reshape(-1, _BLOCK)) * ring.signs).T.ravel()[: ring.places.size]
     larger = (float(signed[-TOLD:].sum()) / gateways - _level(ring)) / 2
     return values, larger
 
@@ -223,11 +223,11 @@ def _level(ring: Ring) -> int:
     return TOLD * ring.levels // 2
 
 
-def _turn(blocks: Vector) -> Vector:
-    """Walsh and Hadamard's transform of each row (blocks, 64), orthonormal: its own inverse."""
-    out, half = blocks, 1
-    while half < _BLOCK:
+def turn(blocks: Vector) -> Vector:
+    """Walsh and Hadamard's transform of each row (rows, a power of two), orthonormal: its own inverse."""
+    out, half, size = blocks, 1, blocks.shape[1]
+    while half < size:
         pairs = out.reshape(len(blocks), -1, 2, half)
         out = np.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], 2).reshape(blocks.shape)
         half *= 2
-    return out / np.float32(np.sqrt(_BLOCK))
+    return out / np.float32(np.sqrt(size))

@@ -27,7 +27,7 @@ from edge.lab.physics import test_windows
 from models import codec, evaluate, ringcode
 from models.delta import Vector
 from models.errors import UserError
-from models.ringcode import Ring
+from models.ringcode import Ring, turn
 from models.spec import Task, parse_task
 
 _TASK = 'name = "bench"\n[training]\nepochs = 2\nbatch = 32\nlr = 2e-3\n'
@@ -100,16 +100,6 @@ def _unhalf(data: bytes, count: int) -> Vector:
     return np.frombuffer(codec.inflate(data, 2 * count), np.float16).astype(np.float32)
 
 
-def _rotated(blocks: Vector) -> Vector:
-    """Walsh and Hadamard's transform of each row (b, _BLOCK), orthonormal: its own inverse."""
-    out, half = blocks, 1
-    while half < _BLOCK:
-        pairs = out.reshape(len(blocks), -1, 2, half)
-        out = np.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], 2).reshape(blocks.shape)
-        half *= 2
-    return out / np.float32(np.sqrt(_BLOCK))
-
-
 def _signs(blocks: int) -> Vector:
     return np.random.default_rng(blocks).choice(np.array([-1, 1], np.float32), (blocks, _BLOCK))
 
@@ -122,7 +112,7 @@ def _eden(vector: Vector, _: int) -> Coded:
     count = -(-vector.size // _BLOCK)
     padded = np.zeros((count, _BLOCK), np.float32)
     padded.ravel()[: vector.size] = vector
-    turned = _rotated(padded * _signs(count))
+    turned = turn(padded * _signs(count))
     scale = (padded**2).sum(1) / np.maximum(np.abs(turned).sum(1), np.finfo(np.float32).tiny)
     data = scale.astype(np.float32).tobytes() + np.packbits(turned > 0).tobytes()
     return data, _uneden(data, vector.size)
@@ -133,7 +123,7 @@ def _uneden(data: bytes, size: int) -> Vector:
     scale = np.frombuffer(data[: 4 * count], np.float32)[:, None]
     bits = np.unpackbits(np.frombuffer(data[4 * count :], np.uint8)).reshape(count, _BLOCK)
     signs = bits.astype(np.float32) * 2 - 1
-    return (_rotated(signs * scale) * _signs(count)).ravel()[:size]
+    return (turn(signs * scale) * _signs(count)).ravel()[:size]
 
 
 def measure(data: Path | None, rounds: int, seeds: int) -> dict[str, Any]:
