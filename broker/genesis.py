@@ -12,12 +12,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
-
 from broker.config import TaskFile
 from broker.journal import Journal, ModelRow, TaskRow
 from models import codec
-from models.delta import Layout, Vector, weights_digest
+from models.delta import Layout, Vector, read_export, weights_digest
 from models.errors import LocalError, PeerError, UserError
 from models.spec import Task, parse_task, task_digest
 
@@ -87,8 +85,7 @@ async def _export(file: TaskFile) -> tuple[bytes, Vector, Layout]:
             reason = lines[-1] if lines else f"exit code {child.returncode}"
             raise LocalError(f"{file.path}: no first model: {reason}; is tundish[train] installed on this machine?")
         try:
-            with np.load(out, allow_pickle=False) as arrays:
-                layout = Layout.from_json(arrays["layout"].tobytes())
-                return arrays["graph"].tobytes(), arrays["vector"].astype(np.float32), layout
+            graph, layout, vector = read_export(out)
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, PeerError) as error:
             raise LocalError(f"{file.path}: models.export wrote no model: {error}") from error
+        return graph, vector, layout

@@ -66,7 +66,7 @@ class Agent:
         self.state.claim()
         self.watch = Watch(config.tags)
         self.samples = Samples(folder, config.store_bytes, config.store_days, self.watch.take)
-        self.samples.mean(config.meanings)
+        self.samples.retag(config.meanings)
         self.stopped, self._hangup = asyncio.Event(), asyncio.Event()
         signer = own_signer(self.state)
         self.session = self._next_session()
@@ -178,7 +178,7 @@ class Agent:
         self.config = self.shop.config = new.config
         self.watch.retag(new.config.tags, new.changed)
         await asyncio.to_thread(self.samples.flush)
-        self.samples.mean(new.config.meanings)
+        self.samples.retag(new.config.meanings)
         for ref in new.changed:
             self.shop.latest.forget(ref)
         for source in new.config.sources:

@@ -38,7 +38,8 @@ _WORDS = {
 _WHAT_IT_MEANS = (
     "Entry: its number in the ledger. Payload: the weight delta alone, in bytes; message: with signature and header. "
     "Digest: SHA-256 of the message. Answered: what the aggregator said of it; counted: it is part of a model. From a "
-    "weight delta something of the data that it was learnt from can be inferred."
+    "weight delta something of the data that it was learnt from can be inferred. Whoever runs tundish edge doctor also "
+    "publishes one empty message, to _fl/doctor/probe, which is not in the ledger."
 )
 
 

@@ -85,7 +85,7 @@ class Samples:
         if len(self._scores) < _MAX_QUEUED:
             self._scores.append(score)
 
-    def mean(self, meanings: Mapping[str, str]) -> None:
+    def retag(self, meanings: Mapping[str, str]) -> None:
         """Say what each tag means from now on; what a tag was stored as when it meant something else is not mixed in.
 
         What was appended before is to be flushed before.

@@ -12,6 +12,7 @@ from typing import Any
 
 from broker import messages as m
 from broker.topics import Uplink
+from edge import events
 from edge import participant as p
 from edge.config import TaskTable
 from edge.handback import Fetch, Model, probe
@@ -49,7 +50,7 @@ class Runner:
         self._installing = asyncio.Lock()
         self._jobs: set[asyncio.Task[None]] = set()
         self._trainer = Trainer()
-        self._said: p.Answer | None = None
+        self._said: events.Answer | None = None
         self._training: asyncio.Task[None] | None = None
         self.participant = p.Participant(shop.config.policy, 1, handled=self.memory.handled())
         self.participant.handle(shop.may_train())
@@ -69,7 +70,7 @@ class Runner:
         # Of what an earlier run stored the child alone knows how much is good; it says so if it is too little.
         self._stored_before = model.task.training.min_windows
         self.model, self._wanted_ms = model, model.manifest.created_ms
-        self.participant.handle(p.ModelStored(model.manifest.version, model.manifest.digest))
+        self.participant.handle(events.ModelStored(model.manifest.version, model.manifest.digest))
         self.scoring.swap(scorer, model)
 
     @property
@@ -79,7 +80,7 @@ class Runner:
 
     def reconfigure(self, *, rewire: bool) -> None:
         """Take up a new configuration; with `rewire` the windows begin again."""
-        self._do(self.participant.handle(p.PolicyChanged(self.shop.config.policy)))
+        self._do(self.participant.handle(events.PolicyChanged(self.shop.config.policy)))
         if not rewire:
             return
         self.table = self.shop.config.tasks[self.name]
@@ -119,18 +120,18 @@ class Runner:
         self._do(self.participant.handle(self.shop.may_train()))
         if self.live:
             self.live.tick()
-            self._do(self.participant.handle(p.WindowsReady(self._stored_before + self.live.stats.trainable)))
+            self._do(self.participant.handle(events.WindowsReady(self._stored_before + self.live.stats.trainable)))
 
     def _wish(self, why: str) -> None:
         """Let the participant wish for a round, where the task lets gateways ask for one."""
         if self.model and self.model.task.round.early is not None:
-            self._do(self.participant.handle(p.Drifted(why)))
+            self._do(self.participant.handle(events.Drifted(why)))
 
     # -- messages, already verified ----------------------------------------------------------------------------------
 
     def on_plan(self, plan: m.Plan) -> None:
         """Take a plan of this task."""
-        self._do(self.participant.handle(p.PlanSeen(plan)))
+        self._do(self.participant.handle(events.PlanSeen(plan)))
 
     def on_manifest(self, manifest: m.ModelManifest, envelope: bytes) -> None:
         """Begin to fetch a newer model; PeerError if what it declares can't be."""
@@ -184,23 +185,23 @@ class Runner:
 
         if await self.shop.state.commit(work):
             log.info("%s: round %d: %s %s", self.name, receipt.round, receipt.outcome, receipt.detail)
-            self._do(self.participant.handle(p.Settled(receipt.round, receipt.outcome)))
+            self._do(self.participant.handle(events.Settled(receipt.round, receipt.outcome)))
 
     def reconnected(self) -> None:
         """Say again what the aggregator may have missed, and ask again for missing chunks."""
-        self._do(self.participant.handle(p.Reconnected()))
+        self._do(self.participant.handle(events.Reconnected()))
         self.scoring.repeat()
 
     # -- actions ----------------------------------------------------------------------------------------------------
 
-    def _do(self, actions: list[p.Action]) -> None:
+    def _do(self, actions: list[events.Action]) -> None:
         for action in actions:
             match action:
-                case p.Answer():
+                case events.Answer():
                     self._answer(action)
-                case p.StartTraining():
+                case events.StartTraining():
                     self._training = self._spawn(self._train(action, self._training))
-                case p.StopTraining() if self._training:
+                case events.StopTraining() if self._training:
                     self._training.cancel()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -215,14 +216,14 @@ class Runner:
             self.problem = f"{type(error).__name__}: {error}"
             log.error("%s: %s", self.name, self.problem, exc_info=error)
 
-    def _answer(self, answer: p.Answer) -> None:
+    def _answer(self, answer: events.Answer) -> None:
         if answer.verdict == "asks":
             log.info("%s: asks for a round after round %d: %s", self.name, answer.round, answer.reason)
         elif answer.verdict == "declined":
             log.warning("%s: round %d declined: %s", self.name, answer.round, answer.reason)
         self._spawn(self._say(answer))
 
-    async def _say(self, answer: p.Answer) -> None:
+    async def _say(self, answer: events.Answer) -> None:
         """Send an answer, once the ledger has it; one that is said again is one entry."""
         topic = Uplink(self.shop.config.path, self.name, "answer").topic
         word = m.Answer(
@@ -242,7 +243,7 @@ class Runner:
 
     # -- training ---------------------------------------------------------------------------------------------------
 
-    async def _train(self, action: p.StartTraining, before: asyncio.Task[None] | None) -> None:
+    async def _train(self, action: events.StartTraining, before: asyncio.Task[None] | None) -> None:
         if before:
             await asyncio.wait([before])  # a stopped child's folder is the next one's too
         model, live = self.model, self.live
@@ -259,17 +260,17 @@ class Runner:
         except NotEnoughError as error:
             log.info("%s: round %d waits for data: %s", self.name, action.round, error)
             self._stored_before = error.count - live.stats.trainable
-            self._do(self.participant.handle(p.WindowsReady(error.count)))
+            self._do(self.participant.handle(events.WindowsReady(error.count)))
             more = max(1, model.task.training.min_windows - error.count)
-            self._do(self.participant.handle(p.TrainingFailed(action.round, str(error), more)))
+            self._do(self.participant.handle(events.TrainingFailed(action.round, str(error), more)))
         except Exception as error:  # noqa: BLE001
             # Whatever it was (a cap, a disk, a runtime's own error): this round is tried again, then declined.
             self.problem = f"training: {error}"
             log.error("%s: round %d: %s", self.name, action.round, self.problem)
             await asyncio.sleep(_RETRY_S)
-            self._do(self.participant.handle(p.TrainingFailed(action.round, str(error)[:400])))
+            self._do(self.participant.handle(events.TrainingFailed(action.round, str(error)[:400])))
 
-    async def _send(self, action: p.StartTraining, model: Model, result: Result) -> None:
+    async def _send(self, action: events.StartTraining, model: Model, result: Result) -> None:
         """Put what was learnt into the outbox, with the state that belongs to it, in one commit; then send it."""
         residual = await self.shop.state.commit(lambda: self.memory.vector("residual"))
         out = await asyncio.to_thread(seal_update, self.shop, action, model, result, residual, self.scoring.personal)
@@ -285,7 +286,7 @@ class Runner:
         self.problem = ""
         self.scoring.take_result(result, personal=personal)
         log.info("%s: round %d: %d windows, %d bytes", self.name, action.round, result.samples, len(out.envelope))
-        self._do(self.participant.handle(p.Trained(action.round)))
+        self._do(self.participant.handle(events.Trained(action.round)))
         self.shop.publish(out.topic, out.envelope)
         async with self._installing:
             if self.model:
@@ -300,13 +301,13 @@ class Runner:
             live = self.scoring.wire(task, self.table)
         except UserError as error:
             self.problem = str(error)
-            self._do(self.participant.handle(p.Unable(str(error)[:400])))
+            self._do(self.participant.handle(events.Unable(str(error)[:400])))
             log.error("%s: %s", self.name, error)
             return None
         self.problem = ""
         self.participant.min_windows = task.training.min_windows
         unable = "" if live.wiring.target or task.kind == "anomaly" else "no target tag is wired"
-        self._do(self.participant.handle(p.Unable(unable)))
+        self._do(self.participant.handle(events.Unable(unable)))
         return live
 
     async def _offer_again(self) -> None:
@@ -343,7 +344,7 @@ class Runner:
         self.scoring.average = await self.shop.state.commit(lambda: self.memory.keep_model(model, envelope))
         self.model = model
         self._wire(model)
-        self._do(self.participant.handle(p.ModelStored(model.manifest.version, model.manifest.digest)))
+        self._do(self.participant.handle(events.ModelStored(model.manifest.version, model.manifest.digest)))
         await self.scoring.offer(model, changed=changed)
 
     def refuse(self, error: PeerError, what: str) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from broker.messages import Signer
 from broker.round import FOREVER_MS
 from edge.config import Config
+from edge.events import MayTrain
 from edge.hours import holds, opens
-from edge.participant import MayTrain
 from edge.ring import Samples
 from edge.store import State
 from edge.tags import Quality, Sample, Scan

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from broker import messages as m
 from broker.topics import Uplink
 from edge.candidates import build
+from edge.events import StartTraining
 from edge.handback import Model
-from edge.participant import StartTraining
 from edge.shop import Shop
 from edge.train import Result
 from models import codec, ringcode

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -132,3 +133,13 @@ class Layout:
 def weights_digest(vector: Vector) -> bytes:
     """SHA-256 of the values as little-endian float32, in layout order (32 bytes)."""
     return hashlib.sha256(vector.astype("<f4").tobytes()).digest()
+
+
+def read_export(path: Path) -> tuple[bytes, Layout, Vector]:
+    """Read what `models.export` wrote: graph, layout and first weights.
+
+    OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile or PeerError for anything else.
+    """
+    with np.load(path, allow_pickle=False) as arrays:
+        layout = Layout.from_json(arrays["layout"].tobytes())
+        return arrays["graph"].tobytes(), layout, arrays["vector"].astype(np.float32)

@@ -10,26 +10,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.messages import Plan
+from edge import events
 from edge import participant as p
 from edge.config import Policy
-from edge.participant import (
+from edge.events import (
     Answer,
     Drifted,
     MayTrain,
     ModelStored,
-    Participant,
     PlanSeen,
     PolicyChanged,
     Reconnected,
     Settled,
     StartTraining,
-    State,
     StopTraining,
     Trained,
     TrainingFailed,
     Unable,
     WindowsReady,
 )
+from edge.participant import Participant, State
 
 
 def plan(number: int, base: int = 0, state: str = "open", **more: Any) -> Plan:
@@ -45,7 +45,7 @@ def gateway(policy: Policy | None = None, **more: Any) -> Participant:
     return Participant(policy or Policy(), 10, **more)
 
 
-def tell(g: Participant, *events: p.Event) -> list[p.Action]:
+def tell(g: Participant, *events: events.Event) -> list[events.Action]:
     return [action for event in events for action in g.handle(event)]
 
 
@@ -53,7 +53,7 @@ def joined(number: int) -> Answer:
     return Answer(number, "joined", "ok", "")
 
 
-READY: tuple[p.Event, ...] = (ModelStored(0, bytes(32)), WindowsReady(10))
+READY: tuple[events.Event, ...] = (ModelStored(0, bytes(32)), WindowsReady(10))
 
 
 def test_a_round_from_plan_to_receipt() -> None:
@@ -227,7 +227,7 @@ def test_an_aggregator_restored_from_a_backup_is_heard_and_one_with_its_clock_se
 
 
 @pytest.mark.parametrize("way", [(seen(1),), (seen(1), ModelStored(0, bytes(32))), (seen(1), *READY)])
-def test_a_policy_that_no_longer_allows_a_round_leaves_it(way: tuple[p.Event, ...]) -> None:
+def test_a_policy_that_no_longer_allows_a_round_leaves_it(way: tuple[events.Event, ...]) -> None:
     g = gateway()
     tell(g, *way)
     training = g.state is State.TRAINING
@@ -322,20 +322,20 @@ def test_a_round_that_is_over_before_training_may_start_is_told_why() -> None:
 # -- every pair, any order ---------------------------------------------------------------------------------------------
 
 
-EVENTS: dict[type, p.Event] = {
+EVENTS: dict[type, events.Event] = {
     PlanSeen: seen(1), ModelStored: ModelStored(0, bytes(32)), WindowsReady: WindowsReady(10), Trained: Trained(1),
     TrainingFailed: TrainingFailed(1, "killed"), Settled: Settled(1, "counted"), Unable: Unable(""),
     MayTrain: MayTrain(), Drifted: Drifted("s1 0.4"), Reconnected: Reconnected(),
     PolicyChanged: PolicyChanged(Policy()),
 }  # fmt: skip
-WAYS: dict[State, tuple[p.Event, ...]] = {
+WAYS: dict[State, tuple[events.Event, ...]] = {
     State.IDLE: (), State.FETCHING: (seen(1),), State.WAITING: (seen(1), ModelStored(0, bytes(32))),
     State.TRAINING: (seen(1), *READY), State.SENT: (seen(1), *READY, Trained(1)),
 }  # fmt: skip
 
 
 def test_the_table_is_whole() -> None:
-    assert EVENTS.keys() == set(get_args(p.Event))
+    assert EVENTS.keys() == set(get_args(events.Event))
     by_training_alone = {
         (state, event) for state in State if state is not State.TRAINING for event in (Trained, TrainingFailed)
     }
@@ -385,7 +385,7 @@ class World:
     def plan(self) -> PlanSeen:
         return seen(self.number, self.version, "open" if self.open else "closed", min_gateways=2 + self.number % 2)
 
-    def tell(self, event: p.Event) -> None:
+    def tell(self, event: events.Event) -> None:
         actions = self.g.handle(event)
         for i, action in enumerate(actions):
             match action:

@@ -363,9 +363,9 @@ def test_what_a_tag_was_before_its_row_changed_is_not_mixed_in(tmp_path: Path) -
             columns = found.columns("a/x")
             return [] if columns is None else columns[1].tolist()
 
-        store.mean({"a/x": "ABCD", "a/y": "ABCD"})
+        store.retag({"a/x": "ABCD", "a/y": "ABCD"})
         seconds(store, 0, 100, "a/x", "a/y")
-        store.mean({"a/x": "CDAB", "a/y": "ABCD"})
+        store.retag({"a/x": "CDAB", "a/y": "ABCD"})
         store.flush()
         assert known() == []  # before the first sample of the new kind
         assert found.newest_ns(["a/x"]) == 0
@@ -374,11 +374,11 @@ def test_what_a_tag_was_before_its_row_changed_is_not_mixed_in(tmp_path: Path) -
         other = found.columns("a/y")
         assert other is not None
         assert len(other[0]) == 170
-        store.mean({"a/x": "ABCD", "a/y": "ABCD"})  # the first row was right after all
+        store.retag({"a/x": "ABCD", "a/y": "ABCD"})  # the first row was right after all
         seconds(store, 170, 180, "a/x")
         assert known() == [*map(float, range(100)), *map(float, range(170, 180))]
     with ring(tmp_path) as store, reader(tmp_path) as found:
-        store.mean({"a/x": "ABCD"})
+        store.retag({"a/x": "ABCD"})
         store.flush()
         columns = found.columns("a/x")
         assert columns is not None

@@ -26,7 +26,7 @@ from edge.lab.processes import Process, free_port, listens, mqtt_broker, python,
 from edge.live import Live
 from edge.tags import Quality, Sample
 from edge.window import Wiring, parse_gate
-from models.delta import Layout
+from models.delta import read_export
 from models.drift import picked
 from models.errors import LocalError, UserError
 from models.scale import Scale
@@ -101,10 +101,8 @@ class _Feed:
 
     def __init__(self, folder: Path, link: Link) -> None:
         task = parse_task(_TASK)
-        with np.load(folder / "model.npz", allow_pickle=False) as model:
-            layout = Layout.from_json(model["layout"].tobytes())
-            scale = Scale((50.0,) * _SIGNALS, (10.0,) * _SIGNALS)
-            scorer = Scorer.build(task, 1, model["graph"].tobytes(), layout, model["vector"], scale)
+        graph, layout, vector = read_export(folder / "model.npz")
+        scorer = Scorer.build(task, 1, graph, layout, vector, Scale((50.0,) * _SIGNALS, (10.0,) * _SIGNALS))
         signals = tuple(f"plc/s{i}" for i in range(_SIGNALS))
         wiring = Wiring(task.window, signals, gate=parse_gate("plc/running == 1"))
         topic = Local(GatewayPath.parse("lab/site/area/line/cell"), "inference", task.name).topic

@@ -35,7 +35,7 @@ from edge.live import Live
 from edge.ring import Samples
 from edge.tags import Driver, Quality, Sample, Source, Tag
 from edge.window import Wiring
-from models.delta import Layout
+from models.delta import read_export
 from models.errors import LocalError
 from models.scale import Scale
 from models.spec import parse_task
@@ -189,10 +189,8 @@ def _source(kind: str, port: int) -> Source:
 
 def _live(folder: Path, samples: Samples) -> Live:
     task = parse_task((folder / "ingest.toml").read_text())
-    with np.load(folder / MODEL, allow_pickle=False) as model:
-        layout = Layout.from_json(model["layout"].tobytes())
-        scale = Scale((50.0,) * _SIGNALS, (10.0,) * _SIGNALS)
-        scorer = Scorer.build(task, 1, model["graph"].tobytes(), layout, model["vector"], scale)
+    graph, layout, vector = read_export(folder / MODEL)
+    scorer = Scorer.build(task, 1, graph, layout, vector, Scale((50.0,) * _SIGNALS, (10.0,) * _SIGNALS))
     wiring = Wiring(task.window, tuple(f"plc/{_name(i)}" for i in range(_SIGNALS)))
     return Live(task, wiring, 2 * 10**9, lambda _: None, samples.score, lambda _: None, scorer, learnt=True)
 

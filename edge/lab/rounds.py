@@ -13,6 +13,7 @@ from broker.aggregate import load_state, next_model
 from broker.downlink import plan_of
 from broker.mask import ring_for
 from broker.rate import Rate
+from edge import events
 from edge import participant as p
 from edge.choose import average
 from edge.config import Policy
@@ -120,17 +121,17 @@ class Fleet:
         )
         self.offers.append((plan, self.vector))
         actions: list[rounds.Action] = []
-        training: list[tuple[Gateway, p.StartTraining, Vector, Future[tuple[Vector, int]]]] = []
+        training: list[tuple[Gateway, events.StartTraining, Vector, Future[tuple[Vector, int]]]] = []
         for gateway in self._there(dropout):
             plan, base = self.offers[-1 - self._behind(gateway)]
-            said = gateway.machine.handle(p.ModelStored(plan.base, plan.base_digest))
-            said += gateway.machine.handle(p.PlanSeen(plan))
+            said = gateway.machine.handle(events.ModelStored(plan.base, plan.base_digest))
+            said += gateway.machine.handle(events.PlanSeen(plan))
             for one in said:
-                if isinstance(one, p.StartTraining):
+                if isinstance(one, events.StartTraining):
                     i, start = gateway.index, self._personalised(base, gateway.index)
                     job = workers.fit(i, start, self._seed(one.round, i), proximal=self.task.training.proximal)
                     training.append((gateway, one, start, job))
-                elif isinstance(one, p.Answer):
+                elif isinstance(one, events.Answer):
                     event = federation.Answered(gateway.path, one.round, one.verdict == "joined")
                     actions += self.federation.handle(event, self.now)
         for gateway, one, start, job in training:
@@ -157,7 +158,7 @@ class Fleet:
     def _seed(self, number: int, i: int) -> int:
         return (self.seed * 1_000_003 + number * 1009 + i) % 2**31
 
-    def _send(self, gateway: Gateway, action: p.StartTraining, learnt: Vector, loss: float) -> list[rounds.Action]:
+    def _send(self, gateway: Gateway, action: events.StartTraining, learnt: Vector, loss: float) -> list[rounds.Action]:
         """Encode with error feedback, seal as the gateway does, and hand the update over; `loss` is the base's."""
         delta = learnt[self.shared] + gateway.residual
         count = gateway.windows
@@ -170,12 +171,12 @@ class Fleet:
         topic = topics.Uplink(topics.GatewayPath.parse(gateway.path), self.task.name, "update").topic
         envelope = gateway.signer.seal(update, topic)
         gateway.sent.append(len(envelope))
-        gateway.machine.handle(p.Trained(action.round))
+        gateway.machine.handle(events.Trained(action.round))
         event = federation.Submitted(gateway.path, action.round, action.base, update.payload[:32])
         actions = self.federation.handle(event, self.now)
         for one in actions:
             if isinstance(one, rounds.Outcome):
-                gateway.machine.handle(p.Settled(one.round, one.word))
+                gateway.machine.handle(events.Settled(one.round, one.word))
                 if one.word == rounds.COUNTED:
                     late = self.federation.number - action.round
                     self.payloads[gateway.path, action.round] = (encoded.data, count, late)

@@ -8,7 +8,7 @@ import numpy as np
 
 from edge.train import Job, lower_priority
 from edge.window import Wiring
-from models.delta import Layout
+from models.delta import read_export
 from models.spec import parse_task
 
 _WINDOWS = 2_000
@@ -18,8 +18,7 @@ def main() -> None:
     """Train on noise, round after round; says `training` once the first one is under way."""
     text = Path(sys.argv[2]).read_text()
     task = parse_task(text)
-    with np.load(sys.argv[1], allow_pickle=False) as model:
-        layout, vector = Layout.from_json(model["layout"].tobytes()), model["vector"]
+    _, layout, vector = read_export(Path(sys.argv[1]))
     wiring = Wiring(task.window, tuple(signal.name for signal in task.signal))
     lower_priority(
         Job(
