@@ -95,10 +95,11 @@ class Scorer:
             return worst(outputs, inputs)
         return mixed(self.task.kind, outputs, [self.share, *(one.share for one in self.partners)])
 
-    def score(self, x: Windows) -> Verdict:
-        """Judge one raw window (C, T)."""
+    def score(self, x: Windows, *, whole: bool = False) -> Verdict:
+        """Judge one raw window (C, T); `whole` says that it is known to have no NaN."""
         inputs = self.scale.inputs(self.task, x[None])
-        inputs[np.isnan(inputs)] = 0
+        if not whole:
+            inputs[np.isnan(inputs)] = 0
         return self.judge(self.run(inputs)[0], inputs[0])
 
     def judge(self, out: NDArray[np.float32], inputs: Windows) -> Verdict:

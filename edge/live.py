@@ -118,7 +118,7 @@ class Live:
         if self.scorer is None or not self._scaled(window, reliable=reliable):
             self._say(window, None, "learning", alarm=False, reliable=reliable, top=[])
             return
-        verdict = self.scorer.score(window.x)
+        verdict = self.scorer.score(window.x, whole=window.quality == 1)
         self._count_gap()
         reliable = reliable and math.isfinite(verdict.score)
         alarm = verdict.alarm and window.active and reliable and self.learnt

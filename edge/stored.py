@@ -72,4 +72,4 @@ def _stored_waveforms(rows: Rows, columns: Mapping[str, Columns]) -> Iterable[Wi
             x = rows.convert(np.stack([p[i] for p in picks]))
             segment = float(table[i, rows.index[rows.wiring.segment]]) if rows.wiring.segment else math.nan
             quality = good_share(x)
-            yield Win(end_ns, x, quality, rows.gate(table[i : i + 1]), segment, rows.label(table[i]))
+            yield Win(end_ns, x, quality, rows.gate(table[i]), segment, rows.label(table[i]))

@@ -115,6 +115,8 @@ class Rows:
         self.buffer = np.empty((max(4 * self.t, 256), len(self.index)))
         self.gap = 2 * self.t + 1
         self.fill, self.wait, self.segment = 0, self.t, math.nan
+        # In how many of the newest rows the gate held without a break.
+        self.held = 0
 
     def clear(self) -> None:
         """Begin again: the next window holds only rows from now on."""
@@ -133,13 +135,13 @@ class Rows:
             self.fill = self.t - 1
         self.buffer[self.fill] = row
         self.fill += 1
+        self.held = self.held + 1 if self.gate(row) else 0
         self.wait -= 1
         if self.wait:
             return None
         self.wait = self.wiring.window.stride
-        rows = self.buffer[self.fill - self.t : self.fill]
-        x = self.convert(rows[:, : self.c].T)
-        return Win(end_ns, x, good_share(x), self.gate(rows), self.segment, self.label(row))
+        x = self.convert(self.buffer[self.fill - self.t : self.fill, : self.c].T)
+        return Win(end_ns, x, good_share(x), self.held >= self.t, self.segment, self.label(row))
 
     def convert(self, x: NDArray[np.floating]) -> Float:
         """Mask what is out of range in signals (C, T), and bring them to the task's units."""
@@ -149,13 +151,12 @@ class Rows:
             x = x * self.gains[: self.c, None] + self.offsets[: self.c, None]
         return np.ascontiguousarray(x, np.float32)
 
-    def gate(self, rows: Wide) -> bool:
-        """Whether the machine-state gate held in all rows; a gate tag that is not good does not hold."""
-        for c in self.wiring.gate:
-            column = rows[:, self.index[c.tag]]
-            holds: NDArray[np.bool_] = OPERATORS[c.compare](column, c.number)  # type: ignore[arg-type, assignment]
+    def gate(self, row: Wide) -> bool:
+        """Whether the machine-state gate holds in a row; a gate tag that is not good does not hold."""
+        for tag, compare, number in self.wiring.gate:
+            value = float(row[self.index[tag]])
             # Of all comparisons, NaN passes "is not" alone.
-            if not holds.all() or (c.compare == "!=" and np.isnan(column).any()):
+            if value != value or not OPERATORS[compare](value, number):  # noqa: PLR0124 - quicker than math.isnan
                 return False
         return True
 
@@ -208,7 +209,8 @@ class Windower:
 
     def __post_init__(self) -> None:
         self._rows = Rows(self.wiring)
-        self._wanted = frozenset(self.wiring.tags)
+        # The source of each wired tag.
+        self._source = {ref: ref.partition("/")[0] for ref in self.wiring.tags}
         self._latest = np.full(len(self._rows.index), np.nan)
         self._step_ns = self.wiring.step_ns
         # Of the tags read together last: their places in a scan, and their columns in a row.
@@ -217,10 +219,10 @@ class Windower:
         self._arrays: dict[str, tuple[int, Float]] = {}
         self._row = self._due = -1  # the last row that was closed; the row that the last sample first counts in
         # Late samples in a row, and how many say that a clock was set back: more than one old value of each tag.
-        self._behind, self._most_behind = 0, max(_MOST_BEHIND, 8 * len(self._wanted))
+        self._behind, self._most_behind = 0, max(_MOST_BEHIND, 8 * len(self._source))
         self._behind_from = self._behind_to = 0
         # A source that has not said anything yet is waited for like one that has gone quiet.
-        self._newest = dict.fromkeys((ref.partition("/")[0] for ref in self.wiring.tags), -1)
+        self._newest = dict.fromkeys(self._source.values(), -1)
 
     @property
     def closed_ns(self) -> int:
@@ -234,13 +236,13 @@ class Windower:
             self._take_scan(samples)
             samples = ()
         for sample in samples:
-            if sample.tag in self._wanted:
+            source = self._source.get(sample.tag)
+            if source is not None:
                 self._pending.append(sample)
                 if sample.time_ns < self._done_ns:
                     self._late(sample.time_ns, 1)
                 else:
                     self._behind = 0
-                source = sample.tag.partition("/")[0]
                 newest[source] = max(newest[source], sample.time_ns)
         span_ns = self._behind_to - self._behind_from
         if self._behind > self._most_behind or (self._behind >= _LEAST_BEHIND and span_ns > _BEHIND_NS):
@@ -338,7 +340,7 @@ class Windower:
         row = self._latest
         segment = float(row[self._rows.index[self.wiring.segment]]) if self.wiring.segment else math.nan
         quality = good_share(x)
-        active = self._rows.gate(row[None])
+        active = self._rows.gate(row)
         return [Win(times.pop(), x, quality, active, segment, self._rows.label(row))]
 
     def _close(self, until_ns: int) -> list[Win]:

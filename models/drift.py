@@ -94,7 +94,7 @@ def picked(task: Task, x: Windows) -> Windows:
         x = Scale((), ()).inputs(task, x)
     length = x.shape[2]
     fresh = length if task.window.waveform else min(task.window.stride, length)
-    return x[:, :, _rows(length, fresh, min(fresh, _MOST_OF_ONE, max(1, _MOST // task.channels)))]
+    return x.take(_rows(length, fresh, min(fresh, _MOST_OF_ONE, max(1, _MOST // task.channels))), axis=2)
 
 
 @cache
