@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.window import Win
+from models.alarm import WEEK_S
 from models.spec import Task
 
 Windows = NDArray[np.float32]
@@ -18,10 +19,14 @@ _BLOCK = 20
 
 @dataclass(frozen=True)
 class Dataset:
-    """x (N, C, T) raw, with NaN where masked; y (N,) in the target's unit, None for anomaly."""
+    """x (N, C, T) raw, with NaN where masked; y (N,) in the target's unit, None for anomaly.
+
+    `per_week` is how many windows there are in a week in which the machine never stands.
+    """
 
     x: Windows
     y: NDArray[np.float32] | None
+    per_week: float = WEEK_S
 
     def __len__(self) -> int:
         return len(self.x)
@@ -58,10 +63,17 @@ def split(task: Task, windows: Iterable[Win]) -> tuple[Dataset, Dataset]:
             chosen.append(window)
             if len(chosen) >= 2 * most:
                 del chosen[:most]
-    return _dataset(task, train[-task.training.max_windows :]), _dataset(task, holdout[-MAX_HOLDOUT:])
+    often = _per_week([*train, *holdout])
+    return _dataset(task, train[-task.training.max_windows :], often), _dataset(task, holdout[-MAX_HOLDOUT:], often)
 
 
-def _dataset(task: Task, windows: list[Win]) -> Dataset:
+def _per_week(windows: list[Win]) -> float:
+    """Windows in a week, by the usual time from one to the next."""
+    apart = np.diff(np.sort([window.end_ns for window in windows]))
+    return WEEK_S * 1e9 / max(float(np.median(apart)), 1.0) if apart.size else WEEK_S
+
+
+def _dataset(task: Task, windows: list[Win], per_week: float) -> Dataset:
     x = np.stack([w.x for w in windows]) if windows else np.empty((0, *task.input_shape), np.float32)
     y = None if task.kind == "anomaly" else np.array([w.label for w in windows], np.float32)
-    return Dataset(x, y)
+    return Dataset(x, y, per_week)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edge.choose import GLOBAL, MIX, choose, mixed, trust, worst
 from edge.dataset import Dataset
 from models import evaluate
+from models.alarm import LEAST, threshold
 from models.delta import Layout, Vector
 from models.graph import batch_of, make_session
 from models.scale import Scale
@@ -150,11 +151,18 @@ class Scorer:
         out = self.run(inputs)
         if data.y is None:
             errors = ((out - inputs.reshape(len(inputs), -1)) ** 2).mean(1)
-            self.threshold = max(float(np.quantile(errors, self.task.alarm.quantile)), 1e-9)
+            self.threshold = self._threshold(errors, data.per_week)
             return float(errors.mean())
         if self.task.kind == "classification":
             return evaluate.accuracy(data.y, out.argmax(1))
         return evaluate.rmse(data.y, out[:, 0] * self.scale.target_std + self.scale.target_mean)
+
+    def _threshold(self, errors: NDArray[np.float32], per_week: float) -> float:
+        """Place the alarm by the errors (N,) of windows of which there are `per_week`."""
+        alarm = self.task.alarm
+        if alarm.quantile is not None:
+            return max(float(np.quantile(errors, alarm.quantile)), LEAST)
+        return threshold(errors, alarm.false_per_week / per_week)
 
     def losses(self, data: Dataset) -> NDArray[np.float64]:
         """What this model loses on each window (N,): -log p of the class, or the squared error, normalised."""

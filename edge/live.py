@@ -29,10 +29,14 @@ _FIRST_WINDOWS = 128
 
 @dataclass
 class Stats:
-    """Counters of one task since start; gaps are seconds between two scores, on the monotonic clock."""
+    """Counters of one task since start; gaps are seconds between two scores, on the monotonic clock.
+
+    `alarms` counts windows, `alarm_events` how often an alarm began.
+    """
 
     scored: int = 0
     alarms: int = 0
+    alarm_events: int = 0
     unreliable: int = 0
     inactive: int = 0
     usable: int = 0
@@ -61,6 +65,7 @@ class Live:
     stats: Stats = field(default_factory=Stats)
     last: dict[str, Any] = field(default_factory=dict)
     _first: list[NDArray[np.float32]] = field(default_factory=list)
+    _alarming: bool = False
     _scored_at: float = 0.0
     _explained_at: float = 0.0
     _published_at: float = 0.0
@@ -123,6 +128,8 @@ class Live:
         reliable = reliable and math.isfinite(verdict.score)
         alarm = verdict.alarm and window.active and reliable and self.learnt
         stats.alarms += alarm
+        stats.alarm_events += alarm and not self._alarming
+        self._alarming = alarm
         word = "learning" if not self.learnt else verdict.verdict if window.active else "inactive"
         now_ms = int(time.time() * 1000)
         self.keep(Score(task.name, now_ms, window.end_ns, verdict.score, word, self.scorer.version))

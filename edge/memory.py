@@ -14,6 +14,7 @@ from edge.feedback import Correction
 from edge.handback import Model
 from edge.store import State
 from edge.train import Result
+from models.alarm import WEEK_S
 from models.delta import Layout, Vector
 from models.drift import Reference
 from models.scale import Scale
@@ -118,15 +119,14 @@ class Memory:
         if data is None:
             return None
         with np.load(io.BytesIO(data), allow_pickle=False) as z:
-            return Dataset(z["x"], z["y"] if "y" in z.files else None)
+            often = float(z["per_week"]) if "per_week" in z.files else WEEK_S
+            return Dataset(z["x"], z["y"] if "y" in z.files else None, often)
 
     def keep_holdout(self, data: Dataset) -> None:
         """Store the holdout."""
         buffer = io.BytesIO()
-        if data.y is None:
-            np.savez(buffer, x=data.x)
-        else:
-            np.savez(buffer, x=data.x, y=data.y)
+        labels = {} if data.y is None else {"y": data.y}
+        np.savez(buffer, allow_pickle=False, x=data.x, per_week=np.array(data.per_week), **labels)
         self._put("holdout", buffer.getvalue())
 
     def corrections(self) -> dict[int, Correction]:

@@ -60,6 +60,8 @@ def _print_task(name: str, task: dict[str, Any], *, connected: bool) -> None:
     if not task.get("scored") and (task.get("inactive") or task.get("unreliable")):
         why = f"{task['inactive']} while active_when did not hold, {task['unreliable']} with too much that was Bad"
         print(f"           no window could be used: {why}; the gate must hold in all of a window")
+    if task.get("alarms"):
+        print(f"           alarms: {task['alarm_events']} since the start, {task['alarms']} windows in all")
     if task["problem"]:
         print(f"           PROBLEM {task['problem']}")
     elif task["model"] is None and connected:

@@ -270,6 +270,7 @@ def write_result(folder: Path, result: Result) -> None:
             file, vector=result.vector, numbers=numbers, device=np.array(result.device),
             scale=np.frombuffer(result.scale.to_json(), np.uint8),
             reference=np.frombuffer(result.reference.to_json(), np.uint8), holdout_x=result.holdout.x, holdout_y=y,
+            per_week=np.array(result.holdout.per_week),
             tuned=result.tuned, own=np.empty(0, np.float32) if result.own is None else result.own,
         )  # fmt: skip
     (folder / "partial").rename(folder / _RESULT)
@@ -278,7 +279,8 @@ def write_result(folder: Path, result: Result) -> None:
 def _read(path: Path, size: int) -> Result:
     with np.load(path, allow_pickle=False) as z:
         samples, steps, loss, took = z["numbers"].tolist()
-        holdout = Dataset(z["holdout_x"], z["holdout_y"] if len(z["holdout_y"]) or not len(z["holdout_x"]) else None)
+        y = z["holdout_y"] if len(z["holdout_y"]) or not len(z["holdout_x"]) else None
+        holdout = Dataset(z["holdout_x"], y, float(z["per_week"]))
         scale = Scale.from_json(z["scale"].tobytes())
         own = z["own"] if z["own"].size else None
         reference = Reference.from_json(z["reference"].tobytes())

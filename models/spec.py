@@ -26,6 +26,7 @@ MAX_STRIDE = 1_000_000
 MAX_DURATION_S = 10 * 366 * 86_400.0
 # Of fewer windows, an index of stability is mostly noise; all of them wait in memory, some values of each.
 DRIFT_WINDOWS = 100, 20_000
+FALSE_PER_WEEK = 1e-3, 1e6
 
 _Need = Callable[[bool, list[str | int], str, str], None]
 
@@ -63,12 +64,17 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Alarm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """When a score becomes an alarm: a number above or below, classes by name, or a quantile of own errors."""
+    """When a score becomes an alarm: a number above or below, or classes by name.
+
+    Of an anomaly: an error above what this gateway's own normal windows have so many times a week
+    (`false_per_week`; `models.alarm`), or above a quantile of theirs.
+    """
 
     above: float | None = None
     below: float | None = None
     classes: tuple[str, ...] = ()
-    quantile: float = 0.99
+    false_per_week: float = 1.0
+    quantile: float | None = None
 
 
 class Drift(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -239,7 +245,7 @@ def _check(file: TomlFile, task: Task) -> None:
         twice = f"{signal.name!r} is named twice"
         need(signal.name not in seen, ["signal", i, "name"], twice, "give each its own")
         seen.add(signal.name)
-    need(0 < task.alarm.quantile < 1, ["alarm", "quantile"], "out of range", "write a part, such as 0.99")
+    _check_alarm(need, task.alarm)
     need(task.drift.above > 0, ["drift", "above"], "out of range", "write a number above 0, such as 0.25")
     few, many = DRIFT_WINDOWS
     need(few <= task.drift.windows <= many, ["drift", "windows"], "out of range", f"write {few} to {many}")
@@ -250,6 +256,14 @@ def _check(file: TomlFile, task: Task) -> None:
     need(not task.privacy.secure_aggregation, ["privacy", "secure_aggregation"], "is not available", sums)
     _check_training(need, task.training)
     _check_round(file, need, task.round)
+
+
+def _check_alarm(need: _Need, alarm: Alarm) -> None:
+    rare, often = FALSE_PER_WEEK
+    week = f"write {rare:g} to {often:g}"
+    need(rare <= alarm.false_per_week <= often, ["alarm", "false_per_week"], "out of range", week)
+    part = alarm.quantile is None or 0 < alarm.quantile < 1
+    need(part, ["alarm", "quantile"], "out of range", "write a part, such as 0.99")
 
 
 def _check_window(need: _Need, w: Window, channels: int) -> None:

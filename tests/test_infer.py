@@ -88,8 +88,15 @@ def test_a_number(out: float, number: float, verdict: str) -> None:
 def test_an_anomaly_is_an_error_over_the_threshold_of_the_holdout() -> None:
     scorer = build(ANOMALY, Scale((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), bias(*[0.0] * 12))
     normal = RANDOM.normal(0, 0.1, (500, 3, 4)).astype(np.float32)
-    assert scorer.metric(Dataset(normal, None)) == pytest.approx(0.01, rel=0.1)
     errors = (normal**2).mean((1, 2))
+    # A window a second, and one false alarm a week: far above all that was seen.
+    assert scorer.metric(Dataset(normal, None)) == pytest.approx(0.01, rel=0.1)
+    assert errors.max() < scorer.threshold < 4 * errors.max()
+    week = scorer.threshold
+    scorer.metric(Dataset(normal, None, per_week=100))
+    assert scorer.threshold < week
+    scorer.task = task("anomaly", "[alarm]\nquantile = 0.99\n")
+    scorer.metric(Dataset(normal, None))
     assert scorer.threshold == pytest.approx(float(np.quantile(errors, 0.99)), rel=1e-4)
     verdicts = [scorer.score(x) for x in normal]
     assert sum(v.alarm for v in verdicts) == 5
@@ -255,6 +262,7 @@ def test_live_scores_say_what_when_and_by_which_model() -> None:
     assert (floor.said[-1]["alarm"], floor.said[-1]["reliable"]) == (False, False)
     stats = floor.live.stats
     assert alarms < stats.alarms <= alarms + 11
+    assert 1 <= stats.alarm_events <= stats.alarms
     assert stats.scored == len(floor.kept)
     assert stats.unreliable >= 9
     assert stats.inactive >= 10

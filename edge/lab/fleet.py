@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from edge.dataset import Dataset
 from edge.lab.plc import DataLayout, data_layout
+from models.alarm import WEEK_S
 from models.delta import Layout, Vector
 from models.errors import UserError
 from models.scale import Scale
@@ -156,7 +157,8 @@ def _take(groups: NDArray[np.int64], classes: NDArray[np.int64], share: float) -
 
 
 def _dataset(task: Task, x: NDArray[np.float32], y: NDArray[np.float32]) -> Dataset:
-    return Dataset(x, None if task.kind == "anomaly" else y)
+    often = WEEK_S * task.window.rate_hz / task.window.stride
+    return Dataset(x, None if task.kind == "anomaly" else y, often)
 
 
 def metric_of(task: Task, sites: Iterable[Site]) -> str:

@@ -11,6 +11,7 @@ from edge.candidates import kinds
 from edge.infer import Scorer, elect
 from edge.lab.fleet import Site, metric_of
 from models import evaluate
+from models.alarm import events
 from models.delta import Layout, Vector
 from models.spec import Task
 
@@ -47,6 +48,20 @@ class Judge:
             return area(y, out[:, 1] - out[:, 0])
         return evaluate.accuracy(y, out.argmax(1))
 
+    def alarms(self, scorer: Scorer, out: NDArray[np.float32], i: int) -> dict[str, Any]:
+        """Count what a scorer makes of a plant's test: the alarms of normal windows, and the share of the others found.
+
+        `out` are its outputs (N, C * T). Nothing of a task that is no anomaly's.
+        """
+        scale, x, y = self.sites[i].scale, self.sites[i].test.x, self.sites[i].test.y
+        if self.task.kind != "anomaly" or y is None:
+            return {}
+        inputs = np.nan_to_num(scale.inputs(self.task, x)).reshape(len(x), -1)
+        over = ((out - inputs) ** 2).mean(1) > scorer.threshold
+        odd = y != 0
+        found = round(float(over[odd].mean()), 4) if odd.any() else None
+        return {"normal_windows": int((~odd).sum()), "false_alarms": events(over & ~odd), "found": found}
+
     def loss(self, vector: Vector, i: int) -> float:
         """The mean loss of weights on a plant's holdout; NaN without one."""
         holdout = self.sites[i].holdout
@@ -57,8 +72,10 @@ class Judge:
         return self.worth(self._scorer(vector, i).outputs(self.sites[i].test.x), i)
 
 
-def final(judge: Judge, i: int, weights: dict[str, Vector]) -> tuple[dict[str, float], float]:
-    """Let the plant choose as a gateway does, on its own holdout; return the shares by kind, and the worth on its test.
+def final(judge: Judge, i: int, weights: dict[str, Vector]) -> tuple[dict[str, float], float, dict[str, Any]]:
+    """Let the plant choose as a gateway does, on its own holdout.
+
+    Returns the shares by kind, the worth on its test, and of an anomaly task its alarms there.
 
     `weights` are those of each kind of model; version 1 says that the global one has seen data.
     """
@@ -68,7 +85,8 @@ def final(judge: Judge, i: int, weights: dict[str, Vector]) -> tuple[dict[str, f
         for kind in kinds(task, 1, alone=task.training.alone)
     ]
     chosen, body = elect(scorers, site.holdout)
-    return body["shares"], judge.worth(chosen.outputs(site.test.x), i)
+    out = chosen.outputs(site.test.x)
+    return body["shares"], judge.worth(out, i), judge.alarms(chosen, out, i)
 
 
 def mean_of(values: list[float]) -> float:
@@ -82,6 +100,7 @@ def figures(
     curve: list[list[float]],
     names: list[str],
     chosen: list[dict[str, float]],
+    alarms: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Means over plants, ratios of which more is better, and the plants one by one."""
     lower = metric in evaluate.LOWER_IS_BETTER
@@ -93,6 +112,7 @@ def figures(
     best = (min if lower else max)(means["centralised"], means["silo_own"])
     by_plant = [
         {"plant": name, "model": chosen[i], **{key: _rounded(values[i], 5) for key, values in result.items()}}
+        | alarms[i]
         for i, name in enumerate(names)
     ]
     versus = [over(f, own) for f, own in zip(result["final"], result["silo_own"], strict=True)]

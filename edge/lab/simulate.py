@@ -94,10 +94,12 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
         "silo_all": [mean_of([judge.test(alone[i], j) for j in every]) for i in every],
         "federated": curve[-1],
         "personalised": [judge.test(tuned[i], i) for i in every],
-        "final": [worth for _, worth in chosen],
+        "final": [worth for _, worth, _ in chosen],
     }
     sent = [n for gateway in plants for n in gateway.sent]
-    return figures(judge.metric, result, curve, [s.name for s in sites], [c for c, _ in chosen]) | {
+    return figures(
+        judge.metric, result, curve, [s.name for s in sites], [c for c, _, _ in chosen], [a for *_, a in chosen]
+    ) | {
         "bytes_up_per_update": round(mean(sent), 1),
         "bytes_up_last": round(mean(gateway.sent[-1] for gateway in plants if gateway.sent), 1),
         "bytes_up": sum(sent),
