@@ -6,6 +6,7 @@ update's delta is a vector, or what a sparse coding keeps of one (`codec.Sparse`
 """
 
 import importlib
+import importlib.util
 import io
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -16,11 +17,15 @@ from numpy.typing import NDArray
 
 from broker import mask
 from broker.strategies._mean import State
-from models import codec, ringcode
+from models import codec, ringcode, sparse
 from models.delta import Vector
 from models.ringcode import Ring
 
 Strategy = Callable[..., tuple[State, Vector]]
+
+# Machine code for the sums of so many updates saves, round by round, more than it costs to compile.
+MANY = 100
+_coder = sparse.NUMPY
 
 
 def strategy_names() -> list[str]:
@@ -67,7 +72,7 @@ def next_model(
         new_state, delta = strategy(name)(kept, iter([(mean, samples)]), momentum=0.0)
         new_state = {**new_state, **rings}
     else:
-        updates = ((_discounted(codec.decode_sparse(payload, count), late), n) for payload, n, late in payloads)
+        updates = ((_discounted(codec.decode_sparse(payload, count, _coder), late), n) for payload, n, late in payloads)
         new_state, delta = strategy(name)(kept, updates, momentum=momentum / (1 + age))
     vector = base.copy()
     vector[shared] += delta
@@ -102,6 +107,13 @@ def _discounted(delta: Vector | codec.Sparse, late: int) -> Vector | codec.Spars
         return delta
     share = np.float32(1 / np.sqrt(1 + late))
     return delta._replace(values=delta.values * share) if isinstance(delta, codec.Sparse) else delta * share
+
+
+def hasten() -> None:
+    """Decode sparse updates by machine code from now on, where numba is installed; compiles for some seconds."""
+    global _coder  # noqa: PLW0603 - one coder for the process, as one module would be
+    if importlib.util.find_spec("numba") is not None:
+        _coder = importlib.import_module("models.sparse_jit").MACHINE
 
 
 def dump_state(state: State) -> bytes:

@@ -1,6 +1,7 @@
 """The end of a round: from its counted updates, as the journal holds them, to the task's next version."""
 
 import logging
+import threading
 import time
 
 import numpy as np
@@ -52,6 +53,8 @@ def close_round(journal: Journal, job: Job, number: int, base: int, now_ms: int)
         job.ring = ring_for(task, Layout.from_json(job.row.layout), aggregate.load_state(state))
     body = {"task": name, "version": version, "digest": digest.hex(), "round": number}
     journal.note(now_ms, "model", {**body, "gateways": gateways, "samples": samples})
+    if gateways >= aggregate.MANY:
+        threading.Thread(target=aggregate.hasten, daemon=True).start()
     elapsed = time.monotonic() - started
     log.info("%s round %d: version %d from %d gateways in %.2f s", name, number, version, gateways, elapsed)
     return True

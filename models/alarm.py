@@ -43,8 +43,10 @@ def _peaks(errors: NDArray[np.floating], begin: float) -> NDArray[np.float64]:
     """Return the largest error of each run above `begin`."""
     over = errors > begin
     starts = np.flatnonzero(over & ~np.concatenate([[False], over[:-1]]))
-    found: NDArray[np.float64] = np.maximum.reduceat(np.where(over, errors, -np.inf), starts) if len(starts) else starts
-    return np.asarray(found, np.float64)
+    if not len(starts):
+        return np.empty(0)
+    found: NDArray[np.float64] = np.maximum.reduceat(np.where(over, errors, -np.inf), starts)
+    return found
 
 
 def _fit(excess: NDArray[np.float64]) -> tuple[float, float]:

@@ -64,6 +64,11 @@ class Sparse(NamedTuple):
     size: int
     places: sparse.Places
     values: Vector
+    coder: sparse.Coder = sparse.NUMPY
+
+    def add_to(self, total: sparse.Sums, weight: float) -> None:
+        """Add the vector times a weight to a sum (size,)."""
+        self.coder.add(total, self.places, self.values, weight)
 
     def dense(self) -> Vector:
         """The vector (size,)."""
@@ -106,10 +111,11 @@ def decode(data: bytes, count: int) -> Vector:
     return decoded.dense() if isinstance(decoded, Sparse) else decoded
 
 
-def decode_sparse(data: bytes, count: int) -> Sparse | Vector:
+def decode_sparse(data: bytes, count: int, coder: sparse.Coder = sparse.NUMPY) -> Sparse | Vector:
     """Decode as `decode` does, but leave a sparse coding as it is: two values in a hundred are sooner added.
 
-    `count` is what the receiver's own layout says; no memory is taken for any other number.
+    `count` is what the receiver's own layout says; no memory is taken for any other number. `coder` decodes the stream
+    and adds up what it holds.
     """
     if len(data) < HEADER.size:
         raise PeerError("codec", f"{len(data)} bytes are shorter than the header")
@@ -124,8 +130,8 @@ def decode_sparse(data: bytes, count: int) -> Sparse | Vector:
     if not 0 < step <= _LARGEST / top or (bits == EXACT and step != 1):
         raise PeerError("codec", f"step {step}")
     if bits == SPARSE:
-        places, q = sparse.decode(data[HEADER.size :], count)
-        return Sparse(count, places, q * np.float32(step))
+        places, q = coder.decode(data[HEADER.size :], count)
+        return Sparse(count, places, q * np.float32(step), coder)
     raw = inflate(data[HEADER.size :], -(-count * bits // 8))
     if bits == EXACT:
         planes = np.frombuffer(raw, np.uint8).reshape(4, count)

@@ -18,6 +18,9 @@ of magnitudes as in JPEG 2000's bit-plane coding (ISO/IEC 15444-1, annex D). A g
 entropy of independent places, and a parameter for each 64 members follows a density that changes along the vector.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,11 +30,20 @@ Integers = NDArray[np.int16]
 Places = NDArray[np.int64]
 Bits = NDArray[np.uint8]
 
+Sums = NDArray[np.float64]
+
 MOST = 255
-_CHUNK = 64
-_R_BITS = 4
-_R_MOST = 2**_R_BITS - 1
+CHUNK = 64
+R_BITS = 4
+_R_MOST = 2**R_BITS - 1
 _FEW = 32
+
+
+class Coder(NamedTuple):
+    """How streams are decoded, and what they hold is added up: here, or by machine code (`models.sparse_jit`)."""
+
+    decode: Callable[[bytes, int], tuple[Places, Integers]]
+    add: Callable[[Sums, Places, NDArray[np.float32], float], None]
 
 
 def encode(q: Integers) -> bytes:
@@ -72,6 +84,14 @@ def decode(data: bytes, count: int) -> tuple[Places, Integers]:
     return places, values
 
 
+def add(total: Sums, places: Places, values: NDArray[np.float32], weight: float) -> None:
+    """Add values (k,) times a weight to a sum (n,), each at its place."""
+    np.add.at(total, places, np.multiply(values, weight, dtype=np.float64))
+
+
+NUMPY = Coder(decode, add)
+
+
 def _plane(places: NDArray[np.int64], parent: int) -> list[Bits]:
     """Write one plane as arrays of bits."""
     k = places.size
@@ -81,13 +101,13 @@ def _plane(places: NDArray[np.int64], parent: int) -> list[Bits]:
     gaps = np.diff(places, prepend=-1) - 1
     rs = np.arange(_R_MOST + 1)[:, None]
     # What each parameter would cost each chunk, in bits.
-    cost = np.add.reduceat((gaps >> rs) + rs, np.arange(0, k, _CHUNK), axis=1)
+    cost = np.add.reduceat((gaps >> rs) + rs, np.arange(0, k, CHUNK), axis=1)
     chosen = cost.argmin(0)
-    r = np.repeat(chosen, _CHUNK)[:k]
+    r = np.repeat(chosen, CHUNK)[:k]
     ends = np.cumsum((gaps >> r) + 1)
     high = np.zeros(int(ends[-1]), np.uint8)
     high[ends - 1] = 1
-    return [*parts, _field(chosen, _R_BITS), _low_bits(gaps, r), high]
+    return [*parts, _field(chosen, R_BITS), _low_bits(gaps, r), high]
 
 
 def _field(values: NDArray[np.int64], width: int) -> Bits:
@@ -143,8 +163,8 @@ class _Stream:
         k = self._field(parent.bit_length())
         if k > parent:
             raise PeerError("codec", f"{k} members of {parent}")
-        start = self._skip(_R_BITS * -(-k // _CHUNK))
-        parameters = [int(self.text[i : i + _R_BITS], 2) for i in range(start, self.at, _R_BITS)]
+        start = self._skip(R_BITS * -(-k // CHUNK))
+        parameters = [int(self.text[i : i + R_BITS], 2) for i in range(start, self.at, R_BITS)]
         places = self._few(k, parameters[0]) if 0 < k <= _FEW else self._many(k, parameters)
         if k and places[-1] >= parent:
             raise PeerError("codec", f"a place beyond the {parent} that there are")
@@ -166,7 +186,7 @@ class _Stream:
     def _many(self, k: int, parameters: list[int]) -> Places:
         if not k:
             return np.zeros(0, np.int64)
-        r = np.array(parameters).repeat(_CHUNK)[:k]
+        r = np.array(parameters).repeat(CHUNK)[:k]
         ends = r.cumsum()
         starts = self._skip(int(ends[-1])) + ends - r
         # Where r is 0 nothing is read, even of a word behind the end.

@@ -339,3 +339,40 @@ def test_zero_and_tiny_vectors() -> None:
         assert not codec.encode(np.zeros(5, np.float32), bits).decoded.any()
         tiny = np.full(3, np.finfo(np.float32).smallest_subnormal, np.float32)
         assert np.isfinite(codec.decode(codec.encode(tiny, bits).data, 3)).all()
+
+
+def test_machine_code_decodes_what_numpy_does_and_refuses_what_it_refuses() -> None:
+    from models import sparse_jit  # noqa: PLC0415 - compiles for some seconds
+
+    random = np.random.default_rng(0)
+
+    def both(data: bytes, count: int) -> None:
+        fine, places, values = sparse_jit._decode(np.frombuffer(data + bytes(4), np.uint8), 8 * len(data), count)
+        try:
+            expected = sparse.decode(data, count)
+        except PeerError:
+            assert not fine
+            with pytest.raises(PeerError):
+                sparse_jit.decode(data, count)
+        else:
+            assert fine
+            np.testing.assert_array_equal(places, expected[0])
+            np.testing.assert_array_equal(values, expected[1])
+
+    for _ in range(200):
+        count = int(random.integers(1, 3000))
+        large = np.clip(np.rint(random.standard_cauchy(count) * 2), -sparse.MOST, sparse.MOST)
+        data = sparse.encode(np.where(random.random(count) < random.random() / 2, large, 0).astype(np.int16))
+        both(data, count)
+        for _ in range(8):
+            flipped = bytearray(data)
+            flipped[random.integers(len(data))] ^= 1 << random.integers(8)
+            both(bytes(flipped), count)
+        both(data[: random.integers(len(data))], count)
+        both(data + b"\0", count)
+        both(random.bytes(int(random.integers(1, 60))), count)
+    total, same = np.zeros(count), np.zeros(count)
+    places, values = sparse.decode(data, count)
+    for coder, into in ((sparse.NUMPY, total), (sparse_jit.MACHINE, same)):
+        coder.add(into, places, (values * np.float32(0.3)), 7.0)
+    np.testing.assert_array_equal(total, same)

@@ -21,7 +21,7 @@ def mean(updates: Iterator[tuple[Vector | Sparse, int]]) -> NDArray[np.float64]:
         if total is None:
             total = np.zeros(delta.size)
         if isinstance(delta, Sparse):
-            np.add.at(total, delta.places, np.multiply(delta.values, float(samples), dtype=np.float64))
+            delta.add_to(total, float(samples))
         else:
             total += np.multiply(delta, float(samples), dtype=np.float64)
         weight += samples
