@@ -279,6 +279,14 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
         "is not a duration",
         'write "2s"',
     ),
+    "a width": (
+        'segment = "plc1/PartId"',
+        "width = 0.6",
+        25,
+        "task.spindle-wear.width",
+        "0.6 is no width",
+        "write 0.25, 0.5, 0.75 or 1",
+    ),
     "a size": ('"2GiB"', '"2 gigs"', 31, "store.max_bytes", "'2 gigs' is not a size", '"512MiB" or "2GiB"'),
     "a choice": (
         "min_gateways = 3",
