@@ -295,6 +295,7 @@ def _check(args: argparse.Namespace) -> int:
         raise UserError("--config", 0, "", "missing", "write -c gateway.toml")
     from edge.wiring import unit_notes, unknown_units, wire  # noqa: PLC0415
     from models.spec import load_task  # noqa: PLC0415
+    from models.width import unfit  # noqa: PLC0415
 
     config = _load(args)
     notes = unknown_units(config.tags.values())
@@ -305,7 +306,10 @@ def _check(args: argparse.Namespace) -> int:
             known = ", ".join(config.tasks) or "none"
             remedy = f"add [task.{task.name}] with signals = {{ … }}; wired now: {known}"
             raise UserError(config.file, 0, f"task.{task.name}", "is not wired", remedy)
-        wiring = wire(task, config.tasks[task.name], config.tags, config.file)
+        table = config.tasks[task.name]
+        if problem := unfit(task, table.width):
+            raise UserError(config.file, 0, f"task.{task.name}.width", problem, "leave it out, or write 1")
+        wiring = wire(task, table, config.tags, config.file)
         notes += unit_notes(task, wiring, config.tags)
         checked.add(task.name)
     for name in config.tasks:

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 _GROUPS = 4
 
@@ -30,8 +31,7 @@ class _PartNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, kept) -> (B, kept)."""
-        mean = x.sum(-1, keepdim=True) / self.count
-        missing = self.count - x.shape[-1]
-        variance = ((x - mean).square().sum(-1, keepdim=True) + missing * mean.square()) / self.count
-        out: Tensor = (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+        whole = functional.pad(x, (0, self.count - x.shape[-1]))
+        normal = functional.layer_norm(whole, (self.count,), eps=self.eps)[..., : x.shape[-1]]
+        out: Tensor = torch.addcmul(self.bias, normal, self.weight)
         return out
