@@ -61,9 +61,9 @@ class Model:
         outside the gateway's part is zero.
         """
         shared = self.vector if average is None or average.size != self.vector.size else average
-        if own is None or own.size != self.vector.size:
-            own = shared
-        return cut(self.layout, width, np.where(self.layout.mask(self.task.personal), shared, own))
+        if own is not None and own.size == self.vector.size:
+            shared = np.where(self.layout.mask(self.task.personal), shared, own)
+        return cut(self.layout, width, shared)
 
 
 class Fetch:
