@@ -2,15 +2,17 @@
 
 A strategy is one file in `broker/strategies`, with a function
 `aggregate(state, updates, *, momentum) -> (state, delta)`: pure, streaming, its state a dict of float64 arrays. An
-update's delta is a vector, or what a sparse coding keeps of one (`codec.Sparse`).
+update's delta is a vector, what a sparse coding keeps of one (`codec.Sparse`), or what a narrow gateway has of one
+(`width.Part`).
 """
 
 import importlib
 import importlib.util
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ from broker.strategies._mean import State
 from models import codec, ringcode, sparse
 from models.delta import Vector
 from models.ringcode import Ring
+from models.width import Part, Places
 
 Strategy = Callable[..., tuple[State, Vector]]
 
@@ -52,6 +55,7 @@ def next_model(
     momentum: float,
     age: float = 0.0,
     ring: Ring | None = None,
+    slices: Mapping[float, Places] = MappingProxyType({}),
 ) -> tuple[bytes, Vector]:
     """Run a strategy over codec payloads, one at a time; return its new state and the full new weights (n,).
 
@@ -61,6 +65,9 @@ def next_model(
 
     With a `ring`, payloads are its updates, and what counts is their sum in the ring. What waits at the gateways acts
     like a momentum, so the server has none.
+
+    Payloads of fewer values are narrow gateways': `slices` says which values those are (`width.slices`). What nobody
+    has who sent one stays as it is, the strategy's momentum included.
 
     The deltas cover the True positions of `shared` (n,); the rest of `base` (n,) stays as it is. ValueError if the
     new weights hold a NaN or an infinity.
@@ -72,8 +79,10 @@ def next_model(
         new_state, delta = strategy(name)(kept, iter([(mean, samples)]), momentum=0.0)
         new_state = {**new_state, **rings}
     else:
-        updates = ((_discounted(codec.decode_sparse(payload, count, _coder), late), n) for payload, n, late in payloads)
+        had = np.zeros(count, np.bool_)
+        updates = ((_placed(payload, late, had, slices), n) for payload, n, late in payloads)
         new_state, delta = strategy(name)(kept, updates, momentum=momentum / (1 + age))
+        delta = np.where(had, delta, np.float32(0))
     vector = base.copy()
     vector[shared] += delta
     if not np.isfinite(vector).all():
@@ -100,6 +109,19 @@ def _summed(payloads: Iterator[tuple[bytes, int, int]], ring: Ring, state: State
         raise ValueError("no update to average")
     mean = ringcode.spread_out((values / weight).astype(np.float32), ring)
     return mean, samples, mask.after(state, ring, mean, larger / gateways, gateways, samples)
+
+
+def _placed(
+    payload: bytes, late: int, had: NDArray[np.bool_], slices: Mapping[float, Places]
+) -> Vector | codec.Sparse | Part:
+    """Decode one update, and mark which values (n,) its gateway has."""
+    declared = codec.declared(payload)
+    places = next((one for one in slices.values() if one.size == declared), None)
+    if declared == had.size or places is None:
+        had[:] = True
+        return _discounted(codec.decode_sparse(payload, had.size, _coder), late)
+    had[places] = True
+    return Part(had.size, places, _discounted(codec.decode_sparse(payload, declared, _coder), late))
 
 
 def _discounted(delta: Vector | codec.Sparse, late: int) -> Vector | codec.Sparse:

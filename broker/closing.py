@@ -36,7 +36,7 @@ def close_round(journal: Journal, job: Job, number: int, base: int, now_ms: int)
         payloads = journal.payloads(name, number)
         rule, momentum = task.round.strategy, task.round.momentum
         state, goal = aggregate.next_model(
-            rule, state, vector, job.shared, payloads, momentum=momentum, age=age, ring=job.ring
+            rule, state, vector, job.shared, payloads, momentum=momentum, age=age, ring=job.ring, slices=job.slices
         )
         step = _step(journal, job, goal, vector, version)
     except ValueError as error:

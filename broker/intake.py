@@ -6,7 +6,7 @@ A refusal of bytes whose sender is not proven raises PeerError: a counter and a 
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,20 +19,30 @@ from models import codec, ringcode
 from models.errors import PeerError
 from models.ringcode import Ring
 from models.spec import Task
+from models.width import Places
 
 MAX_GATEWAYS = 10_000
 MAX_STRANGERS = 64
+WHOLE = 4  # quarters of a net
 # No weight of a net moves by this much in a round; a sum of such values stays far from float32's end.
 MAX_VALUE = 1e6
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an update of a task must be: its layout has `count` shared values; `ring_in` gives an open round's ring."""
+    """What an update of a task must be: its layout has `count` shared values; `ring_in` gives an open round's ring.
+
+    `slices` says which of them a narrow gateway has (`width.slices`).
+    """
 
     task: Task
     count: int
     ring_in: Callable[[int], Ring | None] = lambda _round: None
+    slices: Mapping[float, Places] = field(default_factory=dict)
+
+    def count_of(self, quarters: int) -> int:
+        """How many values a gateway shares that has so many quarters of the net's width; 0 where none may."""
+        return self.count if quarters == WHOLE else len(self.slices.get(quarters / WHOLE, ()))
 
 
 @dataclass(frozen=True)
@@ -187,21 +197,23 @@ class Intake:
 
 
 def check_update(update: Update, wanted: Wanted) -> None:
-    """Decode an update completely; PeerError `samples`, `layout`, `codec` or `range`."""
+    """Decode an update completely; PeerError `samples`, `width`, `layout`, `codec` or `range`."""
     training = wanted.task.training
     most = training.max_windows * training.epochs
     if update.samples > most:
         raise PeerError("samples", f"{update.samples} samples, the task allows {most}")
+    count = wanted.count_of(update.quarters)
+    if not count or (update.quarters != WHOLE and wanted.task.round.codec == "ring"):
+        raise PeerError("width", f"{update.quarters} of {WHOLE} quarters of a net that is added up whole")
     if wanted.task.round.codec == "ring":
         ring = wanted.ring_in(update.round)
         if ring:
             ringcode.unpack(update.payload, ring)
         return  # what is of no open round is not counted
-    if len(update.payload) >= codec.HEADER.size:
-        declared = codec.HEADER.unpack_from(update.payload)[3]
-        if declared != wanted.count:
-            raise PeerError("layout", f"{declared} values, the task shares {wanted.count}")
-    decoded = codec.decode_sparse(update.payload, wanted.count)
+    declared = codec.declared(update.payload)
+    if declared != count:
+        raise PeerError("layout", f"{declared} values, of this width the task shares {count}")
+    decoded = codec.decode_sparse(update.payload, count)
     values = decoded.values if isinstance(decoded, codec.Sparse) else decoded
     largest = float(np.abs(values).max(initial=0))
     if largest > MAX_VALUE:

@@ -1,7 +1,8 @@
 """One task at work in the aggregator: its definition, its newest model, and the federation that decides."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,14 @@ from models.errors import LocalError, UserError
 from models.ringcode import Ring
 from models.spec import Task
 from models.tomlfile import TomlFile
+from models.width import Places, slices
 
 
 @dataclass
 class Job:
     """`shared` (n,) is True where values travel; `deadline_ms` is the latest round's, `rate` its share.
 
-    `ring` is the next update's, of a task whose codec is one.
+    `ring` is the next update's, of a task whose codec is one; `slices` are what narrow gateways have of the shared.
     """
 
     task: Task
@@ -37,6 +39,7 @@ class Job:
     deadline_ms: int
     rate: Rate
     ring: Ring | None = None
+    slices: Mapping[float, Places] = field(default_factory=dict)
 
     @property
     def keep(self) -> float:
@@ -100,7 +103,8 @@ def load_job(journal: Journal, file: TaskFile) -> Job:
     closed = range(1, last.round + (last.state != "open")) if last else ()
     rate = replay(int(shared.sum()), (journal.losses(name, number) for number in closed))
     ring = ring_for(task, layout, load_state(journal.strategy_state(name))) if task.round.codec == "ring" else None
-    return Job(task, row, model, shared, federation, last.deadline_ms if last else 0, rate, ring)
+    deadline_ms = last.deadline_ms if last else 0
+    return Job(task, row, model, shared, federation, deadline_ms, rate, ring, slices(task, layout))
 
 
 def _check_size(file: TaskFile, count: int) -> None:

@@ -91,6 +91,7 @@ class Update(Message, frozen=True, tag="update"):
     """What a gateway learnt in a round: a codec payload, its weight in the mean, and metrics on its own holdout.
 
     `metric` is the trained model's, `base_loss` the mean loss of the round's base; None without a holdout.
+    `quarters` is the gateway's width (`models.width`), in quarters of the net: the payload is of that part.
     """
 
     round: Count
@@ -99,6 +100,7 @@ class Update(Message, frozen=True, tag="update"):
     metric: Real | None
     payload: Annotated[bytes, msgspec.Meta(max_length=MAX_PAYLOAD)]
     base_loss: Real | None = None
+    quarters: Annotated[int, msgspec.Meta(ge=1, le=4)] = 4
 
 
 class FederationBirth(Message, frozen=True, tag="federation"):

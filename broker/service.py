@@ -85,7 +85,10 @@ class Service:
         self._signer, self._public_key = signer, signer.public_key.hex()
         log.info("federation %s, public key %s", self._config.name, self._public_key)
         self._downlink = Downlink(self._config.name, signer, self._clock())
-        wanted = {name: intake.Wanted(job.task, int(job.shared.sum()), job.ring_in) for name, job in self._jobs.items()}
+        wanted = {
+            name: intake.Wanted(job.task, int(job.shared.sum()), job.ring_in, job.slices)
+            for name, job in self._jobs.items()
+        }
         self._intake = intake.Intake(self._config, self._journal, wanted)
         for job in self._jobs.values():
             self._put_model(job)  # also proves, before anybody connects, that the manifest fits into a message

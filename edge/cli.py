@@ -75,6 +75,7 @@ def _add_simulate(commands: Any) -> None:
     simulate.add_argument("--mode", choices=("sync", "async"), help="in step or not, instead of the task's")
     simulate.add_argument("--stale", type=int, default=0, help="async: versions that plants lag behind at most (0)")
     simulate.add_argument("--dropout", type=float, default=0.0, help="chance that a plant misses a round (default 0)")
+    simulate.add_argument("--width", default="1", help="part of the net that plants have: 0.5, or PLANT=0.5,PLANT=0.25")
     simulate.add_argument("--plot", type=Path, help="also write figures and curve into this HTML file")
     simulate.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     simulate.set_defaults(run=_simulate)
@@ -294,6 +295,7 @@ def _check(args: argparse.Namespace) -> int:
         raise UserError("--config", 0, "", "missing", "write -c gateway.toml")
     from edge.wiring import unit_notes, unknown_units, wire  # noqa: PLC0415
     from models.spec import load_task  # noqa: PLC0415
+    from models.width import unfit  # noqa: PLC0415
 
     config = _load(args)
     notes = unknown_units(config.tags.values())
@@ -304,7 +306,10 @@ def _check(args: argparse.Namespace) -> int:
             known = ", ".join(config.tasks) or "none"
             remedy = f"add [task.{task.name}] with signals = {{ … }}; wired now: {known}"
             raise UserError(config.file, 0, f"task.{task.name}", "is not wired", remedy)
-        wiring = wire(task, config.tasks[task.name], config.tags, config.file)
+        table = config.tasks[task.name]
+        if problem := unfit(task, table.width):
+            raise UserError(config.file, 0, f"task.{task.name}.width", problem, "leave it out, or write 1")
+        wiring = wire(task, table, config.tags, config.file)
         notes += unit_notes(task, wiring, config.tags)
         checked.add(task.name)
     for name in config.tasks:

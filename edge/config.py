@@ -18,6 +18,7 @@ from edge.tagscsv import parse_tags
 from edge.window import Condition, parse_gate
 from models.errors import PeerError, UserError
 from models.tomlfile import TomlFile, read_toml, seconds, size_bytes
+from models.width import WIDTHS
 
 SOURCE_KEYS = ("name", "driver", "url", "tags")
 
@@ -41,13 +42,17 @@ class FederationTable(_Struct, frozen=True, kw_only=True):
 
 
 class TaskTable(_Struct, frozen=True, kw_only=True):
-    """How this gateway wires one task: the task's signals, target, gate and segment to its own tags."""
+    """How this gateway wires one task: the task's signals, target, gate and segment to its own tags.
+
+    `width` is the part of the net that it trains and sends (`models.width`).
+    """
 
     signals: dict[str, str]
     target: str | None = None
     active_when: str | None = None
     segment: str | None = None
     max_lag: str = "2s"
+    width: float = 1
 
     @property
     def gate(self) -> tuple[Condition, ...]:
@@ -294,6 +299,8 @@ def _check_task(file: TomlFile, name: str, table: TaskTable, tags: dict[str, Tag
         seconds(table.max_lag)
     except ValueError as error:
         raise file.error(["task", name, "max_lag"], str(error), 'write "2s"') from None
+    if table.width not in WIDTHS:
+        raise file.error(["task", name, "width"], f"{table.width:g} is no width", "write 0.25, 0.5, 0.75 or 1")
 
 
 def _scalar(tag: Tag, name: str, *, text: bool) -> None:

@@ -34,6 +34,7 @@ from models.delta import Layout, Vector, weights_digest
 from models.errors import PeerError, UserError
 from models.graph import MAX_GRAPH_BYTES
 from models.spec import Task, parse_task
+from models.width import cut
 
 # A gateway's own bound, far above any compact net: 4 million parameters are 16 MB.
 MAX_PARAMETERS = 4_000_000
@@ -53,15 +54,16 @@ class Model:
     graph: bytes
     vector: Vector
 
-    def personalised(self, own: Vector | None, average: Vector | None = None) -> Vector:
+    def personalised(self, own: Vector | None, average: Vector | None = None, *, width: float = 1) -> Vector:
         """Return the weights (layout.size,), with a gateway's own values where the task keeps them personal.
 
-        Where an `average` of models fits, it is that instead of this model.
+        Where an `average` of models fits, it is that instead of this model. Of less than the whole `width`, what lies
+        outside the gateway's part is zero.
         """
         shared = self.vector if average is None or average.size != self.vector.size else average
-        if own is None or own.size != self.vector.size:
-            return shared
-        return np.where(self.layout.mask(self.task.personal), shared, own)
+        if own is not None and own.size == self.vector.size:
+            shared = np.where(self.layout.mask(self.task.personal), shared, own)
+        return cut(self.layout, width, shared)
 
 
 class Fetch:

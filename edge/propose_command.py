@@ -25,7 +25,7 @@ from models.spec import Task, load_task
 
 _READ_S = 5.0
 _LEAST_TOP = 2  # a proposal is never shown without what stands against it
-_KEPT = ("active_when", "segment", "max_lag")  # of a table that is replaced
+_KEPT = ("active_when", "segment", "max_lag", "width")  # of a table that is replaced
 
 
 def main(args: argparse.Namespace, config: Config, state: Path) -> int:

@@ -27,6 +27,7 @@ from edge.train import NotEnoughError, Result, Trainer, job_for
 from edge.update import seal_update
 from edge.verdicts import Ear
 from models.errors import LocalError, PeerError, UserError
+from models.width import unfit
 
 log = logging.getLogger(__name__)
 
@@ -249,14 +250,16 @@ class Runner:
         model, live = self.model, self.live
         if model is None or live is None:
             return
+        width = self.table.width  # which a reload may change while the child trains
         try:
             await asyncio.to_thread(self.shop.samples.flush)
             said, home = await self.shop.state.commit(self.memory.corrections), self.shop.folder
-            job = job_for(self.shop.config, home, model.terms.task_text, live.wiring, model.layout, action.round, said)
-            base = model.personalised(self.scoring.personal)
+            what = model.terms.task_text, live.wiring, model.layout, action.round, said
+            job = job_for(self.shop.config, home, *what, width=width)
+            base = model.personalised(self.scoring.personal, width=width)
             own, average = self.scoring.own, self.scoring.average
             result = await self._trainer.train(job, base, home / f"training-{self.name}", own, average)
-            await self._send(action, model, result)
+            await self._send(action, model, result, width)
         except NotEnoughError as error:
             log.info("%s: round %d waits for data: %s", self.name, action.round, error)
             self._stored_before = error.count - live.stats.trainable
@@ -270,21 +273,22 @@ class Runner:
             await asyncio.sleep(_RETRY_S)
             self._do(self.participant.handle(events.TrainingFailed(action.round, str(error)[:400])))
 
-    async def _send(self, action: events.StartTraining, model: Model, result: Result) -> None:
+    async def _send(self, action: events.StartTraining, model: Model, result: Result, width: float) -> None:
         """Put what was learnt into the outbox, with the state that belongs to it, in one commit; then send it."""
         residual = await self.shop.state.commit(lambda: self.memory.vector("residual"))
-        out = await asyncio.to_thread(seal_update, self.shop, action, model, result, residual, self.scoring.personal)
-        personal = not model.layout.mask(model.task.personal).all()
+        personal = self.scoring.personal
+        out = await asyncio.to_thread(seal_update, self.shop, action, model, result, residual, personal, width=width)
+        keeps = not model.layout.mask(model.task.personal).all()
 
         def work() -> None:
             self.shop.state.send(Outgoing(out.digest, self.name, action.round, out.envelope))
             self.memory.keep_handled(action.round, action.opened_ms)
-            self.memory.keep_result(result, out.residual, personal=personal)
+            self.memory.keep_result(result, out.residual, personal=keeps)
             self.shop.state.record("update", out.body)
 
         await self.shop.state.commit(work)
         self.problem = ""
-        self.scoring.take_result(result, personal=personal)
+        self.scoring.take_result(result, personal=keeps)
         log.info("%s: round %d: %d windows, %d bytes", self.name, action.round, result.samples, len(out.envelope))
         self._do(self.participant.handle(events.Trained(action.round)))
         self.shop.publish(out.topic, out.envelope)
@@ -307,6 +311,7 @@ class Runner:
         self.problem = ""
         self.participant.min_windows = task.training.min_windows
         unable = "" if live.wiring.target or task.kind == "anomaly" else "no target tag is wired"
+        unable = unfit(task, self.table.width) or unable
         self._do(self.participant.handle(events.Unable(unable)))
         return live
 

@@ -54,6 +54,10 @@ class Scoring:
         self.personal, self.own = memory.vector("personal"), memory.vector("own")
         self.average = memory.vector("average")
 
+    @property
+    def _width(self) -> float:
+        return self._shop.config.tasks[self._memory.task].width
+
     def wire(self, task: Task, table: TaskTable) -> Live:
         """Match the published task to this gateway's tags, and go on where the windows stay as they are; UserError."""
         config = self._shop.config
@@ -70,7 +74,7 @@ class Scoring:
 
     def stored(self, model: Model) -> Scorer:
         """Build what scored when the gateway went down; blocks, and reads the memory."""
-        vector = model.personalised(self.personal)
+        vector = model.personalised(self.personal, width=self._width)
         scorer = stored(self._shop.config.scoring, self._memory, model, vector, self.scale)
         if self.holdout is not None and scorer.scale.mean:
             scorer.metric(self.holdout)
@@ -99,7 +103,7 @@ class Scoring:
             self.kept = {}
         if live is None:
             return
-        vector = model.personalised(self.personal)
+        vector = model.personalised(self.personal, width=self._width)
         new = await asyncio.to_thread(build, self._shop.config.scoring, model, vector, self.scale)
         old = live.scorer
         adopt, body = await asyncio.to_thread(contest, new, None if changed else old, holdout)
@@ -125,7 +129,7 @@ class Scoring:
         # In step and with a newer model here already, this would undo a choice made since.
         if newest is not trained and (trained.task.round.full is None or newest.graph != trained.graph):
             return
-        vector = newest.personalised(self.personal, self.average)
+        vector = newest.personalised(self.personal, self.average, width=self._width)
         found = await asyncio.to_thread(after_training, self._shop.config.scoring, newest, vector, result)
         chosen, body = await asyncio.to_thread(elect, found.scorers, result.holdout)
         body |= self._moved(self.live.scorer, chosen)

@@ -54,7 +54,7 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     own.npy, where it lies there too, is the net that has only seen this gateway's data, as the last training left it;
     average.npy the running mean of the global models, from which the tuned model starts.
-    `corrections` are what operators said of windows, by the windows' ends in ms.
+    `corrections` are what operators said of windows, by the windows' ends in ms; `width` is the part that is trained.
     """
 
     task_text: str
@@ -67,6 +67,7 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     memory: int
     cpu_seconds: int
     corrections: dict[int, Correction] = {}
+    width: float = 1
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,15 @@ class Result:
 
 
 def job_for(
-    config: Config, folder: Path, text: str, wiring: Wiring, layout: Layout, round_: int, said: dict[int, Correction]
+    config: Config,
+    folder: Path,
+    text: str,
+    wiring: Wiring,
+    layout: Layout,
+    round_: int,
+    said: dict[int, Correction],
+    *,
+    width: float = 1,
 ) -> Job:
     """Make the job of a round: this gateway's caps, a seed that is its own, and what operators said of windows."""
     caps = config.training
@@ -107,6 +116,7 @@ def job_for(
         memory=config.training_memory,
         cpu_seconds=caps.cpu_seconds,
         corrections=said,
+        width=width,
     )
 
 

@@ -49,16 +49,19 @@ def run(folder: Path) -> tuple[int, str]:
     set_threads(job.threads)
     layout, x, own = Layout.from_wire(job.layout), scale.inputs(task, train.x), None
     try:
-        fitted = fit(task, layout, base, x, y, seed=job.seed, proximal=task.training.proximal)
+        fitted = fit(task, layout, base, x, y, seed=job.seed, proximal=task.training.proximal, width=job.width)
         tuned = fitted.vector
         if task.training.tune:
             average = _kept(folder, "average")
             start = tuned if average is None else np.where(layout.mask(task.personal), average, tuned)
-            tuned = fit(task, layout, start, x, y, seed=job.seed, epochs=task.training.tune).vector
+            tuned = fit(task, layout, start, x, y, seed=job.seed, epochs=task.training.tune, width=job.width).vector
         if task.training.alone:
             before = _kept(folder, "own")
-            alone = first_weights(task, layout, job.seed) if before is None else before
-            own = fit(task, layout, alone, x, y, seed=job.seed + 1).vector
+            alone = first_weights(task, layout, job.seed)
+            if before is not None:
+                # What was outside a narrower part is zero, which would never learn.
+                alone = np.where(before == 0, alone, before)
+            own = fit(task, layout, alone, x, y, seed=job.seed + 1, width=job.width).vector
     except FloatingPointError as error:
         return DIVERGED, str(error)
     write_result(

@@ -13,10 +13,11 @@ from edge.shop import Shop
 from edge.train import Result
 from models import codec, ringcode
 from models.delta import Vector
+from models.width import slices
 
 
 class Sealed(NamedTuple):
-    """An update as it will be sent, and what stays: the residual (shared positions) and the ledger's entry."""
+    """An update as it will be sent, and what stays: the residual (positions that it has) and the ledger's entry."""
 
     topic: str
     envelope: bytes
@@ -26,23 +27,33 @@ class Sealed(NamedTuple):
 
 
 def seal_update(
-    shop: Shop, action: StartTraining, model: Model, result: Result, residual: Vector | None, personal: Vector | None
+    shop: Shop,
+    action: StartTraining,
+    model: Model,
+    result: Result,
+    residual: Vector | None,
+    personal: Vector | None,
+    *,
+    width: float = 1,
 ) -> Sealed:
-    """Encode and sign what was learnt from `model`; `personal` is what this gateway's own positions were before."""
+    """Encode and sign what was learnt from `model`; `personal` is what this gateway's own positions were before.
+
+    `width` is the part of the net that was trained.
+    """
     name, shared = model.task.name, model.layout.mask(model.task.personal)
-    delta = (result.vector - model.vector)[shared]
+    delta = (result.vector - model.vector)[shared][slices(model.task, model.layout).get(width, slice(None))]
     if residual is not None and residual.size == delta.size:
         delta = delta + residual
     encoded = encode(action, delta, result.samples)
     trained, base = (
         build(shop.config.scoring, model, vector, result.scale)
-        for vector in (result.vector, model.personalised(personal))
+        for vector in (result.vector, model.personalised(personal, width=width))
     )
     holdout = result.holdout
     loss = float(base.losses(holdout).mean()) if len(holdout) else math.nan
     update = m.Update(
         m.VERSION, action.round, action.base, result.samples, _finite(trained.metric(holdout)), encoded.data,
-        _finite(loss),
+        _finite(loss), round(4 * width),
     )  # fmt: skip
     topic = Uplink(shop.config.path, name, "update").topic
     envelope = shop.signer.seal(update, topic)

@@ -111,6 +111,14 @@ def decode(data: bytes, count: int) -> Vector:
     return decoded.dense() if isinstance(decoded, Sparse) else decoded
 
 
+def declared(data: bytes) -> int:
+    """Return how many values a payload says that it has; PeerError("codec") without a whole header."""
+    if len(data) < HEADER.size:
+        raise PeerError("codec", f"{len(data)} bytes are shorter than the header")
+    count: int = HEADER.unpack_from(data)[3]
+    return count
+
+
 def decode_sparse(data: bytes, count: int, coder: sparse.Coder = sparse.NUMPY) -> Sparse | Vector:
     """Decode as `decode` does, but leave a sparse coding as it is: two values in a hundred are sooner added.
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from models.delta import Layout, Vector
 from models.spec import Task
+from models.width import narrow, widen
 
 # The least batch that a small set is cut down to, so that one pass makes so many steps.
 _SMALLEST_BATCH, _STEPS = 8, 8
@@ -34,10 +35,12 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def build_net(task: Task) -> nn.Module:
-    """Make the task's net with torch's current random state."""
+def build_net(task: Task, width: float = 1) -> nn.Module:
+    """Make the task's net, or a part of it (`models.width`), with torch's current random state."""
     module = importlib.import_module(f"models.nets.{task.net}")
-    net: nn.Module = module.build(task.channels, task.window.length, task.outputs)
+    # A net that has no narrow form has no such argument either.
+    part = {} if width == 1 else {"width": width}
+    net: nn.Module = module.build(task.channels, task.window.length, task.outputs, **part)
     return net
 
 
@@ -71,6 +74,7 @@ def fit(
     steps: int | None = None,
     epochs: int | None = None,
     proximal: float = 0.0,
+    width: float = 1,
 ) -> Fitted:
     """Train from `base` on normalised windows.
 
@@ -79,13 +83,16 @@ def fit(
     batches smaller than the task's, so that a pass over it makes some steps too. `proximal` times half the squared
     distance from `base` is added to the loss (FedProx, Li et al. 2020, arXiv:1812.06127). Runs on CUDA when there is
     one.
+    With a `width` below 1, the net is the part of `base` that `models.width` names, and so are the new weights: whole
+    ones, zero elsewhere, which compute what the part does.
     Raises FloatingPointError when the weights do not stay finite, so that they never leave the box.
     """
     start = time.perf_counter()
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net = build_net(task)
-    load_vector(net, layout, base)
+    net = build_net(task, width)
+    inner, places = narrow(layout, width)
+    load_vector(net, inner, base[places])
     net.to(device).train()
     inputs = torch.from_numpy(np.nan_to_num(x)).to(device)
     present = torch.from_numpy(np.isfinite(x)).to(device)
@@ -108,7 +115,7 @@ def fit(
                 p.grad += proximal * (p.detach() - start_at)
         adam.step()
         losses.append(loss.detach())
-    vector = layout.join(arrays_of(net))
+    vector = widen(layout, width, inner.join(arrays_of(net)))
     if not np.isfinite(vector).all():
         raise FloatingPointError("training diverged: the weights are not finite")
     return Fitted(vector, float(torch.stack(losses).mean()), total, time.perf_counter() - start, device.type)

@@ -1,20 +1,29 @@
 """Write docs/learning.md: what a federation is worth on recorded data, set by set, and the commands that show it.
 
-    python -m tests.learning --data DIR [--seeds 0,1,2] [--only SET,SET] [--rounds N]
+    python -m tests.learning --data DIR [--seeds 0,1,2] [--only SET,SET] [--rounds N] [--mixed]
 
 Runs `tundish simulate` on tests/tasks/SET.toml for every set that lies in DIR (DIR/SET/SET.npz), and draws the curves
-into docs/learning-SET.svg. About an hour on two busy cores for eight sets.
+into docs/learning-SET.svg. About an hour on two busy cores for eight sets. With `--mixed` it makes that section alone:
+fleets in which every second plant has half a net, against the same without these plants.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
+import torch
+
 from edge.lab.report import Line, plot
+from models import fit
+from models.delta import Layout
+from models.spec import parse_task
+from models.width import WIDTHS, narrow
 
 ROOT = Path(__file__).parent.parent
 TASKS = Path(__file__).parent / "tasks"
@@ -24,9 +33,9 @@ KEYS = (
 )  # fmt: skip
 
 
-def run(name: str, data: Path, seed: int, rounds: int) -> dict[str, Any]:
+def run(name: str, data: Path, seed: int, rounds: int, *more: str) -> dict[str, Any]:
     """One simulation, as anybody would run it."""
-    command = [sys.executable, "-P", "-m", "edge.cli", *_arguments(name, str(data), seed, rounds)]
+    command = [sys.executable, "-P", "-m", "edge.cli", *_arguments(name, str(data), seed, rounds), *more]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
         raise SystemExit(f"{name}, seed {seed}: {done.stderr.strip()}")
@@ -116,6 +125,118 @@ def page(found: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join([*head, *(section(name, runs) for name, runs in found.items())])
 
 
+_STEPS, _TURNS = 16, 5
+_PARTS = ("small", "final", 1), ("alone", "silo_own", 1), ("others", "final", 0)
+Figures = dict[str, float | None]
+_MIXED, _END = "## Mixed fleets", "<!-- mixed fleets end here -->"
+
+
+def mixed(found: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]], commands: dict[str, str]) -> str:
+    """The section on narrow gateways, from runs with and without them, by set and seed."""
+    lines = [
+        _MIXED, "",
+        "Made by `python -m tests.learning --mixed`: every second plant is too small for the whole net. It takes part",
+        "with half of each hidden layer (`--width PLANT=0.5`), or it is left out (`--width PLANT=0`) and scores",
+        "with the others' model. `federated` is the global model at all plants' tests, at a narrow plant its half;",
+        "`small` is `final` at the small plants alone, `others` at the rest; `alone` is what a small plant's half net",
+        "learns by itself. Means over the seeds.", "",
+        "| set | metric | fleet | `federated` | `final` | `small` | `alone` | `others` | by seed, `federated` |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    told = []
+    for name, pairs in found.items():
+        metric, worth = pairs[0][0]["metric"], []
+        for i, fleet in enumerate(("mixed", "left out")):
+            runs = [pair[i] for pair in pairs]
+            figures: Figures = {key: mean(run[key] for run in runs) for key in ("federated", "final")}
+            figures |= {key: _at(runs, of, first) for key, of, first in _PARTS}
+            cells = " | ".join("-" if value is None else f"{value:.4g}" for value in figures.values())
+            seeds = ", ".join(f"{run['federated']:.4g}" for run in runs)
+            lines.append(f"| {name} | {metric} | {fleet} | {cells} | {seeds} |")
+            worth.append(figures)
+        told += [compared(name, metric, *worth), "", f"`{commands[name]}`", ""]
+    return "\n".join([*lines, "", *told, *costs(), "", _END])
+
+
+def compared(name: str, metric: str, with_: Figures, without: Figures) -> str:
+    """Say in which figures a mixed fleet is better, and in which it is not."""
+    pairs = {f"`{key}`": (with_[key], without[key]) for key in ("final", "small", "others", "federated")}
+    pairs["a small plant's `final` over `alone`"] = with_["small"], with_["alone"]
+    better, worse = list[str](), list[str]()
+    for key, (one, other) in pairs.items():
+        if one is not None and other is not None:
+            (better if (one < other) == (metric == "rmse") else worse).append(f"{key} ({one - other:+.2g})")
+    said = ", ".join(better) or "nothing", ", ".join(worse) or "nothing"
+    return f"{name}, mixed against left out: better in {said[0]}; worse in {said[1]}."
+
+
+def costs() -> list[str]:
+    """What each width costs to train: values of the net, and CPU time of a step of 64 windows on one thread."""
+    torch.set_num_threads(1)
+    lines = [
+        "What a width saves in training, on one thread of the machine that made this table; scoring takes the same",
+        "graph at every width, and so the same time:", "",
+        "| net | input | " + " | ".join(f"{width:g}: values, ms a step" for width in WIDTHS[::-1]) + " |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for net, channels, length in (("tcn", 17, 30), ("cnn2d", 1, 4096), ("mlp", 25, 1)):
+        signals = "".join(f'[[signal]]\nname = "s{i}"\n' for i in range(channels))
+        head = f'name = "t"\nkind = "regression"\nnet = "{net}"\n[window]\nlength = {length}\n'
+        task = parse_task(f'{head}[target]\nname = "y"\n{signals}')
+        layout = Layout.of(fit.arrays_of(fit.build_net(task)))
+        base = fit.first_weights(task, layout, 0)
+        x = np.random.default_rng(0).normal(size=(64 * _STEPS, *task.input_shape)).astype(np.float32)
+        cells = []
+        for width in WIDTHS[::-1]:
+            seconds = []
+            for _ in range(_TURNS):
+                begin = time.process_time()
+                fit.fit(task, layout, base, x, x[:, 0, 0].copy(), seed=0, steps=_STEPS, width=width)
+                seconds.append(time.process_time() - begin)
+            cells.append(f"{narrow(layout, width)[1].size:,}, {min(seconds) / _STEPS * 1000:.2g}")
+        lines.append(f"| {net} | {channels} x {length} | {' | '.join(cells)} |")
+    return lines
+
+
+def _at(runs: list[dict[str, Any]], key: str, first: int) -> float | None:
+    """Mean of a figure over every second plant from the first or the second on; None where there is none."""
+    values = [row[key] for run in runs for row in run["plants"][first::2] if row[key] is not None]
+    return mean(values) if values else None
+
+
+def with_mixed(page_: str, section_: str) -> str:
+    """Put the section before the first set's, in place of the one that is there."""
+    head, _, rest = page_.partition(f"{_MIXED}\n")
+    if rest:
+        rest = rest.partition(f"{_END}\n")[2].lstrip("\n")
+    else:
+        head, mark, rest = page_.partition("\n## ")
+        head, rest = f"{head}\n", mark.lstrip("\n") + rest
+    return f"{head}{section_}\n\n{rest}" if section_ else page_
+
+
+def kept_mixed(page_: str) -> str:
+    """The section as the page has it; empty without one."""
+    _, mark, rest = page_.partition(f"{_MIXED}\n")
+    return f"{mark}{rest.partition(_END)[0]}{_END}" if mark else ""
+
+
+def run_mixed(names: list[str], data: Path, seeds: list[int], rounds: int) -> str:
+    """Run both fleets of every set and seed."""
+    found: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    commands: dict[str, str] = {}
+    for name in names:
+        path = data / name / f"{name}.npz"
+        with np.load(path, allow_pickle=False) as z:
+            small = [str(plant) for plant in z["client_names"][1::2]]
+        widths = [",".join(f"{plant}={width}" for plant in small) for width in ("0.5", "0")]
+        pairs = ([run(name, path, seed, rounds, "--width", width) for width in widths] for seed in seeds)
+        found[name] = [(one, other) for one, other in pairs]
+        said = _arguments(name, f"{name}.npz", "SEED", rounds)
+        commands[name] = f'tundish {" ".join(said)} --width "{widths[0]}"'
+    return mixed(found, commands)
+
+
 def main() -> int:
     """Run everything that is asked for, and write page and curves."""
     parser = argparse.ArgumentParser(prog="python -m tests.learning", description=__doc__)
@@ -123,19 +244,26 @@ def main() -> int:
     parser.add_argument("--seeds", default="0,1,2", help="seeds (0,1,2)")
     parser.add_argument("--only", default="", help="sets, else all")
     parser.add_argument("--rounds", type=int, default=24, help="rounds (24)")
+    parser.add_argument("--mixed", action="store_true", help="the section on mixed fleets alone")
     args = parser.parse_args()
+    where = ROOT / "docs" / "learning.md"
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    before = where.read_text()
     names = args.only.split(",") if args.only else sorted(path.stem for path in TASKS.glob("*.toml"))
+    if args.mixed:
+        where.write_text(with_mixed(before, run_mixed(names, args.data, seeds, args.rounds)))
+        return 0
     found: dict[str, list[dict[str, Any]]] = {}
     for name in names:
         data = args.data / name / f"{name}.npz"
         if not data.exists():
             sys.stderr.write(f"{name} is left out: no {data}\n")
             continue
-        found[name] = [run(name, data, int(seed), args.rounds) for seed in args.seeds.split(",")]
+        found[name] = [run(name, data, seed, args.rounds) for seed in seeds]
         draw(name, found[name])
     if not found:
         raise SystemExit(f"no recorded data in {args.data}")
-    (ROOT / "docs" / "learning.md").write_text(page(found).rstrip() + "\n")
+    where.write_text(with_mixed(page(found).rstrip() + "\n", kept_mixed(before)))
     return 0
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
@@ -28,6 +29,7 @@ from broker.messages import (
     Plan,
     Signer,
     Terms,
+    Update,
     Whole,
     open_envelope,
     peek,
@@ -38,7 +40,9 @@ from edge.lab.physics import FEATURES
 from edge.lab.stage import FEDERATION, Scenario, Stage, gateway_path
 from edge.memory import Memory
 from edge.store import State
+from models import codec
 from models.errors import PeerError
+from models.width import slices
 from tests.brokers import BROKERS, BrokerProcess, need_mosquitto
 
 WAIT_S = 90
@@ -323,6 +327,37 @@ def test_a_gateway_trains_when_it_may_and_says_why_it_does_not(
         p.until(lambda: p.aggregator().get("state") == "done")
     journal = Journal(p.stage.aggregator_state)
     assert list(journal.counted(TASK, 1)) == [str(PATH)]
+    journal.close()
+
+
+def test_a_gateway_of_half_a_net_takes_part_and_moves_no_more(tmp_path: Path) -> None:
+    with plant(tmp_path, "amqtt") as p:
+        toml = tmp_path / "plant1" / "gateway.toml"
+        toml.write_text(toml.read_text().replace("\nactive_when", "\nwidth = 0.5\nactive_when"))
+        for process in (*p.stage.plcs, p.stage.aggregator, p.gateway):
+            process.start()
+        p.until(lambda: p.aggregator().get("state") == "done")
+        p.until(lambda: p.task().get("model") == 1 and p.status()["outbox"] == 0)
+        topic = topics.Uplink(PATH, TASK, "update").topic
+        update = open_envelope(p.last(topic), topic, bytes.fromhex(p.status()["public_key"]), Update)
+    state, journal = State(p.stage.gateway_state(0)), Journal(p.stage.aggregator_state)
+    memory = Memory(state, TASK)
+    model, residual, own = memory.model(), memory.vector("residual"), memory.vector("own")
+    before, after = (journal.model(TASK, version) for version in (0, 1))
+    assert model and before and after and residual is not None and own is not None  # noqa: PT018
+    inside = slices(model.task, model.layout)[0.5]
+    assert update.quarters == 2
+    assert codec.declared(update.payload) == residual.size == inside.size < model.layout.size / 2
+    assert list(journal.counted(TASK, 1)) == [str(PATH)]
+    moved = np.flatnonzero(model.vector != codec.decode(before.weights, model.layout.size))
+    assert moved.size > 10
+    assert set(moved.tolist()) <= set(inside.tolist())
+    # What it scores with is of that width too.
+    scoring = memory.scoring(model.layout.size)
+    assert scoring is not None
+    for weights in (own, *(one for _, one in scoring[2])):
+        assert set(np.flatnonzero(weights).tolist()) <= set(inside.tolist())
+    state.close()
     journal.close()
 
 

@@ -279,6 +279,14 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
         "is not a duration",
         'write "2s"',
     ),
+    "a width": (
+        'segment = "plc1/PartId"',
+        "width = 0.6",
+        25,
+        "task.spindle-wear.width",
+        "0.6 is no width",
+        "write 0.25, 0.5, 0.75 or 1",
+    ),
     "a size": ('"2GiB"', '"2 gigs"', 31, "store.max_bytes", "'2 gigs' is not a size", '"512MiB" or "2GiB"'),
     "a choice": (
         "min_gateways = 3",
@@ -551,6 +559,18 @@ def test_check_says_what_is_wrong_in_one_line(
     assert out == ""
     assert err.count("\n") == 1
     assert err.startswith(f"tundish: {gateway.parent}/{line}")
+
+
+def test_check_says_where_a_part_of_a_net_can_not_take_part(gateway: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = gateway.parent / "task.toml"
+    task.write_text(TASK)
+    change(gateway, 'segment = "plc1/PartId"', "width = 0.5")
+    assert load_config(gateway).tasks["spindle-wear"].width == 0.5
+    assert main(["edge", "check", "-c", str(gateway), "--task", str(task)]) == 0
+    task.write_text(f'{TASK}\n[round]\ncodec = "ring"\n')
+    assert main(["edge", "check", "-c", str(gateway), "--task", str(task)]) == 2
+    why = "task.spindle-wear.width: a ring adds updates of one size, so width 0.5 can't take part; leave it out"
+    assert why in capsys.readouterr().err
 
 
 def test_a_deadband_is_absolute_or_percent_of_the_range(gateway: Path) -> None:

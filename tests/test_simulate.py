@@ -130,6 +130,26 @@ def test_plants_that_lag_behind_still_learn_together(tmp_path: Path) -> None:
     assert found["bytes_up"] < in_step["bytes_up"]  # who lags has nothing to say in the first rounds
 
 
+def test_plants_of_half_a_net_send_less_and_move_what_they_have(tmp_path: Path) -> None:
+    data = rows(tmp_path)
+    whole, half, mixed, out = (
+        figures(tmp_path, data, "--rounds", "8", "--width", width) for width in ("1", "0.5", "0=0.5,2=.5", "0=0,2=0")
+    )
+    assert half["federated"] > 0.7
+    assert half["bytes_up_per_update"] < 0.75 * whole["bytes_up_per_update"]
+    assert half["bytes_up_per_update"] < mixed["bytes_up_per_update"] < whole["bytes_up_per_update"]
+    assert len({str(found["curve"]) for found in (whole, half, mixed, out)}) == 4
+    assert [row["silo_own"] is None for row in out["plants"]] == [True, False, True]
+    assert list(out["plants"][0]["model"]) == ["global"]
+    assert out["bytes_up"] < 0.6 * mixed["bytes_up"]
+
+
+def test_an_own_head_stays_with_half_a_net(tmp_path: Path) -> None:
+    text = f'personal = ["head"]\n{TASK}'
+    found = figures(tmp_path, rows(tmp_path), "--rounds", "6", "--width", "1=0.25", text=text)
+    assert found["final"] > 0.7
+
+
 def test_anomalies_need_no_labels(tmp_path: Path) -> None:
     plot = tmp_path / "plot.html"
     found = figures(tmp_path, rows(tmp_path, "anomaly"), "--rounds", "3", "--plot", str(plot))
@@ -149,10 +169,14 @@ def test_anomalies_need_no_labels(tmp_path: Path) -> None:
         (("--keep", "0"), "--keep: 0 is no share"),
         (("--stale", "2"), "--stale: 2 versions; write --mode async, and 0 to 8"),
         (("--strategy", "best"), "--strategy: no strategy 'best'; write one of: fedadam, fedavg"),
+        (("--width", "0.6"), "--width: '0.6' is no width; write 0.25, 0.5, 0.75 or 1"),
+        (("--width", "x=0.5"), "--width: no plant 'x'; plants are: 0, 1, 2"),
+        (("--width", "0"), "--width: leaves out every plant"),
+        (("--width", "1=.5", "--codec", "ring"), "--width: a ring adds updates of one size"),
         (("--data", "/nowhere.npz"), "/nowhere.npz: can't be read as a recorded set"),
     ],
 )
-def test_a_wrong_option_is_one_line(tmp_path: Path, more: tuple[str, str], says: str) -> None:
+def test_a_wrong_option_is_one_line(tmp_path: Path, more: tuple[str, ...], says: str) -> None:
     done = run(tmp_path, rows(tmp_path), *more)
     assert done.returncode == 2
     assert says in done.stderr

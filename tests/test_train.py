@@ -20,6 +20,7 @@ from edge.train import Job, NotEnoughError, Trainer, TrainingError
 from edge.window import Wiring
 from models.delta import Layout, Vector
 from models.spec import Task, parse_task
+from models.width import narrow
 
 WAIT_S = 120
 SECOND = 1_000_000_000
@@ -139,6 +140,22 @@ async def test_a_child_learns_from_the_store(tmp_path: Path) -> None:
     assert not (tmp_path / "job").exists()
     again = await run(job(tmp_path), tmp_path / "job")
     assert np.array_equal(again.vector, result.vector)
+
+
+async def test_half_a_net_trains_its_half_and_grows_when_it_may(tmp_path: Path) -> None:
+    fill(tmp_path)
+    trainer, inside = Trainer(), narrow(LAYOUT, 0.5)[1]
+    half = await trainer.train(job(tmp_path, epochs=2, width=0.5), base(), tmp_path / "job")
+    assert half.own is not None
+    for vector in (half.vector, half.tuned, half.own):
+        assert set(np.flatnonzero(vector).tolist()) <= set(inside.tolist())
+    assert not np.array_equal(half.vector[inside], base()[inside])
+    # The gateway's file says 1 from now on: what is outside of the half learns too.
+    whole = await trainer.train(job(tmp_path, epochs=2), base(), tmp_path / "job", half.own)
+    await trainer.stop()
+    assert whole.own is not None
+    assert whole.own.all()
+    assert np.abs(whole.own - half.own)[inside].max() < np.abs(whole.own - base()).max()
 
 
 async def test_a_net_that_learns_alone_never_sees_the_base_and_goes_on_where_it_stood(tmp_path: Path) -> None:

@@ -8,17 +8,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from broker.strategies._mean import State, mean
-from models.codec import Sparse
+from broker.strategies._mean import Delta, State, mean
 from models.delta import Vector
 
 _RATE, _BETA2, _TAU = 0.01, 0.99, 1e-3
 
 
-def aggregate(state: State, updates: Iterator[tuple[Vector | Sparse, int]], *, momentum: float) -> tuple[State, Vector]:
+def aggregate(state: State, updates: Iterator[tuple[Delta, int]], *, momentum: float) -> tuple[State, Vector]:
     """Return the new state and the delta (n,) float32 to add to the model; `momentum` is Adam's beta 1.
 
-    `updates` yields (delta (n,), dense or sparse, samples >= 1). No value moves by more than 0.01 / (1 - momentum) in a
+    `updates` yields (delta (n,) or a part of one, samples >= 1). No value moves by more than 0.01 / (1 - momentum) in a
     round. ValueError if there is no update.
     """
     delta = mean(updates)

@@ -8,15 +8,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from broker.strategies._mean import State, mean
-from models.codec import Sparse
+from broker.strategies._mean import Delta, State, mean
 from models.delta import Vector
 
 
-def aggregate(state: State, updates: Iterator[tuple[Vector | Sparse, int]], *, momentum: float) -> tuple[State, Vector]:
+def aggregate(state: State, updates: Iterator[tuple[Delta, int]], *, momentum: float) -> tuple[State, Vector]:
     """Return the new state and the delta (n,) float32 to add to the model.
 
-    `updates` yields (delta (n,), dense or sparse, samples >= 1). With momentum m, the delta is v = m * v_before + mean,
+    `updates` yields (delta (n,) or a part of one, samples >= 1). With momentum m, the delta is v = m * v_before + mean,
     and v is the state; without, the state is empty. ValueError if there is no update.
     """
     total = mean(updates)

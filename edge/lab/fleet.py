@@ -193,7 +193,7 @@ class Workers:
     def fit(self, site: int, base: Vector, seed: int, **much: float) -> Future[tuple[Vector, int]]:
         """Train on one plant's data (ALL: everybody's) from `base`; gives the new weights and the steps taken.
 
-        `much` is `steps` or `epochs`, instead of the task's, and `proximal`.
+        `much` is `steps` or `epochs`, instead of the task's, `proximal` and `width`.
         """
         return self._pool.submit(_fit, site, base, seed, much)
 

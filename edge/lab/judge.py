@@ -83,6 +83,7 @@ def final(judge: Judge, i: int, weights: dict[str, Vector]) -> tuple[dict[str, f
     scorers = [
         replace(Scorer.build(task, 1, judge.graph, judge.layout, weights[kind], site.scale), kind=kind)
         for kind in kinds(task, 1, alone=task.training.alone)
+        if kind in weights
     ]
     chosen, body = elect(scorers, site.holdout)
     out = chosen.outputs(site.test.x)

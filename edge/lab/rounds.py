@@ -1,7 +1,7 @@
 """Aggregator and gateways of a simulation, joined by function calls: their real state machines, codec and messages."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
@@ -24,11 +24,12 @@ from edge.update import encode
 from models import codec
 from models.delta import Vector, weights_digest
 from models.ringcode import Ring
+from models.width import cut, slices
 
 
 @dataclass
 class Gateway:
-    """One plant's half: its number, its state machine, its key, and the error that its last updates left."""
+    """One plant's half: its number, width, state machine, key, and the error that its last updates left."""
 
     index: int
     windows: int
@@ -36,19 +37,24 @@ class Gateway:
     signer: messages.Signer
     machine: p.Participant
     residual: Vector
+    width: float = 1
     steps: int = 0
     sent: list[int] = field(default_factory=list)
 
 
 class Fleet:
-    """Aggregator and gateways joined by function calls."""
+    """Aggregator and gateways joined by function calls; a plant whose width is 0 takes no part."""
 
-    def __init__(self, down: Down, judge: Judge, count: int, seed: int, stale: int = 0) -> None:
+    def __init__(
+        self, down: Down, judge: Judge, count: int, seed: int, stale: int = 0, widths: Sequence[float] = ()
+    ) -> None:
         self.down, self.judge, self.seed, self.stale = down, judge, seed, stale
         task, layout, sites = judge.task, judge.layout, judge.sites
         self.task = task
         self.vector = vector = codec.decode(down.rows[0].weights, layout.size)
         self.shared = layout.mask(task.personal)
+        self.slices = slices(task, layout)
+        self.widths = widths = widths or [1.0] * len(sites)
         self.rate = Rate.first(int(self.shared.sum()))
         self.losses: dict[str, tuple[float, int]] = {}
         self.personal = [vector.copy() for _ in sites]
@@ -64,13 +70,15 @@ class Fleet:
                 path,
                 messages.Signer.from_bytes(bytes([i % 256, i // 256]) * 16),
                 p.Participant(Policy(), 1, windows=len(site.train)),
-                np.zeros(int(self.shared.sum()), np.float32),
+                np.zeros(int(self.shared.sum()) if widths[i] == 1 else self.slices[widths[i]].size, np.float32),
+                widths[i],
             )
             for i, site in enumerate(sites)
+            if widths[i]
             for path in [f"lab/site{i}/a/l/c"]
         }
         self.ring = self._next_ring()
-        full = None if task.round.full is None else task.round.buffer or len(sites)
+        full = None if task.round.full is None else task.round.buffer or len(self.gateways)
         rules = federation.Rules(1, 1000, 0, count, full)
         self.federation = federation.Federation(rules, version=0, past=None)
 
@@ -80,7 +88,7 @@ class Fleet:
         )
 
     def at(self, i: int) -> Vector:
-        """The global model as plant `i` holds it, with its own values where the task keeps some there."""
+        """The global model as plant `i` holds it: its part, with its own values where the task keeps some there."""
         return self._personalised(self.vector, i)
 
     def averaged(self, i: int) -> Vector:
@@ -88,7 +96,8 @@ class Fleet:
         return self._personalised(self.vector if self.average is None else self.average, i)
 
     def _personalised(self, vector: Vector, i: int) -> Vector:
-        return vector if self.shared.all() else np.where(self.shared, vector, self.personal[i])
+        held = vector if self.shared.all() else np.where(self.shared, vector, self.personal[i])
+        return cut(self.judge.layout, self.widths[i] or 1, held)
 
     def run(self, workers: Workers, dropout: float, after: Callable[[int], None]) -> None:
         """Run every round; `after(number)` is called when each new model is there."""
@@ -129,7 +138,8 @@ class Fleet:
             for one in said:
                 if isinstance(one, events.StartTraining):
                     i, start = gateway.index, self._personalised(base, gateway.index)
-                    job = workers.fit(i, start, self._seed(one.round, i), proximal=self.task.training.proximal)
+                    pull, width = self.task.training.proximal, gateway.width
+                    job = workers.fit(i, start, self._seed(one.round, i), proximal=pull, width=width)
                     training.append((gateway, one, start, job))
                 elif isinstance(one, events.Answer):
                     event = federation.Answered(gateway.path, one.round, one.verdict == "joined")
@@ -160,13 +170,20 @@ class Fleet:
 
     def _send(self, gateway: Gateway, action: events.StartTraining, learnt: Vector, loss: float) -> list[rounds.Action]:
         """Encode with error feedback, seal as the gateway does, and hand the update over; `loss` is the base's."""
-        delta = learnt[self.shared] + gateway.residual
+        delta = learnt[self.shared][self.slices.get(gateway.width, slice(None))] + gateway.residual
         count = gateway.windows
         encoded = encode(action, delta, count)
         gateway.residual = delta - encoded.decoded
         loss_said = loss if np.isfinite(loss) else None
         update = messages.Update(
-            messages.VERSION, action.round, action.base, count, None, encoded.data, base_loss=loss_said
+            messages.VERSION,
+            action.round,
+            action.base,
+            count,
+            None,
+            encoded.data,
+            loss_said,
+            round(4 * gateway.width),
         )
         topic = topics.Uplink(topics.GatewayPath.parse(gateway.path), self.task.name, "update").topic
         envelope = gateway.signer.seal(update, topic)
@@ -196,6 +213,7 @@ class Fleet:
             momentum=r.momentum,
             age=age,
             ring=self.ring,
+            slices=self.slices,
         )
         self.ring = self._next_ring()
         self.version += 1

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from edge.lab.report import write_simulation
 from edge.lab.rounds import Fleet
 from models.errors import LocalError, UserError
 from models.spec import MOST_KEPT, Task, parse_task
+from models.width import WIDTHS, unfit
 
 
 class Scenario(NamedTuple):
@@ -40,6 +42,7 @@ class Scenario(NamedTuple):
     downlink: str | None = None
     mode: str | None = None
     stale: int = 0
+    width: str = "1"
 
     def task(self, text: str, place: str) -> tuple[str, Task]:
         """The task as this scenario runs it."""
@@ -58,6 +61,28 @@ class Scenario(NamedTuple):
             raise UserError("--keep", 0, "", f"{self.keep:g} is no share", "write 0.001 to 0.5")
         return text, msgspec.structs.replace(task, round=rules)
 
+    def widths(self, task: Task, names: Sequence[str]) -> list[float]:
+        """Each plant's width; 0 for one that is left out."""
+        widths = dict.fromkeys(names, 1.0)
+        for part in self.width.split(","):
+            name, _, number = part.rpartition("=")
+            if name and name not in widths:
+                raise UserError("--width", 0, "", f"no plant {name!r}", f"plants are: {', '.join(names)}")
+            try:
+                width = float(number)
+            except ValueError:
+                width = -1.0
+            if width not in (0, *WIDTHS):
+                remedy = "write 0.25, 0.5, 0.75 or 1, or 0 to leave a plant out; or PLANT=0.5,PLANT=0.25"
+                raise UserError("--width", 0, "", f"{part!r} is no width", remedy)
+            widths |= {name: width} if name else dict.fromkeys(names, width)
+        for width in widths.values():
+            if width and (problem := unfit(task, width)):
+                raise UserError("--width", 0, "", problem, "leave --width out")
+        if not any(widths.values()):
+            raise UserError("--width", 0, "", "leaves out every plant", "give one at least a width")
+        return list(widths.values())
+
 
 def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
     """Run it, and return every figure."""
@@ -66,6 +91,7 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
     begin, count, seed = time.monotonic(), scenario.rounds, scenario.seed
     text, task = scenario.task(text, place)
     sites = load_sites(task, scenario.data)
+    widths = scenario.widths(task, [site.name for site in sites])
     graph, layout, first = export(task, seed)
     judge = Judge(task, graph, layout, sites)
     curve: list[list[float]] = []
@@ -78,22 +104,28 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
             print(told, end="\n" if number == count else "", file=sys.stderr, flush=True)
 
     with Workers(text, layout, sites) as workers:
-        fleet = Fleet(Down(text, graph, layout, first), judge, count, seed, scenario.stale)
+        fleet = Fleet(Down(text, graph, layout, first), judge, count, seed, scenario.stale, widths)
         fleet.run(workers, scenario.dropout, after)
-        plants = list(fleet.gateways.values())
-        tuning = [workers.fit(i, fleet.averaged(i), seed, epochs=max(1, task.training.tune)).result() for i in every]
+        plants, much = list(fleet.gateways.values()), max(1, task.training.tune)
+        jobs = [workers.fit(g.index, fleet.averaged(g.index), seed, epochs=much, width=g.width) for g in plants]
+        tuning = [job.result() for job in jobs]
         budget = [gateway.steps + steps for gateway, (_, steps) in zip(plants, tuning, strict=True)]
         whole = workers.fit(ALL, first, seed, steps=sum(budget))
-        jobs = [workers.fit(i, first, seed, steps=steps) for i, steps in enumerate(budget)]
-        tuned, alone = [vector for vector, _ in tuning], [job.result()[0] for job in jobs]
+        jobs = [workers.fit(g.index, first, seed, steps=n, width=g.width) for g, n in zip(plants, budget, strict=True)]
+        pairs = [{TUNED: vector, OWN: job.result()[0]} for (vector, _), job in zip(tuning, jobs, strict=True)]
+        own = {g.index: pair for g, pair in zip(plants, pairs, strict=True)}
         together = whole.result()[0]
-    chosen = [final(judge, i, {TUNED: tuned[i], OWN: alone[i], GLOBAL: fleet.averaged(i)}) for i in every]
+    chosen = [final(judge, i, {**own.get(i, {}), GLOBAL: fleet.averaged(i)}) for i in every]
+
+    def test(kind: str, i: int, at: int) -> float:
+        return judge.test(own[i][kind], at) if i in own else float("nan")
+
     result = {
         "centralised": [judge.test(together, i) for i in every],
-        "silo_own": [judge.test(alone[i], i) for i in every],
-        "silo_all": [mean_of([judge.test(alone[i], j) for j in every]) for i in every],
+        "silo_own": [test(OWN, i, i) for i in every],
+        "silo_all": [mean_of([test(OWN, i, j) for j in every]) for i in every],
         "federated": curve[-1],
-        "personalised": [judge.test(tuned[i], i) for i in every],
+        "personalised": [test(TUNED, i, i) for i in every],
         "final": [worth for _, worth, _ in chosen],
     }
     sent = [n for gateway in plants for n in gateway.sent]
@@ -127,7 +159,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(str(args.task), 0, "", f"can't be read: {error}", "give a task.toml in UTF-8") from None
     scenario = Scenario(
         args.data, args.rounds, args.seed, args.dropout, args.codec, args.keep, args.strategy, args.downlink,
-        args.mode, args.stale,
+        args.mode, args.stale, args.width,
     )  # fmt: skip
     found = simulate(scenario, text, str(args.task))
     if args.plot:

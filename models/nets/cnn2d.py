@@ -10,18 +10,21 @@ import math
 import torch
 from torch import Tensor, nn
 
+from models.nets._narrow import group_norm, part
+
 
 class _Stage(nn.Module):
     """Half the size, more channels, and a residual convolution there."""
 
-    def __init__(self, before: int, width: int) -> None:
+    def __init__(self, before: int, after: int, width: float) -> None:
         super().__init__()
-        self.down = nn.Conv2d(before, width, 3, stride=2, padding=1)
-        self.norm = nn.GroupNorm(4, width)
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        size = part(after, width)
+        self.down = nn.Conv2d(part(before, width), size, 3, stride=2, padding=1)
+        self.norm = group_norm(after, width)
+        self.conv = nn.Conv2d(size, size, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, before, H, W) -> (B, width, H / 2, W / 2)."""
+        """(B, before, H, W) -> (B, after, H / 2, W / 2), or the first channels of both."""
         h = self.down(x)
         out: Tensor = h + self.conv(torch.relu(self.norm(h)))
         return out
@@ -30,13 +33,14 @@ class _Stage(nn.Module):
 class Cnn2d(nn.Module):
     """A wide strided stem, two stages, mean and maximum over the picture, a linear head."""
 
-    def __init__(self, channels: int, side: int, outputs: int) -> None:
+    def __init__(self, channels: int, side: int, outputs: int, width: float) -> None:
         super().__init__()
         self.picture = (-1, channels, side, side)
-        self.stem = nn.Sequential(nn.Conv2d(channels, 16, 5, stride=2, padding=2), nn.GroupNorm(4, 16), nn.ReLU())
-        self.stages = nn.Sequential(_Stage(16, 32), nn.GroupNorm(4, 32), nn.ReLU(), _Stage(32, 64))
-        self.norm = nn.GroupNorm(4, 64)
-        self.head = nn.Linear(128, outputs)
+        stem = nn.Conv2d(channels, part(16, width), 5, stride=2, padding=2)
+        self.stem = nn.Sequential(stem, group_norm(16, width), nn.ReLU())
+        self.stages = nn.Sequential(_Stage(16, 32, width), group_norm(32, width), nn.ReLU(), _Stage(32, 64, width))
+        self.norm = group_norm(64, width)
+        self.head = nn.Linear(2 * part(64, width), outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H * W) -> (B, outputs): logits, or normalised numbers."""
@@ -46,9 +50,9 @@ class Cnn2d(nn.Module):
         return out
 
 
-def build(channels: int, length: int, outputs: int) -> nn.Module:
-    """Make the net for pictures (C, H * W) with H = W; ValueError if `length` is no square."""
+def build(channels: int, length: int, outputs: int, width: float = 1) -> nn.Module:
+    """Make the net, or a part of it, for pictures (C, H * W) with H = W; ValueError if `length` is no square."""
     side = math.isqrt(length)
     if side * side != length:
         raise ValueError(f"{length} values are no square picture")
-    return Cnn2d(channels, side, outputs)
+    return Cnn2d(channels, side, outputs, width)

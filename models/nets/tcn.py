@@ -8,15 +8,18 @@ pass a strided stem first, as in WDCNN (Zhang et al. 2017, Sensors 17(2):425): a
 import torch
 from torch import Tensor, nn
 
+from models.nets._narrow import group_norm, part
+
 _WIDTH = 40
 _LONG = 256
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, dilation: int) -> None:
+    def __init__(self, dilation: int, width: float) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(4, width)
-        self.conv = nn.Conv1d(width, width, 3, padding=dilation, dilation=dilation)
+        size = part(_WIDTH, width)
+        self.norm = group_norm(_WIDTH, width)
+        self.conv = nn.Conv1d(size, size, 3, padding=dilation, dilation=dilation)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, W, T) -> (B, W, T)."""
@@ -27,20 +30,21 @@ class _Block(nn.Module):
 class Tcn(nn.Module):
     """Stem, three dilated blocks, mean and maximum over time, a linear head."""
 
-    def __init__(self, channels: int, length: int, outputs: int) -> None:
+    def __init__(self, channels: int, length: int, outputs: int, width: float) -> None:
         super().__init__()
+        size, few = part(_WIDTH, width), part(16, width)
         if length > _LONG:
             self.stem: nn.Module = nn.Sequential(
-                nn.Conv1d(channels, 16, 64, stride=8, padding=28),
-                nn.GroupNorm(4, 16),
+                nn.Conv1d(channels, few, 64, stride=8, padding=28),
+                group_norm(16, width),
                 nn.ReLU(),
-                nn.Conv1d(16, _WIDTH, 5, stride=2, padding=2),
+                nn.Conv1d(few, size, 5, stride=2, padding=2),
             )
         else:
-            self.stem = nn.Conv1d(channels, _WIDTH, 5, padding=2)
-        self.blocks = nn.Sequential(*(_Block(_WIDTH, d) for d in (1, 2, 4)))
-        self.norm = nn.GroupNorm(4, _WIDTH)
-        self.head = nn.Linear(2 * _WIDTH, outputs)
+            self.stem = nn.Conv1d(channels, size, 5, padding=2)
+        self.blocks = nn.Sequential(*(_Block(d, width) for d in (1, 2, 4)))
+        self.norm = group_norm(_WIDTH, width)
+        self.head = nn.Linear(2 * size, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T) -> (B, outputs): logits, or normalised numbers."""
@@ -49,6 +53,6 @@ class Tcn(nn.Module):
         return out
 
 
-def build(channels: int, length: int, outputs: int) -> nn.Module:
-    """Make the net for windows (C, T)."""
-    return Tcn(channels, length, outputs)
+def build(channels: int, length: int, outputs: int, width: float = 1) -> nn.Module:
+    """Make the net for windows (C, T), or the first channels of each hidden layer of it (`models.width`)."""
+    return Tcn(channels, length, outputs, width)
