@@ -173,6 +173,8 @@ def _report(status: dict[str, Any], age_s: float, *, running: bool) -> list[str]
         if task["state"] == "open":
             due = _clock(task["deadline_ms"])
             lines.append(f"    counted {len(task['counted'])} of at least {task['min_gateways']}, deadline {due}")
+        if vote := task["vote"]:
+            lines.append(f"    votes on version {vote['version']}: {vote['for']} for, {vote['against']} against")
         for path, gateway in task["gateways"].items():
             word = "online" if gateway["online"] else "offline"
             said = f", round {gateway['round']} {gateway['verdict']}" if gateway["verdict"] else ""

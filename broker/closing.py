@@ -1,4 +1,4 @@
-"""The end of a round: from its counted updates, as the journal holds them, to the task's next version."""
+"""The end of a round: from its counted updates, as the journal holds them, to the task's next version, or back."""
 
 import logging
 import time
@@ -7,7 +7,7 @@ import numpy as np
 
 from broker import aggregate
 from broker.job import Job
-from broker.journal import Journal, ModelRow
+from broker.journal import BallotRow, Journal, ModelRow
 from broker.mask import ring_for
 from broker.steps import Step, step_towards
 from models import codec
@@ -23,10 +23,8 @@ def close_round(journal: Journal, job: Job, number: int, base: int, now_ms: int)
     If its numbers overflow, the round closes without one and the ledger says so: False.
     """
     task, name = job.task, job.task.name
-    model = journal.model(name, base)
-    if model is None:
-        raise LocalError(f"{journal.path}: version {base} of {name} is missing; restore a backup")
-    state = journal.strategy_state(name)
+    model = _model(journal, name, base)
+    before = state = journal.strategy_state(name)
     gateways, samples, age = journal.totals(name, number)
     version = job.model.version + 1
     started = time.monotonic()
@@ -44,6 +42,10 @@ def close_round(journal: Journal, job: Job, number: int, base: int, now_ms: int)
         journal.close_round(name, number, now_ms, base, state)
         return False
     weights, digest = codec.encode(step.vector, codec.EXACT).data, weights_digest(step.vector)
+    if task.round.vote_s:
+        until_ms = now_ms + int(task.round.vote_s * 1000)
+        ballot = BallotRow(version, job.model.version, until_ms, before, journal.residual(name))
+        journal.open_ballot(name, ballot)
     job.model = ModelRow(version, number, weights, digest, gateways, samples, now_ms, step.payload)
     journal.put_model(name, job.model)
     journal.put_residual(name, step.residual.astype("<f4").tobytes())
@@ -55,6 +57,33 @@ def close_round(journal: Journal, job: Job, number: int, base: int, now_ms: int)
     elapsed = time.monotonic() - started
     log.info("%s round %d: version %d from %d gateways in %.2f s", name, number, version, gateways, elapsed)
     return True
+
+
+def go_back(journal: Journal, job: Job, now_ms: int) -> None:
+    """Make another version of the weights before the one that was voted down, and let the strategy forget that.
+
+    Belongs inside a transaction. Versions never go back: whoever has the newest has the highest.
+    """
+    name, ballot = job.task.name, journal.ballot(job.task.name)
+    if ballot is None:
+        raise LocalError(f"{journal.path}: no vote on {name} is there; restore a backup")
+    model = _model(journal, name, ballot.before)
+    job.model = model._replace(version=job.model.version + 1, created_ms=now_ms, step=None)
+    journal.put_model(name, job.model)
+    journal.put_strategy_state(name, ballot.strategy_state)
+    journal.put_residual(name, ballot.residual)
+    if job.ring:
+        layout = Layout.from_json(job.row.layout)
+        job.ring = ring_for(job.task, layout, aggregate.load_state(ballot.strategy_state))
+    body = {"task": name, "version": job.model.version, "digest": model.digest.hex(), "again": model.version}
+    journal.note(now_ms, "model", body)
+
+
+def _model(journal: Journal, name: str, version: int) -> ModelRow:
+    model = journal.model(name, version)
+    if model is None:
+        raise LocalError(f"{journal.path}: version {version} of {name} is missing; restore a backup")
+    return model
 
 
 def _step(journal: Journal, job: Job, goal: Vector, before: Vector, version: int) -> Step:

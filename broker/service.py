@@ -17,9 +17,9 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from broker import federation, intake, topics
+from broker import ballot, federation, intake, topics
 from broker import round as rounds
-from broker.closing import close_round
+from broker.closing import close_round, go_back
 from broker.config import FederationConfig
 from broker.downlink import Downlink, Offer, plan_of
 from broker.genesis import ensure_model
@@ -203,6 +203,8 @@ class Service:
                 joined = answer.verdict == "joined"
                 event = federation.Answered(path, answer.round, joined, answer.code, answer.reason)
                 self._tell(self._jobs[task], event, now_ms)
+            case intake.HeardVote():
+                self._hear_vote(heard, now_ms)
             case intake.HeardUpdate():
                 self._hear_update(heard, now_ms)
             case intake.Refused():
@@ -227,6 +229,15 @@ class Service:
             receipt = Receipt(VERSION, heard.round, digest, f"refused-{reason}", detail, now_ms)
             self._receipt(heard.task, heard.path, receipt)
             self._tell(self._jobs[heard.task], federation.Refused(heard.path, heard.round), now_ms)
+
+    def _hear_vote(self, heard: intake.HeardVote, now_ms: int) -> None:
+        path, task, vote = heard.path, heard.task, heard.vote
+        against = vote.verdict == "against"
+        if not self._journal.put_vote(task, vote.version, path, against=against):
+            return  # said again
+        body = {"path": path, "task": task, "version": vote.version, "verdict": vote.verdict, "than": vote.than}
+        self._journal.note(now_ms, "vote", body | {"new": vote.new, "old": vote.old, "windows": vote.windows})
+        self._tell(self._jobs[task], ballot.Voted(path, vote.version, against), now_ms)
 
     def _hear_update(self, heard: intake.HeardUpdate, now_ms: int) -> None:
         update = heard.update
@@ -289,15 +300,36 @@ class Service:
                     if close_round(self._journal, job, number, base, now_ms):
                         self._put_model(job, new=True)
                     self._journal.checkpoint(now_ms, self._signer)
-                    job.rate = job.rate.after(self._journal.losses(name, number))
+                    losses = self._journal.losses(name, number)
+                    job.rate = job.rate.after(losses)
                     # The last plan of the round goes out before the next round's, in the same order as it came to be.
-                    follow = job.federation.handle(federation.Aggregated(job.model.version), now_ms)
+                    follow = job.federation.handle(federation.Aggregated(job.model.version, frozenset(losses)), now_ms)
                     self._put_plan(job)
                     self._act(job, follow, now_ms)
+                case ballot.Decided():
+                    self._decided(job, action, now_ms)
                 case federation.Finish():
                     log.info("%s: the last round is over", name)
                     self._journal.note(now_ms, "done", {"task": name, "version": job.model.version})
                     self._put_plan(job)
+
+    def _decided(self, job: Job, vote: ballot.Decided, now_ms: int) -> None:
+        """End the vote on a model; one that was voted down makes way for the one before."""
+        name, against = job.task.name, sum(vote.votes.values())
+        body = {"task": name, "version": vote.version, "for": len(vote.votes) - against, "against": against}
+        self._journal.note(now_ms, "kept" if vote.kept else "voted-down", body)
+        if not vote.kept:
+            go_back(self._journal, job, now_ms)
+        self._journal.close_ballot(name, vote.version, kept=vote.kept)
+        if vote.kept:
+            return
+        version = job.model.version
+        text = "%s: version %d is voted down, %d against %d; version %d is version %d again"
+        log.warning(text, name, vote.version, against, body["for"], version, vote.before)
+        self._put_model(job, new=True)
+        follow = job.federation.handle(federation.Aggregated(version), now_ms)
+        self._put_plan(job)
+        self._act(job, follow, now_ms)
 
     def _receipt(self, task: str, path: str, receipt: Receipt) -> None:
         self._receipts.append(self._downlink.receipt(task, path, receipt))

@@ -68,7 +68,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Uplink:
-    """A signed message of a gateway for one task; `what` is `update`, `answer`, ….
+    """A signed message of a gateway for one task; `what` is `update`, `answer` or `vote`.
 
     `update` is one signed Update at QoS 1; nothing here is retained.
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from broker.messages import ModelManifest, Terms, peek
+from broker.messages import ModelManifest, Terms, Vote, peek
 from edge.choose import average
 from edge.dataset import Dataset
 from edge.feedback import Correction
@@ -137,6 +137,15 @@ class Memory:
         """Store the newest of them."""
         newest = sorted(known)[-_MOST_CORRECTIONS:]
         self._put("corrections", msgspec.json.encode({end: known[end] for end in newest}))
+
+    def vote(self) -> Vote | None:
+        """The vote on the newest model, where this gateway could judge it."""
+        data = self._get("vote")
+        return None if data is None else msgspec.msgpack.decode(data, type=Vote)
+
+    def keep_vote(self, vote: Vote) -> None:
+        """Store that."""
+        self._put("vote", msgspec.msgpack.encode(vote))
 
     def handled(self) -> tuple[int, int]:
         """The newest round that this gateway has sent an update for: its number and its opening in ms."""

@@ -14,6 +14,7 @@ from broker import messages as m
 from broker.topics import Uplink
 from edge import events
 from edge import participant as p
+from edge import vote as votes
 from edge.config import TaskTable
 from edge.handback import Fetch, Model, probe
 from edge.infer import Scorer
@@ -26,6 +27,7 @@ from edge.tags import Sample
 from edge.train import NotEnoughError, Result, Trainer, job_for
 from edge.update import seal_update
 from edge.verdicts import Ear
+from models.delta import Vector
 from models.errors import LocalError, PeerError, UserError
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class Runner:
         self._trainer = Trainer()
         self._said: events.Answer | None = None
         self._training: asyncio.Task[None] | None = None
-        self.participant = p.Participant(shop.config.policy, 1, handled=self.memory.handled())
+        self.participant = p.Participant(shop.config.policy, 1, handled=self.memory.handled(), vote=self.memory.vote())
         self.participant.handle(shop.may_train())
         self.guard("start", self._load)
 
@@ -201,6 +203,8 @@ class Runner:
                     self._answer(action)
                 case events.StartTraining():
                     self._training = self._spawn(self._train(action, self._training))
+                case events.CastVote(vote):
+                    self.shop.publish(*votes.seal(self.shop, self.name, vote))
                 case events.StopTraining() if self._training:
                     self._training.cancel()
 
@@ -341,8 +345,20 @@ class Runner:
         if self.model is None or model.graph != self.model.graph:
             await probe(model, self.shop.folder)
         changed = self.model is None or self.model.layout != model.layout
-        self.scoring.average = await self.shop.state.commit(lambda: self.memory.keep_model(model, envelope))
+        table, own = self.shop.config.scoring, self.scoring
+        holdout, scale, personal = own.holdout, own.scale, own.personal
+        vote = await asyncio.to_thread(votes.judge, table, model, self.model, holdout, scale, personal)
+
+        def work() -> Vector:
+            if vote:
+                votes.keep(self.shop, self.memory, vote)
+            return self.memory.keep_model(model, envelope)
+
+        self.scoring.average = await self.shop.state.commit(work)
         self.model = model
+        if vote:
+            log.info("%s: votes %s model %d: %s, was %s", self.name, vote.verdict, vote.version, vote.new, vote.old)
+            self._do(self.participant.handle(events.Judged(vote)))
         self._wire(model)
         self._do(self.participant.handle(events.ModelStored(model.manifest.version, model.manifest.digest)))
         await self.scoring.offer(model, changed=changed)

@@ -28,6 +28,8 @@ from broker.messages import (
     Plan,
     Signer,
     Terms,
+    Update,
+    Vote,
     Whole,
     open_envelope,
     peek,
@@ -175,6 +177,9 @@ def test_a_round_completes_and_scores_say_by_which_model(tmp_path: Path, kind: s
     assert main(["audit", "verify", str(p.stage.aggregator_state)]) == 0
     journal = Journal(p.stage.aggregator_state)
     assert list(journal.counted(TASK, 1)) == [str(PATH)]
+    assert journal.votes(TASK, 1).keys() == journal.losses(TASK, 1).keys()
+    assert (ballot := journal.ballot(TASK))
+    assert (ballot.version, ballot.before, ballot.kept) == (1, 0, 1)
     journal.close()
 
 
@@ -184,8 +189,14 @@ def nothing_else_left(p: Plant, out: Path) -> None:
     with (out / "left-this-site.csv").open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     key = bytes.fromhex(p.status()["public_key"])
-    update, answer = (topics.Uplink(PATH, TASK, kind).topic for kind in ("update", "answer"))
-    assert {topic for topic in p.heard if topic.startswith(f"{PATH}/_fl/")} == {STATUS, update, answer}
+    update, answer, vote = (topics.Uplink(PATH, TASK, kind).topic for kind in ("update", "answer", "vote"))
+    assert {topic for topic in p.heard if topic.startswith(f"{PATH}/_fl/")} - {vote} == {STATUS, update, answer}
+    cast = [open_envelope(payload, vote, key, Vote) for payload in set(p.heard.get(vote, []))]
+    votes = [(str(one.windows), f"{one.verdict} version {one.version}: {one.new}, was {one.old}") for one in cast]
+    assert votes == [(row["windows"], row["detail"]) for row in rows if row["what"] == "vote"]
+    # Who had enough windows to judge by says so in its update, and is waited for.
+    learnt = [open_envelope(payload, update, key, Update) for payload in set(p.heard[update])]
+    assert [(one.version, one.than) for one in cast] == [(1, 0) for one in learnt if one.base_loss is not None]
     sent = {(hashlib.sha256(payload).hexdigest(), str(len(payload))) for payload in p.heard[update]}
     assert sent == {(row["digest"], row["message_bytes"]) for row in rows if row["what"] == "update"}
     said = [open_envelope(payload, answer, key, Answer) for payload in p.heard[answer]]

@@ -227,6 +227,18 @@ def test_auroc_counts_pairs(rows: list[tuple[bool, int]]) -> None:
         assert got == pytest.approx(sum(pairs) / len(pairs))
 
 
+def test_much_worse_is_beyond_the_noise_and_beyond_what_is_tolerated() -> None:
+    much = evaluate.much_worse
+    assert much("accuracy", 0.79, 0.9, 1000, 0.1)
+    assert not much("accuracy", 0.81, 0.9, 1000, 0.1)
+    assert not much("accuracy", 0.79, 0.9, 4, 0.1)  # four windows show nothing
+    assert much("rmse", 1.2, 1.0, 1000, 0.1)
+    assert not much("rmse", 1.09, 1.0, 1000, 0.1)
+    assert not much("rmse", 0.1, 1.0, 1000, 0.0)
+    assert much("error", NAN, 1.0, 1, 1.0)
+    assert not much("error", 1.0, NAN, 1000, 0.0)
+
+
 def test_not_worse() -> None:
     assert evaluate.not_worse("rmse", 1.0, 1.0, 10)
     assert evaluate.not_worse("rmse", 1.1, 1.0, 50)  # one standard error is 0.1
