@@ -1,7 +1,8 @@
-"""`tundish broker run|status|init|enrol|acl`: options in, an exit code out; what a command needs it imports itself."""
+"""`tundish broker VERB`: options in, an exit code out; what a command needs it imports itself."""
 
 import argparse
 import asyncio
+import importlib
 import json
 import logging
 import signal
@@ -64,19 +65,39 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         metavar="NAME",
         help="certify a person who reads scores and gives feedback",
     )
+    _add_release(subparsers)
 
 
-def _identity(verb: str) -> Command:
+def _add_release(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "give a model to the canary gateways, or to all gateways, to score with"
+    example = "-c federation.toml --task spindle-wear --to stable --key /media/stick/release.key"
+    give = _command(subparsers, "release", _module("release_command", "release"), text, example)
+    give.add_argument("--version", type=int, metavar="V", help="version (the canaries', else the newest that is kept)")
+    give.add_argument("--to", choices=("canary", "stable"), help="who gets it")
+    give.add_argument("--new-key", type=Path, metavar="FILE", help="instead: make a key that may release to all")
+    example = "-c federation.toml --task spindle-wear --key /media/stick/release.key"
+    text = "give gateways an earlier model again"
+    back = _command(subparsers, "rollback", _module("release_command", "rollback"), text, example)
+    back.add_argument("--to", type=int, metavar="V", help="version (the one released before)")
+    back.add_argument("--channel", choices=("canary", "stable"), default="stable", help="whose (stable)")
+    for one in (give, back):
+        one.add_argument("--task", metavar="T", help="task (the only one)")
+        one.add_argument("--key", type=Path, action="append", default=[], metavar="FILE", help="a key of [release]")
+
+
+def _module(module: str, verb: str) -> Command:
     """The commands about keys, whose libraries no other command loads."""
 
     def run(args: argparse.Namespace) -> int:
-        from broker import identity  # noqa: PLC0415
-
         config = load_federation(_config_path(args))
-        function: Callable[..., int] = getattr(identity, verb)
+        function: Callable[..., int] = getattr(importlib.import_module(f"broker.{module}"), verb)
         return function(args, config, _state(args, config))
 
     return run
+
+
+def _identity(verb: str) -> Command:
+    return _module("identity", verb)
 
 
 def run_command(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import time
 import numpy as np
 
 from broker import aggregate
+from broker.ballot import Decided
 from broker.job import Job
 from broker.journal import BallotRow, Journal, ModelRow
 from broker.mask import ring_for
@@ -59,11 +60,24 @@ def close_round(journal: Journal, job: Job, number: int, base: int, now_ms: int)
     return True
 
 
-def go_back(journal: Journal, job: Job, now_ms: int) -> None:
-    """Make another version of the weights before the one that was voted down, and let the strategy forget that.
+def end_vote(journal: Journal, job: Job, vote: Decided, now_ms: int) -> bool:
+    """Keep the model that was voted on, or make another version of the weights before it: False.
 
     Belongs inside a transaction. Versions never go back: whoever has the newest has the highest.
     """
+    name, against = job.task.name, sum(vote.votes.values())
+    body = {"task": name, "version": vote.version, "for": len(vote.votes) - against, "against": against}
+    journal.note(now_ms, "kept" if vote.kept else "voted-down", body)
+    if not vote.kept:
+        _go_back(journal, job, now_ms)
+        text = "%s: version %d is voted down, %d against %d; version %d is version %d again"
+        log.warning(text, name, vote.version, against, body["for"], job.model.version, vote.before)
+    journal.close_ballot(name, vote.version, kept=vote.kept)
+    return vote.kept
+
+
+def _go_back(journal: Journal, job: Job, now_ms: int) -> None:
+    """Let the strategy forget the round that made the version voted on, too."""
     name, ballot = job.task.name, journal.ballot(job.task.name)
     if ballot is None:
         raise LocalError(f"{journal.path}: no vote on {name} is there; restore a backup")

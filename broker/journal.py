@@ -56,6 +56,14 @@ class ModelRow(NamedTuple):
     step: bytes | None = None
 
 
+class ReleaseRow(NamedTuple):
+    """One release of a task: its number, `stable` or `canary`, and the version that it is."""
+
+    release: int
+    channel: str
+    version: int
+
+
 class BallotRow(NamedTuple):
     """The vote on a version: the one `before` it, until when it lasts, and what the strategy had kept until then.
 
@@ -103,14 +111,14 @@ class Journal(Database):
 
     # Keys and roster.
 
-    def signer(self) -> Signer:
-        """Return the aggregator's own key; the first call makes it."""
-        row = self._one("SELECT private_key FROM keys WHERE name = 'aggregator'")
+    def signer(self, name: str = "aggregator") -> Signer:
+        """Return the aggregator's own key, or another of its; the first call makes it, outside of a transaction."""
+        row = self._one("SELECT private_key FROM keys WHERE name = ?", name)
         if row:
             return Signer.from_bytes(row[0])
         with self.transaction():  # of two who come at once, the first one's stays
-            self._do("INSERT OR IGNORE INTO keys VALUES ('aggregator', ?)", Signer.generate().to_bytes())
-        return self.signer()
+            self._do("INSERT OR IGNORE INTO keys VALUES (?, ?)", name, Signer.generate().to_bytes())
+        return self.signer(name)
 
     def roster(self) -> dict[str, bytes]:
         """Gateway path -> raw Ed25519 public key (32 bytes)."""
@@ -189,9 +197,12 @@ class Journal(Database):
         self._do("UPDATE tasks SET residual = ? WHERE task = ?", residual, task)
 
     def put_model(self, task: str, row: ModelRow) -> None:
-        """Store a version of the weights; what is long past keeps its digest and its numbers alone."""
+        """Store a version of the weights; what is long past, and was never released, keeps digest and numbers alone."""
         self._do("INSERT INTO models VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", task, *row)
-        gone = "UPDATE models SET weights = x'', step = NULL WHERE task = ? AND version = ? AND version > 0"
+        gone = (
+            "UPDATE models SET weights = x'', step = NULL WHERE task = ? AND version = ? AND version > 0 "
+            "AND NOT EXISTS (SELECT 1 FROM releases AS r WHERE r.task = models.task AND r.version = models.version)"
+        )
         self._do(gone, task, row.version - _KEPT_VERSIONS)
 
     def model(self, task: str, version: int | None = None) -> ModelRow | None:
@@ -330,6 +341,33 @@ class Journal(Database):
         """Path -> whether it voted against a version."""
         rows = self._rows("SELECT path, against FROM votes WHERE task = ? AND version = ?", task, version)
         return {path: bool(against) for path, against in rows}
+
+    # Releases.
+
+    def metadata(self) -> dict[str, bytes]:
+        """Name -> file, of what `broker.release` has signed."""
+        return dict(self._rows("SELECT name, data FROM metadata"))
+
+    def put_metadata(self, name: str, data: bytes) -> None:
+        """Store a file, in place of an older one of that name."""
+        self._do("INSERT OR REPLACE INTO metadata VALUES (?, ?)", name, data)
+
+    def releases(self, task: str) -> list[ReleaseRow]:
+        """What was released of a task, newest first."""
+        rows = self._rows("SELECT release, channel, version FROM releases WHERE task = ? ORDER BY release DESC", task)
+        return [ReleaseRow(*row) for row in rows]
+
+    def add_release(self, task: str, row: ReleaseRow) -> None:
+        """Keep a release."""
+        self._do("INSERT INTO releases VALUES (?, ?, ?, ?)", task, *row)
+
+    def releasable(self, task: str) -> list[int]:
+        """Versions that may be released, newest first: learnt, still there, and not voted down or being voted on."""
+        query = (
+            "SELECT version FROM models WHERE task = ? AND version > 0 AND length(weights) > 0 AND version NOT IN "
+            "(SELECT version FROM ballots WHERE task = ? AND kept IS NOT 1) ORDER BY version DESC"
+        )
+        return [version for (version,) in self._rows(query, task, task)]
 
     # The ledger.
 

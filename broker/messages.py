@@ -216,6 +216,12 @@ class ModelManifest(Message, frozen=True, tag="manifest"):
     steps: Annotated[tuple[StepDigest, ...], msgspec.Meta(max_length=MAX_STEPS)] = ()
 
 
+class FirstRoot(Message, frozen=True, tag="first-root"):
+    """Retained as `_release/first`: the first root of the metadata of releases, from which all later ones follow."""
+
+    root: Annotated[bytes, msgspec.Meta(max_length=MAX_PAYLOAD)]
+
+
 class Request(Message, frozen=True, tag="request"):
     """A gateway's file for the operator: its path, its Ed25519 key, and a certificate request (DER) for TLS."""
 
@@ -245,6 +251,7 @@ AnyMessage = (
     | Receipt
     | Terms
     | ModelManifest
+    | FirstRoot
     | Request
     | Admission
 )

@@ -1,6 +1,6 @@
 """The tables of the journal, and what leads to them from those of earlier versions."""
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 SCHEMA = """
 CREATE TABLE keys(name TEXT PRIMARY KEY, private_key BLOB NOT NULL) STRICT;
 CREATE TABLE roster(path TEXT PRIMARY KEY, public_key BLOB NOT NULL, since_ms INTEGER NOT NULL,
@@ -27,7 +27,12 @@ CREATE TABLE ballots(task TEXT NOT NULL, version INTEGER NOT NULL, before INTEGE
 CREATE TABLE votes(task TEXT NOT NULL, version INTEGER NOT NULL, path TEXT NOT NULL, against INTEGER NOT NULL,
     PRIMARY KEY(task, version, path)) STRICT;
 """
-SCHEMA += _BALLOTS
+_RELEASES = """
+CREATE TABLE metadata(name TEXT PRIMARY KEY, data BLOB NOT NULL) STRICT;
+CREATE TABLE releases(task TEXT NOT NULL, release INTEGER NOT NULL, channel TEXT NOT NULL, version INTEGER NOT NULL,
+    PRIMARY KEY(task, release)) STRICT;
+"""
+SCHEMA += _BALLOTS + _RELEASES
 # What leads from each earlier schema to the next one.
 UPGRADE = {
     1: """
@@ -43,4 +48,5 @@ CREATE TABLE tokens(hash BLOB PRIMARY KEY, path TEXT NOT NULL, expires_ms INTEGE
     used INTEGER NOT NULL DEFAULT 0) STRICT;
 """,
     6: _BALLOTS,
+    7: _RELEASES,
 }

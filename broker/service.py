@@ -19,7 +19,7 @@ from typing import Any
 
 from broker import ballot, federation, intake, topics
 from broker import round as rounds
-from broker.closing import close_round, go_back
+from broker.closing import close_round, end_vote
 from broker.config import FederationConfig
 from broker.downlink import Downlink, Offer, plan_of
 from broker.genesis import ensure_model
@@ -27,6 +27,7 @@ from broker.job import Job, load_job
 from broker.journal import Journal
 from broker.link import Inbound, Link
 from broker.messages import VERSION, Receipt
+from broker.releasing import Releasing
 from models.errors import LocalError, PeerError, UserError
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ class Service:
         self._signer, self._public_key = signer, signer.public_key.hex()
         log.info("federation %s, public key %s", self._config.name, self._public_key)
         self._downlink = Downlink(self._config.name, signer, self._clock())
+        table = self._config.release
+        self._releasing = None if table is None else Releasing(self._journal, self._downlink, table)
         wanted = {name: intake.Wanted(job.task, int(job.shared.sum()), job.ring_in) for name, job in self._jobs.items()}
         self._intake = intake.Intake(self._config, self._journal, wanted)
         for job in self._jobs.values():
@@ -127,6 +130,9 @@ class Service:
                     # Somebody was enrolled: subscribing again brings the retained births that were refused.
                     self._link.unsubscribe(topics.ALL_STATUS)
                     self._link.subscribe(topics.ALL_STATUS)
+                    self._put_releases()  # or something was released
+                if self._releasing:
+                    self._releasing.freshen(self._jobs, self._clock())
             if self._inbox:
                 await asyncio.sleep(0)
                 continue
@@ -147,6 +153,7 @@ class Service:
         for job in self._jobs.values():
             self._put_model(job)
             self._put_plan(job)
+        self._put_releases()
         self._wake.set()
 
     def _on_down(self, reason: str) -> None:
@@ -315,19 +322,10 @@ class Service:
 
     def _decided(self, job: Job, vote: ballot.Decided, now_ms: int) -> None:
         """End the vote on a model; one that was voted down makes way for the one before."""
-        name, against = job.task.name, sum(vote.votes.values())
-        body = {"task": name, "version": vote.version, "for": len(vote.votes) - against, "against": against}
-        self._journal.note(now_ms, "kept" if vote.kept else "voted-down", body)
-        if not vote.kept:
-            go_back(self._journal, job, now_ms)
-        self._journal.close_ballot(name, vote.version, kept=vote.kept)
-        if vote.kept:
+        if end_vote(self._journal, job, vote, now_ms):
             return
-        version = job.model.version
-        text = "%s: version %d is voted down, %d against %d; version %d is version %d again"
-        log.warning(text, name, vote.version, against, body["for"], version, vote.before)
         self._put_model(job, new=True)
-        follow = job.federation.handle(federation.Aggregated(version), now_ms)
+        follow = job.federation.handle(federation.Aggregated(job.model.version), now_ms)
         self._put_plan(job)
         self._act(job, follow, now_ms)
 
@@ -348,7 +346,12 @@ class Service:
             raise UserError(name, 0, "", f"its terms do not fit: {error}", remedy) from error
         # Whoever fetches the version before may still end that; what only an older one led to goes.
         last, older = (offer.objects() if offer else {} for offer in before)
-        self._downlink.clear(name, {key: data for key, data in older.items() if key not in now.objects() | last})
+        kept = now.objects().keys() | last.keys() | (self._releasing.retained(name) if self._releasing else set())
+        self._downlink.clear(name, {key: data for key, data in older.items() if key not in kept})
+
+    def _put_releases(self) -> None:
+        if self._releasing:
+            self._releasing.put(self._jobs)
 
     def _put_plan(self, job: Job) -> None:
         if not job.federation.number:

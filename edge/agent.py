@@ -23,6 +23,7 @@ from broker.topics import (
     Local,
     Manifest,
     ReceiptFor,
+    ReleaseFile,
     RoundPlan,
     Status,
     Uplink,
@@ -251,6 +252,8 @@ class Agent:
         while True:
             await asyncio.sleep(_TICK_S)
             await self._look()
+            for task, release in (await self.shop.releases.news(list(self.runners))).items():
+                self.runners[task].installer.on_release(release, self.runners[task].model)
             for runner in self.runners.values():
                 runner.guard("scoring", runner.tick)
             self._resend()
@@ -305,7 +308,8 @@ class Agent:
         self._resend_at = time.monotonic() + 0.2
 
     def _follow(self, tasks: Iterable[str]) -> None:
-        """Read what the pinned federation says of our tasks."""
+        """Read what the pinned federation says of our tasks, and of releases."""
+        self.link.subscribe(ReleaseFile(self.shop.federation, "+").topic)
         for task in tasks:
             self.link.subscribe(*downlink_filters(self.shop.federation, task, self.config.path))
 
@@ -326,6 +330,9 @@ class Agent:
         if isinstance(topic, FederationStatus):
             self._federation(topic, inbound)
             return
+        if isinstance(topic, ReleaseFile) and topic.federation == self.shop.federation:
+            self.shop.releases.hear(topic.name, inbound, self.shop.federation_key)
+            return
         if isinstance(topic, Local) and topic.what == "feedback" and topic.name in self.runners:
             self.runners[topic.name].on_feedback(inbound.payload)
             return
@@ -336,10 +343,11 @@ class Agent:
             raise PeerError("federation", f"{topic.federation!r} is not the pinned one")
         match topic:
             case Chunk():
+                runner.installer.on_chunk(inbound.topic, inbound.payload)
                 runner.on_chunk(inbound.topic, inbound.payload)
             case Manifest() if inbound.payload:
                 manifest = m.open_envelope(inbound.payload, inbound.topic, key, m.ModelManifest)
-                runner.on_manifest(manifest, inbound.payload)
+                runner.on_manifest(manifest, inbound.payload, topic.of)
             case RoundPlan() if inbound.payload:
                 runner.on_plan(m.open_envelope(inbound.payload, inbound.topic, key, m.Plan))
             case ReceiptFor():
@@ -371,7 +379,7 @@ class Agent:
             "resident_mb": round(resident_bytes(os.getpid()) / 2**20, 1),
             "mqtt": {"connected": self.link.connected, "version": self.link.version, "error": self.link.error},
             "certificate": self.renewal.status(),
-            "problem": self._unread or self.trust.problem,
+            "problem": self._unread or self.trust.problem or self.shop.releases.problem,
             "restart": self._restart,
             "federation": {"name": self.shop.federation, "key": self.shop.federation_key.hex()},
             "sources": sources_status(self.sources.drivers, self._tags),

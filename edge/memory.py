@@ -21,6 +21,7 @@ from models.spec import parse_task
 
 _HEAD = 16  # version and kind of what scores, before the share and the weights of each of its nets
 _MOST_NETS = 3
+_NUMBER = 8
 _MOST_CORRECTIONS = 5_000
 
 
@@ -39,8 +40,21 @@ class Memory:
 
     def model(self) -> Model | None:
         """The newest verified global model: the base of the next training."""
-        envelope, packed = self._get("manifest"), self._get("terms")
-        graph, vector = self._get("graph"), self._get("weights")
+        return self._model("", self._get("weights"))
+
+    def release(self) -> tuple[int, Model] | None:
+        """The released model that scores here, by its release's number; None if there is none."""
+        data = self._get("released") or b""
+        model = self._model("released-", data[_NUMBER:])
+        return (int.from_bytes(data[:_NUMBER], "big"), model) if data and model else None
+
+    def keep_release(self, number: int, model: Model, envelope: bytes) -> None:
+        """Store that; the caller makes it one transaction."""
+        self._put("released", number.to_bytes(_NUMBER, "big") + model.vector.tobytes())
+        self._keep_model("released-", model, envelope)
+
+    def _model(self, prefix: str, vector: bytes | None) -> Model | None:
+        envelope, packed, graph = (self._get(f"{prefix}{name}") for name in ("manifest", "terms", "graph"))
         if envelope is None or packed is None or graph is None or vector is None:
             return None
         terms = msgspec.msgpack.decode(packed, type=Terms)
@@ -54,11 +68,14 @@ class Memory:
         """
         mean = average(self.vector("average") if model.manifest.version > 1 else None, model.vector)
         self.keep_vector("average", mean)
-        self._put("manifest", envelope)
-        self._put("terms", msgspec.msgpack.encode(model.terms))
-        self._put("graph", model.graph)
+        self._keep_model("", model, envelope)
         self._put("weights", model.vector.tobytes())
         return mean
+
+    def _keep_model(self, prefix: str, model: Model, envelope: bytes) -> None:
+        self._put(f"{prefix}manifest", envelope)
+        self._put(f"{prefix}terms", msgspec.msgpack.encode(model.terms))
+        self._put(f"{prefix}graph", model.graph)
 
     def scoring(self, size: int) -> tuple[int, str, list[tuple[float, Vector]]] | None:
         """Version and kind of what scores, and of each of its nets the share and weights (size,); None if unknown."""

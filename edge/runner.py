@@ -18,6 +18,7 @@ from edge import vote as votes
 from edge.config import TaskTable
 from edge.handback import Fetch, Model, probe
 from edge.infer import Scorer
+from edge.installer import Installer
 from edge.live import Live
 from edge.memory import Memory
 from edge.scoring import Scoring
@@ -47,10 +48,11 @@ class Runner:
         self.model: Model | None = None
         self.fetch: Fetch | None = None
         self.problem, self._envelope = "", b""
-        self._stored: tuple[Model, Scorer] | None = None
+        self._stored: tuple[Model, Scorer | None] | None = None
         self._wanted_ms, self._stored_before = -1, 0
         self._installing = asyncio.Lock()
         self._jobs: set[asyncio.Task[None]] = set()
+        self.installer = Installer(shop, self.memory, self.scoring, self._spawn, self._installing)
         self._trainer = Trainer()
         self._said: events.Answer | None = None
         self._training: asyncio.Task[None] | None = None
@@ -73,7 +75,8 @@ class Runner:
         self._stored_before = model.task.training.min_windows
         self.model, self._wanted_ms = model, model.manifest.created_ms
         self.participant.handle(events.ModelStored(model.manifest.version, model.manifest.digest))
-        self.scoring.swap(scorer, model)
+        if scorer:
+            self.scoring.swap(scorer, model)
 
     @property
     def live(self) -> Live | None:
@@ -135,8 +138,11 @@ class Runner:
         """Take a plan of this task."""
         self._do(self.participant.handle(events.PlanSeen(plan)))
 
-    def on_manifest(self, manifest: m.ModelManifest, envelope: bytes) -> None:
-        """Begin to fetch a newer model; PeerError if what it declares can't be."""
+    def on_manifest(self, manifest: m.ModelManifest, envelope: bytes, of: str = "manifest") -> None:
+        """Begin to fetch a newer model, or one that was released; PeerError if what it declares can't be."""
+        if of != "manifest":
+            self.installer.on_manifest(of, manifest, envelope, self.model)
+            return
         # The newest by its signed time, not by its number: an aggregator restored from a backup counts lower again.
         if manifest.created_ms <= self._wanted_ms:
             return
@@ -258,7 +264,7 @@ class Runner:
             said, home = await self.shop.state.commit(self.memory.corrections), self.shop.folder
             job = job_for(self.shop.config, home, model.terms.task_text, live.wiring, model.layout, action.round, said)
             base = model.personalised(self.scoring.personal)
-            own, average = self.scoring.own, self.scoring.average
+            own, average = self.scoring.own, self.scoring.origin
             result = await self._trainer.train(job, base, home / f"training-{self.name}", own, average)
             await self._send(action, model, result)
         except NotEnoughError as error:
@@ -317,8 +323,9 @@ class Runner:
     async def _offer_again(self) -> None:
         """Let the model that is here score with other windows than before."""
         async with self._installing:
-            if self.model:
-                await self.scoring.offer(self.model, changed=True)
+            model = self.installer.model if self.shop.releases.in_force else self.model
+            if model:
+                await self.scoring.offer(model, changed=True)
 
     async def _install(self, fetch: Fetch, envelope: bytes) -> None:
         """One model after the other: a fault of this machine is tried again, a fault of the model is not."""
@@ -345,9 +352,7 @@ class Runner:
         if self.model is None or model.graph != self.model.graph:
             await probe(model, self.shop.folder)
         changed = self.model is None or self.model.layout != model.layout
-        table, own = self.shop.config.scoring, self.scoring
-        holdout, scale, personal = own.holdout, own.scale, own.personal
-        vote = await asyncio.to_thread(votes.judge, table, model, self.model, holdout, scale, personal)
+        vote = await self.scoring.judge(model, self.model)
 
         def work() -> Vector:
             if vote:
@@ -361,7 +366,9 @@ class Runner:
             self._do(self.participant.handle(events.Judged(vote)))
         self._wire(model)
         self._do(self.participant.handle(events.ModelStored(model.manifest.version, model.manifest.digest)))
-        await self.scoring.offer(model, changed=changed)
+        if not self.shop.releases.in_force:
+            await self.scoring.offer(model, changed=changed)
+        self.installer.begin(model)
 
     def refuse(self, error: PeerError, what: str) -> None:
         """Count and log a peer's bytes that were refused; nothing stops because of them."""
@@ -381,9 +388,10 @@ class Runner:
             "scoring_model": live.scorer.version if live and live.scorer else None,
             "scoring_kind": live.scorer.kind if live and live.scorer else None,
             "last_model": self.scoring.kept,
+            "release": self.installer.number,
             "training_waits_for": self.participant.may_train.unless,
             "drift": self.scoring.drift.last,
-            "problem": self.problem,
+            "problem": self.problem or self.installer.problem,
             "last": live.last if live else {},
             **(asdict(live.stats) if live else {}),
         }

@@ -12,6 +12,7 @@ from broker.round import FOREVER_MS
 from edge.config import Config
 from edge.events import MayTrain
 from edge.hours import holds, opens
+from edge.releases import Releases
 from edge.ring import Samples
 from edge.store import State
 from edge.tags import Quality, Sample, Scan
@@ -82,8 +83,12 @@ class Shop:
     unsubscribe: Callable[..., object]
     refused: Counter[str] = field(default_factory=Counter)
     latest: Latest = field(default_factory=Latest)
+    releases: Releases = field(init=False)
     federation: str = ""
     federation_key: bytes = b""
+
+    def __post_init__(self) -> None:
+        self.releases = Releases(self.state, self.folder / "releases", str(self.config.path))
 
     def may_train(self) -> MayTrain:
         """Say whether training may start now, by `train_when`, and when at the earliest if not."""

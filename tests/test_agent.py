@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -436,3 +437,52 @@ def lie(p: Plant) -> None:
         p.publish(topic, bytes(MAX_PAYLOAD + 1))
         p.publish(topic, bytes(MAX_PAYLOAD + 20_000))
     sent("envelope", (plan, b"still listening"))
+
+
+def test_gateways_score_with_what_is_released(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with plant(tmp_path, "mosquitto", rounds=2) as p:
+        task = tmp_path / "aggregator" / "task.toml"
+        task.write_text(task.read_text().replace("epochs = 4", "epochs = 1\nalone = false"))
+        config = tmp_path / "aggregator" / "federation.toml"
+        command = ["-c", str(config), "--state", str(p.stage.aggregator_state)]
+        key = tmp_path / "release.key"
+        assert main(["broker", "release", *command, "--new-key", str(key)]) == 0
+        public = capsys.readouterr().out.split('"')[1]
+        with config.open("a") as file:
+            file.write(f'[release]\nkeys = ["{public}"]\ncanary = ["{PATH}"]\n')
+        for process in (*p.stage.plcs, p.stage.aggregator, p.gateway):
+            process.start()
+        p.until(lambda: p.task().get("model") == 1)
+        p.until(lambda: p.aggregator().get("state") == "done" and p.task().get("model") == 2)
+        # Until the first release, each model is tried as it comes.
+        assert p.task()["release"] == 0
+        assert p.task()["scoring_model"] is not None
+        assert main(["broker", "release", *command, "--to", "canary"]) == 2  # the first one needs the operators' keys
+        assert "--key: too few: root is signed by 1 keys" in capsys.readouterr().err
+        steps: list[tuple[list[str], int]] = [
+            (["release", "--version", "1", "--to", "canary", "--key", str(key)], 1),
+            (["release", "--to", "stable", "--key", str(key)], 1),  # what the canaries have
+            (["release", "--version", "2", "--to", "canary"], 2),
+            (["rollback", "--key", str(key), "--to", "1"], 1),
+        ]
+
+        def installed(number: int) -> bool:
+            return p.task()["release"] == number  # type: ignore[no-any-return]
+
+        for number, ((verb, *options), version) in enumerate(steps, 1):
+            assert main(["broker", verb, *command, *options]) == 0
+            assert f"release {number} of {TASK}: version {version} for" in capsys.readouterr().out
+            p.until(partial(installed, number))
+            assert p.task()["model"] == 2  # training goes on from the newest
+            if version == 1:
+                assert (p.task()["scoring_model"], p.task()["scoring_kind"]) == (1, "global")
+        p.gateway.kill()
+        p.gateway.start()
+        p.until(lambda: p.task().get("release") == 4 and p.task()["scoring_model"] == 1 and p.task()["scored"] > 0)
+    state = State(p.stage.gateway_state(0))
+    entries = [json.loads(line) for line in state.ledger()]
+    ledger.verify(state.ledger())
+    state.close()
+    ways = [(e["body"]["channel"], e["body"]["version"]) for e in entries if e["kind"] == "release-installed"]
+    assert ways == [("canary", 1), ("stable", 1), ("canary", 2), ("stable", 1)]
+    assert sum(e["kind"] == "release-root-pinned" for e in entries) == 1
