@@ -66,6 +66,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         help="certify a person who reads scores and gives feedback",
     )
     _add_release(subparsers)
+    _add_stick(subparsers)
 
 
 def _add_release(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -83,6 +84,17 @@ def _add_release(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     for one in (give, back):
         one.add_argument("--task", metavar="T", help="task (the only one)")
         one.add_argument("--key", type=Path, action="append", default=[], metavar="FILE", help="a key of [release]")
+
+
+def _add_stick(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text, example = "take what a gateway without a network sends", "-c federation.toml /media/stick/cell2.updates"
+    take = _command(subparsers, "import", _module("stick_command", "import_file"), text, example)
+    take.add_argument("file", type=Path, metavar="FILE", help="what tundish edge export --updates wrote")
+    text = "write what goes back to a gateway without a network: plans, models, releases, receipts"
+    example = "-c federation.toml --path acme/lyon/press/line4/cell2 /media/stick/cell2.models"
+    give = _command(subparsers, "export", _module("stick_command", "export_file"), text, example)
+    give.add_argument("file", type=Path, metavar="FILE", help="the file to write")
+    give.add_argument("--path", required=True, help="enterprise/site/area/line/cell")
 
 
 def _module(module: str, verb: str) -> Command:

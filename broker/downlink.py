@@ -111,6 +111,11 @@ class Downlink:
         self._waiting.pop(topic, None)
         self._waiting[topic] = payload
 
+    @property
+    def waiting(self) -> list[tuple[str, bytes]]:
+        """(topic, payload) of what waits, in order."""
+        return list(self._waiting.items())
+
     def forget(self) -> None:
         """Drop what waits: a new connection begins with everything."""
         self._waiting.clear()

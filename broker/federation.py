@@ -122,10 +122,7 @@ class Connected(Event):
 
 @dataclass(frozen=True)
 class Aggregated(Event):
-    """The round's model is stored, or the one before again; `version` is the current one from now on.
-
-    `voters` are the paths of those counted that have a holdout to judge it by.
-    """
+    """Model `version` is stored, and the current one; of those counted, `voters` have a holdout to judge it by."""
 
     version: int
     voters: frozenset[str] = frozenset()

@@ -313,6 +313,14 @@ class Journal(Database):
         query = f"SELECT payload, samples, ? - round FROM updates WHERE {_COUNTED_IN} ORDER BY path, round"
         yield from self._rows(query, number, task, number, number, number)
 
+    def put_receipt(self, topic: str, digest: bytes, envelope: bytes) -> None:
+        """Keep the first receipt of an update that came by file: what is said of it later is of a copy."""
+        self._do("INSERT OR IGNORE INTO receipts VALUES (?, ?, ?)", topic, digest, envelope)
+
+    def receipts(self, path: str) -> list[tuple[str, bytes]]:
+        """(topic, envelope) of the receipts that are kept for a gateway."""
+        return list(self._rows("SELECT topic, envelope FROM receipts WHERE topic LIKE '%/receipt/' || ?", path))
+
     # Votes on models.
 
     def open_ballot(self, task: str, row: BallotRow) -> None:

@@ -1,6 +1,6 @@
 """The tables of the journal, and what leads to them from those of earlier versions."""
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 SCHEMA = """
 CREATE TABLE keys(name TEXT PRIMARY KEY, private_key BLOB NOT NULL) STRICT;
 CREATE TABLE roster(path TEXT PRIMARY KEY, public_key BLOB NOT NULL, since_ms INTEGER NOT NULL,
@@ -32,7 +32,11 @@ CREATE TABLE metadata(name TEXT PRIMARY KEY, data BLOB NOT NULL) STRICT;
 CREATE TABLE releases(task TEXT NOT NULL, release INTEGER NOT NULL, channel TEXT NOT NULL, version INTEGER NOT NULL,
     PRIMARY KEY(task, release)) STRICT;
 """
-SCHEMA += _BALLOTS + _RELEASES
+_RECEIPTS = """
+CREATE TABLE receipts(topic TEXT NOT NULL, digest BLOB NOT NULL, envelope BLOB NOT NULL,
+    PRIMARY KEY(topic, digest)) STRICT;
+"""
+SCHEMA += _BALLOTS + _RELEASES + _RECEIPTS
 # What leads from each earlier schema to the next one.
 UPGRADE = {
     1: """
@@ -49,4 +53,5 @@ CREATE TABLE tokens(hash BLOB PRIMARY KEY, path TEXT NOT NULL, expires_ms INTEGE
 """,
     6: _BALLOTS,
     7: _RELEASES,
+    8: _RECEIPTS,
 }

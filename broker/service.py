@@ -17,16 +17,17 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from broker import ballot, federation, intake, topics
+from broker import ballot, federation, intake, stick, topics
 from broker import round as rounds
 from broker.closing import close_round, end_vote
 from broker.config import FederationConfig
-from broker.downlink import Downlink, Offer, plan_of
+from broker.downlink import Downlink
 from broker.genesis import ensure_model
 from broker.job import Job, load_job
 from broker.journal import Journal
 from broker.link import Inbound, Link
 from broker.messages import VERSION, Receipt
+from broker.publish import put_model, put_plan
 from broker.releasing import Releasing
 from models.errors import LocalError, PeerError, UserError
 
@@ -61,6 +62,8 @@ class Service:
         self._outcomes: Counter[str] = Counter()
         self._noted: Counter[str] = Counter()
         self._receipts: list[tuple[str, bytes]] = []
+        # Whether what is heard came by file, and its receipts are to be kept for one.
+        self._by_file = False
         # What became of the connection since the last step, in its order.
         self._connection: list[rounds.Event] = []
 
@@ -123,6 +126,7 @@ class Service:
         status_at, seen = 0.0, self._journal.data_version()
         while not self._stopping:
             self._step()
+            self._take_files()
             if time.monotonic() >= status_at:
                 status_at = time.monotonic() + STATUS_S
                 self._write_status()
@@ -152,7 +156,7 @@ class Service:
         self._downlink.put(self._downlink.status_topic, self._downlink.status("up"))
         for job in self._jobs.values():
             self._put_model(job)
-            self._put_plan(job)
+            put_plan(self._downlink, job)
         self._put_releases()
         self._wake.set()
 
@@ -177,6 +181,21 @@ class Service:
             self._link.publish(topic, payload)
         self._receipts.clear()
         self._downlink.pump(self._link)
+
+    def _take_files(self) -> None:
+        """Hear what `broker import` left: a file a transaction, and gone once that is committed."""
+        for path in stick.waiting(self._state):
+            try:
+                messages = stick.read(path)
+            except UserError as error:
+                log.error("%s", error)
+                messages = []
+            self._by_file = True
+            with self._journal.transaction():
+                for topic, payload in messages:
+                    self._hear(Inbound(topic, payload, retain=False, qos=1, mid=0), self._clock())
+            self._by_file = False
+            path.unlink(missing_ok=True)
 
     def _tell_all(self, event: rounds.Event, now_ms: int) -> None:
         for job in self._jobs.values():
@@ -296,13 +315,13 @@ class Service:
                     early = {"asked": asked} if asked else {}
                     self._journal.note(now_ms, "opened", {"task": name, "round": number, "base": base, **early})
                     job.deadline_ms = deadline_ms
-                    self._put_plan(job)
+                    put_plan(self._downlink, job)
                 case rounds.Extend(number, deadline_ms):
                     log.info("%s round %d: too few updates, the deadline moves on", name, number)
                     self._journal.extend_round(name, number, deadline_ms)
                     self._journal.note(now_ms, "extended", {"task": name, "round": number, "deadline_ms": deadline_ms})
                     job.deadline_ms = deadline_ms
-                    self._put_plan(job)
+                    put_plan(self._downlink, job)
                 case rounds.Close(number, base):
                     if close_round(self._journal, job, number, base, now_ms):
                         self._put_model(job, new=True)
@@ -311,14 +330,14 @@ class Service:
                     job.rate = job.rate.after(losses)
                     # The last plan of the round goes out before the next round's, in the same order as it came to be.
                     follow = job.federation.handle(federation.Aggregated(job.model.version, frozenset(losses)), now_ms)
-                    self._put_plan(job)
+                    put_plan(self._downlink, job)
                     self._act(job, follow, now_ms)
                 case ballot.Decided():
                     self._decided(job, action, now_ms)
                 case federation.Finish():
                     log.info("%s: the last round is over", name)
                     self._journal.note(now_ms, "done", {"task": name, "version": job.model.version})
-                    self._put_plan(job)
+                    put_plan(self._downlink, job)
 
     def _decided(self, job: Job, vote: ballot.Decided, now_ms: int) -> None:
         """End the vote on a model; one that was voted down makes way for the one before."""
@@ -326,47 +345,22 @@ class Service:
             return
         self._put_model(job, new=True)
         follow = job.federation.handle(federation.Aggregated(job.model.version), now_ms)
-        self._put_plan(job)
+        put_plan(self._downlink, job)
         self._act(job, follow, now_ms)
 
     def _receipt(self, task: str, path: str, receipt: Receipt) -> None:
-        self._receipts.append(self._downlink.receipt(task, path, receipt))
+        topic, envelope = self._downlink.receipt(task, path, receipt)
+        self._receipts.append((topic, envelope))
+        if self._by_file:
+            self._journal.put_receipt(topic, receipt.digest, envelope)
 
     def _put_model(self, job: Job, *, new: bool = False) -> None:
-        name, version = job.task.name, job.model.version
-        now, *before = (Offer.of(self._journal, name, version - ago) for ago in range(3))
-        if now is None:
-            raise LocalError(f"{self._journal.path}: version {version} of {name} is missing; restore a backup")
-        try:
-            if not new:
-                self._downlink.put_terms(name, job.row)
-            self._downlink.put_model(name, job.row, now, new=new)
-        except ValueError as error:
-            remedy = "shorten the task, or use a net with fewer arrays"
-            raise UserError(name, 0, "", f"its terms do not fit: {error}", remedy) from error
-        # Whoever fetches the version before may still end that; what only an older one led to goes.
-        last, older = (offer.objects() if offer else {} for offer in before)
-        kept = now.objects().keys() | last.keys() | (self._releasing.retained(name) if self._releasing else set())
-        self._downlink.clear(name, {key: data for key, data in older.items() if key not in kept})
+        retained = self._releasing.retained(job.task.name) if self._releasing else set[tuple[int, str]]()
+        put_model(self._downlink, self._journal, job, new=new, retained=retained)
 
     def _put_releases(self) -> None:
         if self._releasing:
             self._releasing.put(self._jobs)
-
-    def _put_plan(self, job: Job) -> None:
-        if not job.federation.number:
-            return  # no round yet
-        digest, deadline_ms = job.model.digest, job.deadline_ms
-        plan = plan_of(
-            job.task,
-            job.row.text,
-            job.federation,
-            base_digest=digest,
-            deadline_ms=deadline_ms,
-            keep=job.keep,
-            ring=job.ring,
-        )
-        self._downlink.put_plan(job.task.name, plan)
 
     def _write_status(self) -> None:
         """Replace `status.json`, so that a reader sees the old one or the new one."""

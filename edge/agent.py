@@ -40,6 +40,7 @@ from edge.runner import Runner
 from edge.shop import Shop
 from edge.sources import Sources
 from edge.status import health_message, sources_status, write_status
+from edge.stick import Stick
 from edge.store import State
 from edge.tags import Health, Quality, Sample
 from edge.train import resident_bytes
@@ -79,9 +80,10 @@ class Agent:
             with_own_tls(config.mqtt, folder), client_id=client, will=(self.status, will),
             on_message=self._message, on_up=self._up, on_down=self._down,
         )  # fmt: skip
+        self.stick = Stick(folder, self.link.subscribe, self._message)
         self.shop = Shop(
             config, folder, self.state, self.samples, signer,
-            self.link.publish, self.link.subscribe, self.link.unsubscribe,
+            self.link.publish, self.stick.subscribe, self.link.unsubscribe,
         )  # fmt: skip
         self.trust = Trust(self.shop)
         self.runners = {name: Runner(name, table, self.shop) for name, table in config.tasks.items()}
@@ -129,9 +131,7 @@ class Agent:
         jobs = [asyncio.create_task(job) for job in (self._tick(), self._reload(), self.renewal.run())]
         log.info("gateway %s: %d sources, %d tasks", self.config.path, len(self.config.sources), len(self.runners))
         await self.stopped.wait()
-        for job in jobs:
-            job.cancel()
-        await asyncio.gather(*jobs, return_exceptions=True)
+        await asyncio.gather(*(job for job in jobs if job.cancel()), return_exceptions=True)
         last = self.snapshot()
         await self._stop_sources(source.name for source in self.config.sources)
         await asyncio.gather(*(runner.stop() for runner in self.runners.values()))
@@ -252,6 +252,8 @@ class Agent:
         while True:
             await asyncio.sleep(_TICK_S)
             await self._look()
+            busy = any(runner.busy for runner in self.runners.values())
+            self.stick.tick(busy=busy or self.shop.releases.changed)
             for task, release in (await self.shop.releases.news(list(self.runners))).items():
                 self.runners[task].installer.on_release(release, self.runners[task].model)
             for runner in self.runners.values():

@@ -41,6 +41,11 @@ class Installer:
         self._offers: dict[str, tuple[m.ModelManifest, bytes]] = {}
         self._fetch: Fetch | None = None
 
+    @property
+    def fetching(self) -> bool:
+        """Whether pieces of the released model are still missing."""
+        return self._fetch is not None
+
     def on_release(self, release: Released, held: Model | None) -> None:
         """Take what verified metadata says this task is to score with; `held` is a model that is here already."""
         if release != self._wanted:

@@ -79,6 +79,11 @@ class Runner:
             self.scoring.swap(scorer, model)
 
     @property
+    def busy(self) -> bool:
+        """Whether pieces of a model are missing, or may be asked for soon."""
+        return bool(self.fetch or self.installer.fetching or self._jobs)
+
+    @property
     def live(self) -> Live | None:
         """What scores, once the task is wired."""
         return self.scoring.live
@@ -99,9 +104,7 @@ class Runner:
     async def stop(self) -> None:
         """End scoring, training and fetching; nothing of it is lost that a restart would not do again."""
         self.scoring.end()
-        for job in self._jobs:
-            job.cancel()
-        await asyncio.gather(*self._jobs, return_exceptions=True)
+        await asyncio.gather(*(job for job in self._jobs if job.cancel()), return_exceptions=True)
         await self._trainer.stop()
 
     # -- samples ----------------------------------------------------------------------------------------------------
@@ -362,7 +365,6 @@ class Runner:
         self.scoring.average = await self.shop.state.commit(work)
         self.model = model
         if vote:
-            log.info("%s: votes %s model %d: %s, was %s", self.name, vote.verdict, vote.version, vote.new, vote.old)
             self._do(self.participant.handle(events.Judged(vote)))
         self._wire(model)
         self._do(self.participant.handle(events.ModelStored(model.manifest.version, model.manifest.digest)))

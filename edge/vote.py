@@ -1,5 +1,6 @@
 """A gateway's vote on a new global model, by its own holdout; who has none does not vote."""
 
+import logging
 import math
 import time
 
@@ -14,6 +15,8 @@ from edge.shop import Shop
 from models import evaluate
 from models.delta import Vector
 from models.scale import Scale
+
+log = logging.getLogger(__name__)
 
 
 def judge(
@@ -53,6 +56,7 @@ def keep(shop: Shop, memory: Memory, vote: m.Vote) -> None:
     memory.keep_vote(vote)
     body: dict[str, object] = {"task": memory.task, "version": vote.version, "verdict": vote.verdict, "than": vote.than}
     body |= {"new": vote.new, "old": vote.old, "windows": vote.windows}
+    log.info("%s: votes %s model %d: %s, was %s", memory.task, vote.verdict, vote.version, vote.new, vote.old)
     shop.state.record("vote", body | {"message_bytes": len(seal(shop, memory.task, vote)[1])})
 
 

@@ -38,6 +38,7 @@ from broker.messages import (
 from edge.cli import main
 from edge.feedback import Correction
 from edge.lab.physics import FEATURES
+from edge.lab.processes import free_port
 from edge.lab.stage import FEDERATION, Scenario, Stage, gateway_path
 from edge.memory import Memory
 from edge.store import State
@@ -486,3 +487,57 @@ def test_gateways_score_with_what_is_released(tmp_path: Path, capsys: pytest.Cap
     ways = [(e["body"]["channel"], e["body"]["version"]) for e in entries if e["kind"] == "release-installed"]
     assert ways == [("canary", 1), ("stable", 1), ("canary", 2), ("stable", 1)]
     assert sum(e["kind"] == "release-root-pinned" for e in entries) == 1
+
+
+def test_a_gateway_without_a_network_takes_part_by_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with plant(tmp_path, "amqtt") as p:
+        task = tmp_path / "aggregator" / "task.toml"
+        task.write_text(task.read_text().replace("epochs = 4", "epochs = 1\nalone = false"))
+        p.stage.aggregator.start()
+        # Another one is there, so that a round opens; it sends nothing.
+        other, path = Signer.generate(), topics.GatewayPath.parse(gateway_path(1))
+        there = topics.Status(path).topic
+        birth = other.seal(Birth(1, 5, 5, other.public_key, "test", (TASK,)), there)
+        p.client.publish(there, birth, qos=1, retain=True).wait_for_publish(WAIT_S)
+        p.until(lambda: p.aggregator().get("state") == "open", gateway=False)
+        toml, state = tmp_path / "plant1" / "gateway.toml", p.stage.gateway_state(0)
+        key = json.loads((p.stage.aggregator_state / "status.json").read_text())["public_key"]
+        alone = toml.read_text().replace(f":{p.stage.mqtt_port}", f":{free_port()}")
+        toml.write_text(f'{alone}\n[federation]\nname = "{FEDERATION}"\nkey = "{key}"\n')
+        office = ["-c", str(tmp_path / "aggregator" / "federation.toml"), "--state", str(p.stage.aggregator_state)]
+        cell = ["-c", str(toml), "--state", str(state)]
+        for process in (*p.stage.plcs, p.gateway):
+            process.start()
+        p.until(lambda: "public_key" in p.status())
+        assert main(["broker", "enrol", *office, "--path", str(PATH), "--key", str(p.status()["public_key"])]) == 0
+
+        models, updates = tmp_path / "cell.models", tmp_path / "cell.updates"
+
+        def down() -> None:
+            assert main(["broker", "export", *office, "--path", str(PATH), str(models)]) == 0
+            assert main(["edge", "import", str(models), *cell]) == 0
+
+        down()
+        p.until(lambda: p.task().get("model") == 0)
+        p.until(lambda: p.status()["outbox"] == 1)
+        assert not p.status()["mqtt"]["connected"]
+        capsys.readouterr()
+        for _ in range(2):  # nothing is counted twice
+            assert main(["edge", "export", *cell, "--updates", str(updates)]) == 0
+            assert main(["broker", "import", *office, str(updates)]) == 0
+            assert f"{PATH}, {TASK}: an update of round 1, " in capsys.readouterr().out
+            p.until(lambda: p.aggregator().get("counted") == [str(PATH)])
+        p.publish(there, other.seal(Death(1, 5), there))
+        p.until(lambda: p.aggregator().get("state") == "done")
+        down()
+        p.until(lambda: p.task().get("model") == 1 and p.status()["outbox"] == 0)
+        p.until(lambda: p.task()["scored"] > 0)
+        assert not {topic for topic in p.heard if topic.startswith(f"{PATH}/")}
+    ring = State(state)
+    kinds = [json.loads(line)["kind"] for line in ring.ledger()]
+    ledger.verify(ring.ledger())
+    ring.close()
+    assert kinds.index("update") < kinds.index("exported") < kinds.index("receipt")
+    journal = Journal(p.stage.aggregator_state)
+    assert list(journal.counted(TASK, 1)) == [str(PATH)]
+    journal.close()

@@ -127,7 +127,7 @@ def test_every_command_has_help_with_an_example() -> None:
     parser = argparse.ArgumentParser(prog="tundish broker")
     commands = parser.add_subparsers()
     cli.add_commands(commands)
-    assert set(commands.choices) == {"run", "status", "init", "enrol", "acl", "release", "rollback"}
+    assert set(commands.choices) == {"run", "status", "init", "enrol", "acl", "release", "rollback", "import", "export"}
     for command in commands.choices.values():
         assert "example: tundish broker" in command.format_help()
 

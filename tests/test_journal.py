@@ -242,7 +242,8 @@ def test_refuses_an_unknown_schema(tmp_path: Path) -> None:
         Journal(tmp_path)
 
 
-_TO_7 = "DROP TABLE metadata; DROP TABLE releases;"
+_TO_8 = "DROP TABLE receipts;"
+_TO_7 = f"{_TO_8} DROP TABLE metadata; DROP TABLE releases;"
 _TO_6 = f"{_TO_7} DROP TABLE ballots; DROP TABLE votes;"
 _TO_5 = f"{_TO_6} DROP TABLE tokens;"
 _TO_4 = _TO_5 + "".join(
@@ -263,6 +264,7 @@ UNDO = {
     5: _TO_5,
     6: _TO_6,
     7: _TO_7,
+    8: _TO_8,
 }
 
 
