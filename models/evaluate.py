@@ -52,7 +52,7 @@ def metric_name(task: Task) -> str:
 def much_worse(name: str, new: float, old: float, count: int, tolerance: float) -> bool:
     """Say whether `new` is worse than `old` by more than the noise of `count` windows and more than `tolerance`.
 
-    That is points of an accuracy (0.1: from 0.9 to less than 0.8), and of an error a share of it (0.1: a tenth more).
+    That is points of an accuracy (0.2: from 0.9 to less than 0.7), and of an error a share of it (0.2: a fifth more).
     """
     if not_worse(name, new, old, count):
         return False

@@ -125,7 +125,7 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     momentum: float = 0.7
     downlink: Literal["sparse", "float32"] = "sparse"
     vote: str | None = None
-    tolerance: float = 0.1
+    tolerance: float = 0.2
 
     @property
     def vote_s(self) -> float:

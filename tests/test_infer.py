@@ -305,7 +305,7 @@ def test_a_gateway_votes_by_its_own_holdout() -> None:
     assert (found.windows, found.verdict) == (200, "for")
     assert found.new == pytest.approx(0.545)
     assert found.old == pytest.approx(0.455)
-    # Worse by nine points: of ten that are tolerated, and of five.
+    # Worse by nine points: of twenty that are tolerated, and of five.
     assert (vote := judge(table, ok, worn, holdout, scale, None))
     assert vote.verdict == "for"
     strict = replace(ok, task=task("classification", TAIL + "[round]\ntolerance = 0.05\n"))
