@@ -213,6 +213,9 @@ def _report(status: dict[str, Any], age_s: float, *, running: bool) -> list[str]
             said = f", round {gateway['round']} {gateway['verdict']}" if gateway["verdict"] else ""
             why = f" ({gateway['code']}: {_plain(gateway['reason'])})" if gateway["reason"] else ""
             lines.append(f"    {path}: {word}{said}{why}")
+    for name, channels in status.get("released", {}).items():
+        for channel, one in sorted(channels.items()):
+            lines.append(f"  {name}: {channel} has release {one['release']}, version {one['version']}")
     lines += [f"  NOT ENROLLED {path}, key {key}" for path, key in status["not_enrolled"].items()]
     lines += [f"  refused {count} ({reason})" for reason, count in sorted(status["refused"].items())]
     return lines

@@ -38,6 +38,11 @@ class Releasing:
                     self._downlink.put_release(name, job.row, model, channel)
         self._downlink.put_metadata(files)
 
+    def status(self, task: str) -> dict[str, dict[str, int]]:
+        """Channel -> release and version that it has; plain JSON values."""
+        rows = reversed(self._journal.releases(task))
+        return {row.channel: {"release": row.release, "version": row.version} for row in rows}
+
     def retained(self, task: str) -> set[tuple[int, str]]:
         """Which objects of a task's models must stay, as (version, name)."""
         rows = self._journal.releases(task)

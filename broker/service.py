@@ -21,6 +21,7 @@ from broker import ballot, federation, intake, stick, topics
 from broker import round as rounds
 from broker.closing import close_round, end_vote
 from broker.config import FederationConfig
+from broker.database import blame_disk
 from broker.downlink import Downlink
 from broker.genesis import ensure_model
 from broker.job import Job, load_job
@@ -195,7 +196,8 @@ class Service:
                 for topic, payload in messages:
                     self._hear(Inbound(topic, payload, retain=False, qos=1, mid=0), self._clock())
             self._by_file = False
-            path.unlink(missing_ok=True)
+            with blame_disk(path):
+                path.unlink(missing_ok=True)
 
     def _tell_all(self, event: rounds.Event, now_ms: int) -> None:
         for job in self._jobs.values():
@@ -389,4 +391,5 @@ class Service:
             "refused": dict(self._refusals),
             "outcomes": dict(self._outcomes),
             "tasks": {name: job.status() for name, job in self._jobs.items()},
+            "released": {name: self._releasing.status(name) for name in self._jobs} if self._releasing else {},
         }

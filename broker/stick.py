@@ -9,6 +9,7 @@ Whoever runs takes it from a folder of the state, where `import` puts it whole; 
 
 import os
 import struct
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def leave(state: Path, path: Path) -> Messages:
     messages, folder = read(path), state / INBOX
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        put(folder / path.name, path.read_bytes())
+        put(folder / f"{time.time_ns()}-{path.name}", path.read_bytes())
     except OSError as error:
         raise UserError(str(folder), 0, "", f"can't be written: {error.strerror}", "check its owner") from error
     return messages

@@ -253,7 +253,7 @@ class Agent:
             await asyncio.sleep(_TICK_S)
             await self._look()
             busy = any(runner.busy for runner in self.runners.values())
-            self.stick.tick(busy=busy or self.shop.releases.changed)
+            await self.stick.tick(busy=busy or self.shop.releases.changed)
             for task, release in (await self.shop.releases.news(list(self.runners))).items():
                 self.runners[task].installer.on_release(release, self.runners[task].model)
             for runner in self.runners.values():

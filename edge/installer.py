@@ -50,6 +50,7 @@ class Installer:
         """Take what verified metadata says this task is to score with; `held` is a model that is here already."""
         if release != self._wanted:
             self._wanted = release
+            self._drop()
             self.begin(held)
 
     def on_manifest(self, channel: str, manifest: m.ModelManifest, envelope: bytes, held: Model | None) -> None:
@@ -65,11 +66,16 @@ class Installer:
         manifest, envelope = self._offers[wanted.channel]
         if (manifest.version, manifest.digest) != (wanted.version, wanted.digest):
             return
-        if self._fetch:
-            self._shop.unsubscribe(*self._fetch.topics)
+        self._drop()
         self._fetch = Fetch(self._shop.federation, self._memory.task, manifest, held)
         self._shop.subscribe(*self._fetch.topics)
         self._complete(wanted, envelope)
+
+    def _drop(self) -> None:
+        """What is being fetched is not wanted any more."""
+        if self._fetch:
+            self._shop.unsubscribe(*self._fetch.topics)
+        self._fetch = None
 
     def on_chunk(self, topic: str, payload: bytes) -> None:
         """Take a piece of the model being fetched."""

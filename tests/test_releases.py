@@ -323,6 +323,23 @@ def run(plant: Plant, *options: object) -> int:
     return main(["broker", *map(str, options), "-c", str(plant.config), "--state", str(plant.state)])
 
 
+def told_in_one_line(plant: Plant, key: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What can't be released, or given again; version 1 is released, and 3 is the newest."""
+    capsys.readouterr()
+    wrong: list[tuple[list[object], int, str]] = [
+        (["release"], 2, "--to: missing; write --to canary or --to stable"),
+        (["release", "--to", "stable", "--task", "no"], 2, "--task: no task 'no'; write one of: wear"),
+        (["release", "--to", "stable", "--version", 0], 2, "0 can't be released; newest that can be: 3, 2, 1"),
+        (["rollback", "--to", 3, "--key", key], 2, "--to: 3 was not released; released were: [1]"),
+        (["rollback", "--key", key], 2, "--to: None was not released"),
+        (["rollback", "--channel", "stable"], 2, "--to"),
+    ]
+    for options, code, says in wrong:
+        assert run(plant, *options) == code
+        assert says in (err := capsys.readouterr().err)
+        assert err.count("\n") == 1
+
+
 async def test_what_was_released_can_be_fetched_for_as_long_as_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,6 +369,11 @@ async def test_what_was_released_can_be_fetched_for_as_long_as_it_is(
                 await until(lambda: "_fl/press/_release/first" in late.heard)
                 prefix = here.removesuffix("+")
                 files = {t.removeprefix(prefix): d[-1] for t, d in late.heard.items() if t.startswith(prefix)}
+            released = {"stable": {"release": 1, "version": 1}, "canary": {"release": 2, "version": 1}}
+            await until(lambda: plant.status()["released"] == {"wear": released})
+            capsys.readouterr()
+            assert await asyncio.to_thread(run, plant, "status") == 0
+            assert "  wear: canary has release 2, version 1\n" in capsys.readouterr().out
         model, other = fetch.model(), plant.status()["tasks"]["wear"]["version"]
     assert (model.manifest.version, other) == (1, 3)
     first = open_envelope(files.pop("first"), f"{prefix}first", late.key, FirstRoot)
@@ -360,30 +382,18 @@ async def test_what_was_released_can_be_fetched_for_as_long_as_it_is(
         await releases.pin(first.root)
         for name, data in files.items():
             releases.take(name, data)
-        released = releases.look(["wear"])["wear"]
-    assert (released.release, released.channel, released.version) == (2, "canary", 1)
-    check(model, released)
+        one = releases.look(["wear"])["wear"]
+    assert (one.release, one.channel, one.version) == (2, "canary", 1)
+    check(model, one)
     for bad in (
         replace(model, vector=model.vector + 1),
         replace(model, graph=b"another graph"),
         replace(model, task=msgspec.structs.replace(model.task, alarm=Alarm(above=1.0))),
     ):
         with pytest.raises(PeerError, match="not those that were released"):
-            check(bad, released)
-    check(replace(model, task=msgspec.structs.replace(model.task, round=Round(deadline="9d"))), released)
-    capsys.readouterr()
-    wrong: list[tuple[list[object], int, str]] = [
-        (["release"], 2, "--to: missing; write --to canary or --to stable"),
-        (["release", "--to", "stable", "--task", "no"], 2, "--task: no task 'no'; write one of: wear"),
-        (["release", "--to", "stable", "--version", 0], 2, "0 can't be released; newest that can be: 3, 2, 1"),
-        (["rollback", "--to", 3, "--key", key], 2, "--to: 3 was not released; released were: [1]"),
-        (["rollback", "--key", key], 2, "--to: None was not released"),
-        (["rollback", "--channel", "stable"], 2, "--to"),
-    ]
-    for options, code, says in wrong:
-        assert run(plant, *options) == code
-        assert says in (err := capsys.readouterr().err)
-        assert err.count("\n") == 1
+            check(bad, one)
+    check(replace(model, task=msgspec.structs.replace(model.task, round=Round(deadline="9d"))), one)
+    told_in_one_line(plant, key, capsys)
     assert run(plant, "release", "--to", "canary") == 0  # the newest
     assert run(plant, "rollback", "--channel", "canary") == 0
     assert "release 4 of wear: version 1 for acme" in capsys.readouterr().out
