@@ -40,6 +40,7 @@ class Installer:
         self._wanted: Released | None = None
         self._offers: dict[str, tuple[m.ModelManifest, bytes]] = {}
         self._fetch: Fetch | None = None
+        self._underway = 0  # the release that is being installed
 
     @property
     def fetching(self) -> bool:
@@ -61,7 +62,9 @@ class Installer:
     def begin(self, held: Model | None) -> None:
         """Fetch what is wanted, once the task is wired by a first model."""
         wanted = self._wanted
-        if held is None or wanted is None or wanted.release == self.number or wanted.channel not in self._offers:
+        if held is None or wanted is None or wanted.channel not in self._offers:
+            return
+        if wanted.release in {self.number, self._underway}:
             return
         manifest, envelope = self._offers[wanted.channel]
         if (manifest.version, manifest.digest) != (wanted.version, wanted.digest):
@@ -90,35 +93,40 @@ class Installer:
     def _complete(self, wanted: Released, envelope: bytes) -> None:
         if self._fetch and not self._fetch.topics:
             fetch, self._fetch = self._fetch, None
+            self._underway = wanted.release
             self._spawn(self._take(fetch, wanted, envelope))
 
     async def _take(self, fetch: Fetch, wanted: Released, envelope: bytes) -> None:
         """Hold a whole model against the metadata, keep it, and let it score."""
         try:
-            model = await asyncio.to_thread(fetch.model)
-            check(model, wanted)
-            async with self._lock:
-                known = {one.graph for one in (fetch.held, self.model) if one}
-                if model.graph not in known:
-                    await probe(model, self._shop.folder)
-                await self._scoring.release(model)
-            body: dict[str, object] = {"task": self._memory.task, "release": wanted.release, "version": wanted.version}
-            body |= {"channel": wanted.channel, "digest": wanted.digest.hex()}
-
-            def work() -> None:
-                self._memory.keep_release(wanted.release, model, envelope)
-                self._shop.state.record("release-installed", body)
-
-            await self._shop.state.commit(work)
+            await self._put(fetch, wanted, envelope)
         except PeerError as error:
             self._shop.refused[error.reason] += 1
             self.problem = f"release {wanted.release} refused: {error}"
             log.warning("%s: %s", self._memory.task, self.problem)
-            return
         except (LocalError, OSError) as error:
             self.problem = f"release {wanted.release} can't be stored: {error}"
             log.error("%s: %s", self._memory.task, self.problem)
-            return
+        finally:
+            if self._underway == wanted.release:
+                self._underway = 0
+
+    async def _put(self, fetch: Fetch, wanted: Released, envelope: bytes) -> None:
+        model = await asyncio.to_thread(fetch.model)
+        check(model, wanted)
+        async with self._lock:
+            known = {one.graph for one in (fetch.held, self.model) if one}
+            if model.graph not in known:
+                await probe(model, self._shop.folder)
+            await self._scoring.release(model)
+        body: dict[str, object] = {"task": self._memory.task, "release": wanted.release, "version": wanted.version}
+        body |= {"channel": wanted.channel, "digest": wanted.digest.hex()}
+
+        def work() -> None:
+            self._memory.keep_release(wanted.release, model, envelope)
+            self._shop.state.record("release-installed", body)
+
+        await self._shop.state.commit(work)
         self.number, self.model, self.problem = wanted.release, model, ""
         log.info("%s: release %d, version %d, is installed", self._memory.task, wanted.release, wanted.version)
 
