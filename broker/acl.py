@@ -9,7 +9,7 @@ from pathlib import Path
 
 from broker.messages import MAX_PAYLOAD
 from broker.pki import AGGREGATOR
-from broker.topics import FL
+from broker.topics import FL, RELEASE
 
 # Of a message, beside its payload: the topic and MQTT's own fields.
 _AROUND = 4096
@@ -28,6 +28,7 @@ def acl(federation: str, gateways: Iterable[str], operators: Iterable[str] = ())
             f"topic read {path}/{FL}/status",
             f"topic read {path}/_feedback/#",
             f"topic read {tree}/status",
+            f"topic read {tree}/{RELEASE}/#",
             f"topic read {tree}/+/round",
             f"topic read {tree}/+/model/#",
             f"topic read {tree}/+/receipt/{path}",

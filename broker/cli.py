@@ -1,7 +1,8 @@
-"""`tundish broker run|status|init|enrol|acl`: options in, an exit code out; what a command needs it imports itself."""
+"""`tundish broker VERB`: options in, an exit code out; what a command needs it imports itself."""
 
 import argparse
 import asyncio
+import importlib
 import json
 import logging
 import signal
@@ -64,19 +65,51 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         metavar="NAME",
         help="certify a person who reads scores and gives feedback",
     )
+    _add_release(subparsers)
+    _add_stick(subparsers)
 
 
-def _identity(verb: str) -> Command:
+def _add_release(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "give a model to the canary gateways, or to all gateways, to score with"
+    example = "-c federation.toml --task spindle-wear --to stable --key /media/stick/release.key"
+    give = _command(subparsers, "release", _module("release_command", "release"), text, example)
+    give.add_argument("--version", type=int, metavar="V", help="version (the canaries', else the newest that is kept)")
+    give.add_argument("--to", choices=("canary", "stable"), help="who gets it")
+    give.add_argument("--new-key", type=Path, metavar="FILE", help="instead: make a key that may release to all")
+    example = "-c federation.toml --task spindle-wear --key /media/stick/release.key"
+    text = "give gateways an earlier model again"
+    back = _command(subparsers, "rollback", _module("release_command", "rollback"), text, example)
+    back.add_argument("--to", type=int, metavar="V", help="version (the one released before)")
+    back.add_argument("--channel", choices=("canary", "stable"), default="stable", help="whose (stable)")
+    for one in (give, back):
+        one.add_argument("--task", metavar="T", help="task (the only one)")
+        one.add_argument("--key", type=Path, action="append", default=[], metavar="FILE", help="a key of [release]")
+
+
+def _add_stick(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text, example = "take what a gateway without a network sends", "-c federation.toml /media/stick/cell2.updates"
+    take = _command(subparsers, "import", _module("stick_command", "import_file"), text, example)
+    take.add_argument("file", type=Path, metavar="FILE", help="what tundish edge export --updates wrote")
+    text = "write what goes back to a gateway without a network: plans, models, releases, receipts"
+    example = "-c federation.toml --path acme/lyon/press/line4/cell2 /media/stick/cell2.models"
+    give = _command(subparsers, "export", _module("stick_command", "export_file"), text, example)
+    give.add_argument("file", type=Path, metavar="FILE", help="the file to write")
+    give.add_argument("--path", required=True, help="enterprise/site/area/line/cell")
+
+
+def _module(module: str, verb: str) -> Command:
     """The commands about keys, whose libraries no other command loads."""
 
     def run(args: argparse.Namespace) -> int:
-        from broker import identity  # noqa: PLC0415
-
         config = load_federation(_config_path(args))
-        function: Callable[..., int] = getattr(identity, verb)
+        function: Callable[..., int] = getattr(importlib.import_module(f"broker.{module}"), verb)
         return function(args, config, _state(args, config))
 
     return run
+
+
+def _identity(verb: str) -> Command:
+    return _module("identity", verb)
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -173,11 +206,16 @@ def _report(status: dict[str, Any], age_s: float, *, running: bool) -> list[str]
         if task["state"] == "open":
             due = _clock(task["deadline_ms"])
             lines.append(f"    counted {len(task['counted'])} of at least {task['min_gateways']}, deadline {due}")
+        if vote := task["vote"]:
+            lines.append(f"    votes on version {vote['version']}: {vote['for']} for, {vote['against']} against")
         for path, gateway in task["gateways"].items():
             word = "online" if gateway["online"] else "offline"
             said = f", round {gateway['round']} {gateway['verdict']}" if gateway["verdict"] else ""
             why = f" ({gateway['code']}: {_plain(gateway['reason'])})" if gateway["reason"] else ""
             lines.append(f"    {path}: {word}{said}{why}")
+    for name, channels in status.get("released", {}).items():
+        for channel, one in sorted(channels.items()):
+            lines.append(f"  {name}: {channel} has release {one['release']}, version {one['version']}")
     lines += [f"  NOT ENROLLED {path}, key {key}" for path, key in status["not_enrolled"].items()]
     lines += [f"  refused {count} ({reason})" for reason, count in sorted(status["refused"].items())]
     return lines

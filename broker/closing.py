@@ -1,4 +1,4 @@
-"""The end of a round: from its counted updates, as the journal holds them, to the task's next version."""
+"""The end of a round: from its counted updates, as the journal holds them, to the task's next version, or back."""
 
 import logging
 import threading
@@ -7,8 +7,9 @@ import time
 import numpy as np
 
 from broker import aggregate
+from broker.ballot import Decided
 from broker.job import Job
-from broker.journal import Journal, ModelRow
+from broker.journal import BallotRow, Journal, ModelRow
 from broker.mask import ring_for
 from broker.steps import Step, step_towards
 from models import codec
@@ -24,10 +25,8 @@ def close_round(journal: Journal, job: Job, number: int, base: int, now_ms: int)
     If its numbers overflow, the round closes without one and the ledger says so: False.
     """
     task, name = job.task, job.task.name
-    model = journal.model(name, base)
-    if model is None:
-        raise LocalError(f"{journal.path}: version {base} of {name} is missing; restore a backup")
-    state = journal.strategy_state(name)
+    model = _model(journal, name, base)
+    before = state = journal.strategy_state(name)
     gateways, samples, age = journal.totals(name, number)
     version = job.model.version + 1
     started = time.monotonic()
@@ -45,6 +44,10 @@ def close_round(journal: Journal, job: Job, number: int, base: int, now_ms: int)
         journal.close_round(name, number, now_ms, base, state)
         return False
     weights, digest = codec.encode(step.vector, codec.EXACT).data, weights_digest(step.vector)
+    if task.round.vote_s:
+        until_ms = now_ms + int(task.round.vote_s * 1000)
+        ballot = BallotRow(version, job.model.version, until_ms, before, journal.residual(name))
+        journal.open_ballot(name, ballot)
     job.model = ModelRow(version, number, weights, digest, gateways, samples, now_ms, step.payload)
     journal.put_model(name, job.model)
     journal.put_residual(name, step.residual.astype("<f4").tobytes())
@@ -58,6 +61,46 @@ def close_round(journal: Journal, job: Job, number: int, base: int, now_ms: int)
     elapsed = time.monotonic() - started
     log.info("%s round %d: version %d from %d gateways in %.2f s", name, number, version, gateways, elapsed)
     return True
+
+
+def end_vote(journal: Journal, job: Job, vote: Decided, now_ms: int) -> bool:
+    """Keep the model that was voted on, or make another version of the weights before it: False.
+
+    Belongs inside a transaction. Versions never go back: whoever has the newest has the highest.
+    """
+    name, against = job.task.name, sum(vote.votes.values())
+    body = {"task": name, "version": vote.version, "for": len(vote.votes) - against, "against": against}
+    journal.note(now_ms, "kept" if vote.kept else "voted-down", body)
+    if not vote.kept:
+        _go_back(journal, job, now_ms)
+        text = "%s: version %d is voted down, %d against %d; version %d is version %d again"
+        log.warning(text, name, vote.version, against, body["for"], job.model.version, vote.before)
+    journal.close_ballot(name, vote.version, kept=vote.kept)
+    return vote.kept
+
+
+def _go_back(journal: Journal, job: Job, now_ms: int) -> None:
+    """Let the strategy forget the round that made the version voted on, too."""
+    name, ballot = job.task.name, journal.ballot(job.task.name)
+    if ballot is None:
+        raise LocalError(f"{journal.path}: no vote on {name} is there; restore a backup")
+    model = _model(journal, name, ballot.before)
+    job.model = model._replace(version=job.model.version + 1, created_ms=now_ms, step=None)
+    journal.put_model(name, job.model)
+    journal.put_strategy_state(name, ballot.strategy_state)
+    journal.put_residual(name, ballot.residual)
+    if job.ring:
+        layout = Layout.from_json(job.row.layout)
+        job.ring = ring_for(job.task, layout, aggregate.load_state(ballot.strategy_state))
+    body = {"task": name, "version": job.model.version, "digest": model.digest.hex(), "again": model.version}
+    journal.note(now_ms, "model", body)
+
+
+def _model(journal: Journal, name: str, version: int) -> ModelRow:
+    model = journal.model(name, version)
+    if model is None:
+        raise LocalError(f"{journal.path}: version {version} of {name} is missing; restore a backup")
+    return model
 
 
 def _step(journal: Journal, job: Job, goal: Vector, before: Vector, version: int) -> Step:

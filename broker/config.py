@@ -1,5 +1,6 @@
 """`federation.toml` -> frozen typed values; every mistake, in the task files too, as file, line, key and remedy."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,10 +10,12 @@ import msgspec
 from broker.aggregate import strategy_names
 from broker.est import is_host, listen_address
 from broker.settings import MqttSettings, check_mqtt
-from broker.topics import segment
+from broker.topics import GatewayPath, segment
 from models.errors import PeerError
 from models.spec import Task, load_task
 from models.tomlfile import TomlFile, read_toml
+
+_MOST_KEYS = 16
 
 
 class FederationTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -42,11 +45,24 @@ class EnrolmentTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     host: str | None = None
 
 
+class ReleaseTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[release]`: gateways score with what was released, in two steps.
+
+    `canary` are the paths that get a model first; `keys` the public keys (hex) of those who release to all others, of
+    whom `threshold` must sign.
+    """
+
+    keys: tuple[str, ...]
+    threshold: int = 1
+    canary: tuple[str, ...] = ()
+
+
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     federation: FederationTable
     mqtt: MqttSettings
     task: tuple[TaskTable, ...]
     enrolment: EnrolmentTable | None = None
+    release: ReleaseTable | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,7 @@ class FederationConfig:
     mqtt: MqttSettings
     tasks: tuple[TaskFile, ...]
     enrolment: EnrolmentTable | None = None
+    release: ReleaseTable | None = None
 
 
 def load_federation(path: Path) -> FederationConfig:
@@ -86,6 +103,8 @@ def load_federation(path: Path) -> FederationConfig:
         raise file.error(["task"], "no task", 'add [[task]] with file = "task.toml"')
     if raw.enrolment is not None:
         _check_enrolment(file, raw.enrolment)
+    if raw.release is not None:
+        _check_release(file, raw.release)
     return FederationConfig(
         raw.federation.name,
         raw.federation.roots,
@@ -93,6 +112,7 @@ def load_federation(path: Path) -> FederationConfig:
         mqtt,
         _tasks(file, raw.task, path),
         raw.enrolment,
+        raw.release,
     )
 
 
@@ -103,6 +123,24 @@ def _check_enrolment(file: TomlFile, table: EnrolmentTable) -> None:
         raise file.error(["enrolment", "listen"], str(error), 'write "0.0.0.0:8443"') from None
     if table.host is not None and not is_host(table.host):
         raise file.error(["enrolment", "host"], f"{table.host!r} is no host", "write a name or an address") from None
+
+
+def _check_release(file: TomlFile, table: ReleaseTable) -> None:
+    many = len(table.keys)
+    for key in table.keys:
+        if not re.fullmatch(r"[0-9a-f]{64}", key):
+            remedy = "write what tundish broker release --new-key prints, 64 hex digits"
+            raise file.error(["release", "keys"], f"{key!r} is no key", remedy)
+    if not 0 < many == len(set(table.keys)) <= _MOST_KEYS:
+        problem = f"{many} keys, or one twice"
+        raise file.error(["release", "keys"], problem, f"write 1 to {_MOST_KEYS}, each once")
+    if not 1 <= table.threshold <= many:
+        raise file.error(["release", "threshold"], "out of range", f"write 1 to {many}, the number of keys")
+    for path in table.canary:
+        try:
+            GatewayPath.parse(path)
+        except PeerError as error:
+            raise file.error(["release", "canary"], error.detail, 'write ["acme/lyon/press/line4/cell2"]') from None
 
 
 def _tasks(file: TomlFile, tables: tuple[TaskTable, ...], path: Path) -> tuple[TaskFile, ...]:

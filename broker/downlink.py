@@ -7,10 +7,12 @@ the update again and gets another.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from broker import topics
+from broker.channels import FIRST
 from broker.federation import Federation, State
 from broker.journal import ModelRow, TaskRow
 from broker.link import Link
@@ -24,6 +26,7 @@ from broker.messages import (
     VERSION,
     WEIGHTS,
     FederationBirth,
+    FirstRoot,
     ModelManifest,
     Object,
     Plan,
@@ -108,6 +111,11 @@ class Downlink:
         self._waiting.pop(topic, None)
         self._waiting[topic] = payload
 
+    @property
+    def waiting(self) -> list[tuple[str, bytes]]:
+        """(topic, payload) of what waits, in order."""
+        return list(self._waiting.items())
+
     def forget(self) -> None:
         """Drop what waits: a new connection begins with everything."""
         self._waiting.clear()
@@ -143,8 +151,22 @@ class Downlink:
             for i in range(len(_pieces(data))):
                 self.put(topics.Chunk(self._federation, task, version, f"{name}{i}").topic, b"")
 
-    def manifest(self, task: str, row: TaskRow, offer: Offer) -> bytes:
-        """Seal the manifest of a version."""
+    def put_release(self, task: str, row: TaskRow, model: ModelRow, channel: str) -> None:
+        """Put a released version, whole, and its channel's manifest."""
+        self.put_chunks(task, model.version, WEIGHTS, model.weights)
+        topic = topics.Manifest(self._federation, task, channel).topic
+        self.put(topic, self.manifest(task, row, Offer(model, model, ()), channel))
+
+    def put_metadata(self, files: Mapping[str, bytes]) -> None:
+        """Put the metadata of releases; what says which of the others hold together goes last."""
+        topic = topics.ReleaseFile(self._federation, FIRST).topic
+        self.put(topic, self._signer.seal(FirstRoot(VERSION, files["root1"]), topic))
+        for name in sorted(files, key=("snapshot", "timestamp").__contains__):
+            self.put(topics.ReleaseFile(self._federation, name).topic, files[name])
+        self.put(topics.ReleaseFile(self._federation, "timestamp").topic, files["timestamp"])
+
+    def manifest(self, task: str, row: TaskRow, offer: Offer, of: str = "manifest") -> bytes:
+        """Seal the manifest of a version: the newest one, or that of a channel."""
         model = offer.newest
         manifest = ModelManifest(
             v=VERSION,
@@ -158,7 +180,7 @@ class Downlink:
             whole=Whole(offer.whole.version, _digests(offer.whole.weights)),
             steps=tuple(hashlib.sha256(step).digest()[:STEP_DIGEST] for step in offer.steps),
         )
-        return self._signer.seal(manifest, topics.Manifest(self._federation, task).topic)
+        return self._signer.seal(manifest, topics.Manifest(self._federation, task, of).topic)
 
     def _terms_topic(self, task: str) -> str:
         return topics.Chunk(self._federation, task, 0, f"{TERMS}0").topic

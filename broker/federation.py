@@ -1,22 +1,25 @@
 """All rounds of one task, sans-IO: who is online, when the next round opens, which version is current.
 
-    WAITING --due, enough gateways--> OPEN --closed--> CLOSING --aggregated--> WAITING, or DONE after `rounds`
+    WAITING --due, enough gateways--> OPEN --closed--> CLOSING --aggregated--> VOTING --kept--> WAITING, or DONE
+                                                          ^--voted down: the weights before, again--'  after `rounds`
 
 Rounds open every `every_ms`, measured from the last opening, never while one is open, and only when `min_gateways`
 are online. `early_ms` after that opening, one opens too if a gateway that is online has asked for it since the last
-round closed. While the broker is out of reach, gateways keep what they have to say, so no round opens or closes. After
-a restart the state is rebuilt from what the journal says (`Past`). Times are milliseconds on the caller's clock. Every
-transition stands in `TRANSITIONS`.
+round closed. A new model waits `vote_ms` at most for the votes of those that can judge it (`broker.ballot`); one that
+is voted down makes way for the weights before. While the broker is out of reach, gateways keep what they have to say,
+so no round opens or closes and no vote ends. After a restart the state is rebuilt from what the journal says (`Past`).
+Times are milliseconds on the caller's clock. Every transition stands in `TRANSITIONS`.
 """
 
 # ruff: noqa: SLF001 - the table of transitions stands below the class whose methods it names
 
 import enum
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from broker import round as rounds
-from broker.round import Action, Event, Outcome, Round
+from broker.ballot import Ballot, Voted
+from broker.round import Action, Event, Outcome, Past, Round
 from models.errors import LocalError
 
 # After a connection, births may take this long until a round may close.
@@ -26,11 +29,12 @@ CONFIRM_MS = 30_000
 
 
 class State(enum.Enum):
-    """`CLOSING` lasts until the new model is stored."""
+    """`CLOSING` lasts until the new model is stored, `VOTING` until it is kept."""
 
     WAITING = "waiting"
     OPEN = "open"
     CLOSING = "closing"
+    VOTING = "voting"
     DONE = "done"
 
 
@@ -38,7 +42,8 @@ class State(enum.Enum):
 class Rules:
     """The task's `[round]` table in milliseconds.
 
-    `rounds` None means without end, `buffer` None in step, `early_ms` None that nobody may ask for a round.
+    `rounds` None means without end, `buffer` None in step, `early_ms` None that nobody may ask for a round, `vote_ms` 0
+    that nobody votes.
     """
 
     min_gateways: int
@@ -47,23 +52,7 @@ class Rules:
     rounds: int | None = None
     buffer: int | None = None
     early_ms: int | None = None
-
-
-@dataclass(frozen=True)
-class Past:
-    """The latest round, as the journal knows it; `counted` is path -> digest.
-
-    `bases` are the versions of the rounds before, by number, and `older` what of them it counted, as (path, round).
-    """
-
-    round: int
-    base: int
-    opened_ms: int
-    deadline_ms: int
-    is_open: bool
-    counted: Mapping[str, bytes] = field(default_factory=dict)
-    bases: Mapping[int, int] = field(default_factory=dict)
-    older: Iterable[tuple[str, int]] = ()
+    vote_ms: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,9 +122,10 @@ class Connected(Event):
 
 @dataclass(frozen=True)
 class Aggregated(Event):
-    """The round's model is stored; `version` is the current one from now on."""
+    """Model `version` is stored, and the current one; of those counted, `voters` have a holdout to judge it by."""
 
     version: int
+    voters: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -173,9 +163,12 @@ class Gateway:
 
 
 class Federation:
-    """The state of one task; `version` is the current model's, `number` the latest round's (0 before the first)."""
+    """The state of one task; `version` is the current model's, `number` the latest round's (0 before the first).
 
-    def __init__(self, rules: Rules, *, version: int, past: Past | None) -> None:
+    `ballot` is the vote on that model, if it is not over.
+    """
+
+    def __init__(self, rules: Rules, *, version: int, past: Past | None, ballot: Ballot | None = None) -> None:
         self.rules = rules
         self.version = version
         self.number = past.round if past else 0
@@ -187,7 +180,10 @@ class Federation:
         self._offline = False
         self._asked = ""
         self.state = State.WAITING
-        if past and past.is_open:
+        self.ballot = ballot
+        if ballot:
+            self.state = State.VOTING
+        elif past and past.is_open:
             self.state = State.OPEN
             self.round = Round(
                 past.round,
@@ -208,6 +204,11 @@ class Federation:
     def online(self) -> set[str]:
         """Paths of the gateways that are there."""
         return {path for path, gateway in self.gateways.items() if gateway.online}
+
+    @property
+    def gone(self) -> set[str]:
+        """Paths of those that were there once, and are not."""
+        return self.gateways.keys() - self.online
 
     @property
     def next_opening_ms(self) -> int | None:
@@ -296,6 +297,8 @@ class Federation:
     def _connected(self, _event: Connected, now_ms: int) -> list[Action]:
         self._offline = False
         self._confirm_by_ms = now_ms + CONFIRM_MS
+        if self.ballot:
+            self.ballot.until_ms = max(self.ballot.until_ms, now_ms + min(CONFIRM_MS, self.rules.vote_ms))
         for gateway in self.gateways.values():
             gateway.confirmed = False
         return self._round(rounds.Held(now_ms + SETTLE_MS), now_ms)
@@ -307,10 +310,34 @@ class Federation:
             for path, gateway in self.gateways.items():
                 if not gateway.confirmed:
                     actions += self._gone(path, now_ms)
-        return actions + self._round(rounds.Tick(), now_ms) + self._open_if_due(now_ms)
+        return actions + self._round(rounds.Tick(), now_ms) + self._decide(now_ms) + self._open_if_due(now_ms)
 
     def _aggregated(self, event: Aggregated, now_ms: int) -> list[Action]:
-        self.version, self.round = event.version, None
+        before, self.version = self.version, event.version
+        closed, self.round = self.round, None
+        # There is none after a vote; and a round whose numbers overflowed made no model.
+        if closed is None or event.version == before or not self.rules.vote_ms:
+            return self._go_on(now_ms)
+        self.state = State.VOTING
+        self.ballot = Ballot(event.version, before, event.voters, now_ms + self.rules.vote_ms)
+        return self._decide(now_ms)
+
+    def _voted(self, event: Voted, now_ms: int) -> list[Action]:
+        if self.ballot:
+            self.ballot.take(event)
+        return self._decide(now_ms)
+
+    def _decide(self, now_ms: int) -> list[Action]:
+        decided = None if self.ballot is None or self._offline else self.ballot.decide(self.gone, now_ms)
+        if decided is None:
+            return []
+        self.ballot = None
+        if decided.kept:
+            return [decided, *self._go_on(now_ms)]
+        self.state = State.CLOSING
+        return [decided]
+
+    def _go_on(self, now_ms: int) -> list[Action]:
         if self._is_last():
             self.state = State.DONE
             return [Finish()]
@@ -352,42 +379,21 @@ class Federation:
 
 
 # A transition's event is of the type that its key names. Only a federation that is closing is told of a new model.
+_ALWAYS: dict[type[Event], Callable[..., list[Action]]] = {
+    Born: Federation._born,
+    Died: Federation._died,
+    Answered: Federation._answered,
+    Submitted: Federation._submitted,
+    Refused: Federation._refused,
+    Voted: Federation._voted,
+    Disconnected: Federation._disconnected,
+    Connected: Federation._connected,
+    Tick: Federation._tick,
+}
 TRANSITIONS: dict[tuple[State, type[Event]], Callable[..., list[Action]]] = {
-    (State.WAITING, Born): Federation._born,
-    (State.WAITING, Died): Federation._died,
-    (State.WAITING, Answered): Federation._answered,
+    **{(state, event): transition for state in State for event, transition in _ALWAYS.items()},
+    **{(state, Asked): Federation._asks_late for state in State},
     (State.WAITING, Asked): Federation._asks,
-    (State.WAITING, Submitted): Federation._submitted,
-    (State.WAITING, Refused): Federation._refused,
-    (State.WAITING, Disconnected): Federation._disconnected,
-    (State.WAITING, Connected): Federation._connected,
-    (State.WAITING, Tick): Federation._tick,
-    (State.OPEN, Born): Federation._born,
-    (State.OPEN, Died): Federation._died,
-    (State.OPEN, Answered): Federation._answered,
-    (State.OPEN, Asked): Federation._asks_late,
-    (State.OPEN, Submitted): Federation._submitted,
-    (State.OPEN, Refused): Federation._refused,
-    (State.OPEN, Disconnected): Federation._disconnected,
-    (State.OPEN, Connected): Federation._connected,
-    (State.OPEN, Tick): Federation._tick,
-    (State.CLOSING, Born): Federation._born,
-    (State.CLOSING, Died): Federation._died,
-    (State.CLOSING, Answered): Federation._answered,
-    (State.CLOSING, Asked): Federation._asks_late,
-    (State.CLOSING, Submitted): Federation._submitted,
-    (State.CLOSING, Refused): Federation._refused,
-    (State.CLOSING, Disconnected): Federation._disconnected,
-    (State.CLOSING, Connected): Federation._connected,
-    (State.CLOSING, Tick): Federation._tick,
+    (State.VOTING, Asked): Federation._asks,
     (State.CLOSING, Aggregated): Federation._aggregated,
-    (State.DONE, Born): Federation._born,
-    (State.DONE, Died): Federation._died,
-    (State.DONE, Answered): Federation._answered,
-    (State.DONE, Asked): Federation._asks_late,
-    (State.DONE, Submitted): Federation._submitted,
-    (State.DONE, Refused): Federation._refused,
-    (State.DONE, Disconnected): Federation._disconnected,
-    (State.DONE, Connected): Federation._connected,
-    (State.DONE, Tick): Federation._tick,
 }

@@ -14,7 +14,7 @@ from broker import topics
 from broker.config import FederationConfig
 from broker.journal import Journal
 from broker.link import Inbound
-from broker.messages import Answer, Birth, Death, Message, Update, open_envelope, peek
+from broker.messages import Answer, Birth, Death, Message, Update, Vote, open_envelope, peek
 from models import codec, ringcode
 from models.errors import PeerError
 from models.ringcode import Ring
@@ -72,6 +72,15 @@ class HeardAnswer:
 
 
 @dataclass(frozen=True)
+class HeardVote:
+    """A gateway's vote on a model that is there."""
+
+    path: str
+    task: str
+    vote: Vote
+
+
+@dataclass(frozen=True)
 class HeardUpdate:
     """A decodable update; `digest` is the SHA-256 of its envelope."""
 
@@ -93,7 +102,8 @@ class Refused:
     detail: str
 
 
-Heard = HeardBirth | HeardDeath | HeardAnswer | HeardUpdate | Refused
+Heard = HeardBirth | HeardDeath | HeardAnswer | HeardVote | HeardUpdate | Refused
+_UPLINK: dict[str, type[Message]] = {"update": Update, "answer": Answer, "vote": Vote}
 
 
 class Intake:
@@ -168,21 +178,18 @@ class Intake:
         if key is None:
             raise PeerError("unknown-gateway", f"{name} is not in the roster, or its birth was not seen")
         digest = hashlib.sha256(data).digest()
-        type_: type[Message]
-        if what == "update":
-            type_ = Update
-        elif what == "answer":
-            type_ = Answer
-        else:
+        if what not in _UPLINK:
             raise PeerError("topic", f"{inbound.topic}: no uplink message is called that")
         try:
-            message = open_envelope(data, inbound.topic, key, type_)
+            message = open_envelope(data, inbound.topic, key, _UPLINK[what])
         except PeerError as error:
             if error.reason != "schema":
                 raise
             return Refused(name, task, None, digest, error.reason, error.detail)
         if isinstance(message, Answer):
             return HeardAnswer(name, task, message)
+        if isinstance(message, Vote):
+            return self._vote(name, task, message, digest)
         if not isinstance(message, Update):
             raise PeerError("schema", type(message).__name__)
         try:
@@ -190,6 +197,13 @@ class Intake:
         except PeerError as error:
             return Refused(name, task, message.round, digest, error.reason, error.detail)
         return HeardUpdate(name, task, message, digest)
+
+    def _vote(self, path: str, task: str, vote: Vote, digest: bytes) -> Heard:
+        model = self._journal.model(task, vote.version)
+        if model is None or model.digest != vote.digest:
+            detail = f"a vote on version {vote.version}, which is none of ours"
+            return Refused(path, task, None, digest, "unknown-model", detail)
+        return HeardVote(path, task, vote)
 
     def _check_root(self, path: topics.GatewayPath) -> None:
         if path.enterprise not in self._config.roots:

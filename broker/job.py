@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.aggregate import load_state
+from broker.ballot import Ballot
 from broker.config import TaskFile
-from broker.federation import Federation, Past, Rules
+from broker.federation import Federation, Rules
 from broker.journal import Journal, ModelRow, TaskRow
 from broker.mask import MOST_BITS, ring_for
 from broker.messages import MAX_PAYLOAD
 from broker.rate import AROUND, KEPT, Rate, floor_of, replay
-from broker.round import STALEST
+from broker.round import STALEST, Past
 from models.delta import Layout
 from models.errors import LocalError, UserError
 from models.ringcode import Ring
@@ -65,6 +66,7 @@ class Job:
             "counted_of_before": len(f.round.older) if f.round else 0,
             "waiting_for": sorted(f.round.waiting_for) if f.round else [],
             "min_gateways": f.rules.min_gateways,
+            "vote": self._vote(),
             "gateways": {
                 path: {
                     "online": g.online,
@@ -75,6 +77,19 @@ class Job:
                 }
                 for path, g in sorted(f.gateways.items())
             },
+        }
+
+    def _vote(self) -> dict[str, Any] | None:
+        ballot = self.federation.ballot
+        if ballot is None:
+            return None
+        against = sum(ballot.votes.values())
+        return {
+            "version": ballot.version,
+            "for": len(ballot.votes) - against,
+            "against": against,
+            "until_ms": ballot.until_ms,
+            "waiting_for": sorted(ballot.waits_for(self.federation.gone)),
         }
 
 
@@ -92,14 +107,19 @@ def load_job(journal: Journal, file: TaskFile) -> Job:
     r = task.round
     every_ms = int(r.every_s * 1000) if r.mode == "sync" else 0
     early_ms = None if r.early_s is None else int(r.early_s * 1000)
-    rules = Rules(r.min_gateways, int(r.deadline_s * 1000), every_ms, r.rounds, r.full, early_ms)
-    past = None
+    rules = Rules(r.min_gateways, int(r.deadline_s * 1000), every_ms, r.rounds, r.full, early_ms, int(r.vote_s * 1000))
+    past = ballot = None
     if last:
         counted = journal.counted(name, last.round)
         bases, older = journal.bases(name, last.round - STALEST), journal.older(name, last.round)
         open_ = last.state == "open"
+        if (vote := journal.ballot(name)) and vote.kept is None:
+            votes = journal.votes(name, vote.version)
+            ballot = Ballot(
+                vote.version, vote.before, frozenset(journal.losses(name, last.round)), vote.until_ms, votes
+            )
         past = Past(last.round, last.base, last.opened_ms, last.deadline_ms, open_, counted, bases, older)
-    federation = Federation(rules, version=model.version, past=past)
+    federation = Federation(rules, version=model.version, past=past, ballot=ballot)
     closed = range(1, last.round + (last.state != "open")) if last else ()
     rate = replay(int(shared.sum()), (journal.losses(name, number) for number in closed))
     ring = ring_for(task, layout, load_state(journal.strategy_state(name))) if task.round.codec == "ring" else None

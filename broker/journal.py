@@ -6,18 +6,15 @@ for. The folder is 0700 and the file 0600, because the aggregator's private key 
 """
 
 import contextlib
-import fcntl
-import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from broker import ledger
+from broker.database import Database, blame_disk
 from broker.messages import Signer
 from broker.round import STALEST
-from broker.schema import SCHEMA, SCHEMA_VERSION, UPGRADE
-from models.errors import LocalError
 
 # Versions whose weights are kept: enough to go back, and to lead on whoever trains on an old one.
 _KEPT_VERSIONS = 64
@@ -59,6 +56,28 @@ class ModelRow(NamedTuple):
     step: bytes | None = None
 
 
+class ReleaseRow(NamedTuple):
+    """One release of a task: its number, `stable` or `canary`, and the version that it is."""
+
+    release: int
+    channel: str
+    version: int
+
+
+class BallotRow(NamedTuple):
+    """The vote on a version: the one `before` it, until when it lasts, and what the strategy had kept until then.
+
+    `kept` is None while it lasts, then 0 or 1.
+    """
+
+    version: int
+    before: int
+    until_ms: int
+    strategy_state: bytes
+    residual: bytes
+    kept: int | None = None
+
+
 class Totals(NamedTuple):
     """What a round counted; `age` is how many rounds late its updates were, the mean by samples."""
 
@@ -81,63 +100,25 @@ def ledger_lines(folder: Path) -> list[str]:
     """The ledger of an aggregator with its state in a folder, which may be running; LocalError if it can't be read."""
     path = folder / "journal.db"
     with (
-        _blame_disk(path),
+        blame_disk(path),
         contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=10)) as db,
     ):
         return [line for (line,) in db.execute("SELECT line FROM ledger ORDER BY seq")]
 
 
-class Journal:
-    """An open journal. Writes belong inside `with journal.transaction():`; LocalError when the disk refuses."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "journal.db"
-        self._lock: int | None = None
-        with _blame_disk(self.path):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.chmod(0o700)
-            # The other files that SQLite makes take the mode of this one.
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-            self.path.chmod(0o600)
-            self._db = sqlite3.connect(self.path, isolation_level=None)
-            self._prepare()
-
-    def claim(self) -> None:
-        """Be the one aggregator of this folder until closed; LocalError when there is another."""
-        path = self.path.with_name("lock")
-        with _blame_disk(path):
-            self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                problem = "another aggregator runs with this state; stop it, or choose another --state"
-                raise LocalError(f"{path}: {problem}") from error
-
-    def close(self) -> None:
-        """Close the file; the journal can't be used afterwards."""
-        self._db.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Commit everything inside at once, or nothing of it."""
-        # The connection commits at the end, or rolls back unless SQLite has done so itself, as on a full disk.
-        with _blame_disk(self.path), self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            yield
+class Journal(Database):
+    """An open journal: `transaction` and the rest of `Database`, and what is kept."""
 
     # Keys and roster.
 
-    def signer(self) -> Signer:
-        """Return the aggregator's own key; the first call makes it."""
-        row = self._one("SELECT private_key FROM keys WHERE name = 'aggregator'")
+    def signer(self, name: str = "aggregator") -> Signer:
+        """Return the aggregator's own key, or another of its; the first call makes it, outside of a transaction."""
+        row = self._one("SELECT private_key FROM keys WHERE name = ?", name)
         if row:
             return Signer.from_bytes(row[0])
         with self.transaction():  # of two who come at once, the first one's stays
-            self._do("INSERT OR IGNORE INTO keys VALUES ('aggregator', ?)", Signer.generate().to_bytes())
-        return self.signer()
+            self._do("INSERT OR IGNORE INTO keys VALUES (?, ?)", name, Signer.generate().to_bytes())
+        return self.signer(name)
 
     def roster(self) -> dict[str, bytes]:
         """Gateway path -> raw Ed25519 public key (32 bytes)."""
@@ -202,6 +183,10 @@ class Journal:
         row = self._one("SELECT strategy_state FROM tasks WHERE task = ?", task)
         return row[0] if row else b""
 
+    def put_strategy_state(self, task: str, state: bytes) -> None:
+        """Store that."""
+        self._do("UPDATE tasks SET strategy_state = ? WHERE task = ?", state, task)
+
     def residual(self, task: str) -> bytes:
         """What of the aggregator's goal is not published yet, as float32; b"" when nothing waits."""
         row = self._one("SELECT residual FROM tasks WHERE task = ?", task)
@@ -212,9 +197,12 @@ class Journal:
         self._do("UPDATE tasks SET residual = ? WHERE task = ?", residual, task)
 
     def put_model(self, task: str, row: ModelRow) -> None:
-        """Store a version of the weights; what is long past keeps its digest and its numbers alone."""
+        """Store a version of the weights; what is long past, and was never released, keeps digest and numbers alone."""
         self._do("INSERT INTO models VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", task, *row)
-        gone = "UPDATE models SET weights = x'', step = NULL WHERE task = ? AND version = ? AND version > 0"
+        gone = (
+            "UPDATE models SET weights = x'', step = NULL WHERE task = ? AND version = ? AND version > 0 "
+            "AND NOT EXISTS (SELECT 1 FROM releases AS r WHERE r.task = models.task AND r.version = models.version)"
+        )
         self._do(gone, task, row.version - _KEPT_VERSIONS)
 
     def model(self, task: str, version: int | None = None) -> ModelRow | None:
@@ -256,7 +244,7 @@ class Journal:
             task,
             number,
         )
-        self._do("UPDATE tasks SET strategy_state = ? WHERE task = ?", state, task)
+        self.put_strategy_state(task, state)
         # Digests stay, so that an update that comes again is known.
         self._do(f"UPDATE updates SET payload = NULL WHERE {_COUNTED_IN}", task, number, number, number)
 
@@ -325,6 +313,70 @@ class Journal:
         query = f"SELECT payload, samples, ? - round FROM updates WHERE {_COUNTED_IN} ORDER BY path, round"
         yield from self._rows(query, number, task, number, number, number)
 
+    def put_receipt(self, topic: str, digest: bytes, envelope: bytes) -> None:
+        """Keep the first receipt of an update that came by file: what is said of it later is of a copy."""
+        self._do("INSERT OR IGNORE INTO receipts VALUES (?, ?, ?)", topic, digest, envelope)
+
+    def receipts(self, path: str) -> list[tuple[str, bytes]]:
+        """(topic, envelope) of the receipts that are kept for a gateway."""
+        return list(self._rows("SELECT topic, envelope FROM receipts WHERE topic LIKE '%/receipt/' || ?", path))
+
+    # Votes on models.
+
+    def open_ballot(self, task: str, row: BallotRow) -> None:
+        """Let a version be voted on."""
+        self._do("INSERT INTO ballots VALUES (?, ?, ?, ?, ?, ?, ?)", task, *row)
+
+    def ballot(self, task: str) -> BallotRow | None:
+        """The vote on the newest version that was voted on; None if none ever was."""
+        columns = ", ".join(BallotRow._fields)
+        row = self._one(f"SELECT {columns} FROM ballots WHERE task = ? ORDER BY version DESC LIMIT 1", task)
+        return BallotRow(*row) if row else None
+
+    def close_ballot(self, task: str, version: int, *, kept: bool) -> None:
+        """End a vote; what it would have taken to go back is dropped."""
+        query = "UPDATE ballots SET kept = ?, strategy_state = x'', residual = x'' WHERE task = ? AND version = ?"
+        self._do(query, int(kept), task, version)
+
+    def put_vote(self, task: str, version: int, path: str, *, against: bool) -> bool:
+        """Keep a gateway's vote; False if it has voted on that version before, whose word stays."""
+        if self._one("SELECT 1 FROM votes WHERE task = ? AND version = ? AND path = ?", task, version, path):
+            return False
+        self._do("INSERT INTO votes VALUES (?, ?, ?, ?)", task, version, path, int(against))
+        return True
+
+    def votes(self, task: str, version: int) -> dict[str, bool]:
+        """Path -> whether it voted against a version."""
+        rows = self._rows("SELECT path, against FROM votes WHERE task = ? AND version = ?", task, version)
+        return {path: bool(against) for path, against in rows}
+
+    # Releases.
+
+    def metadata(self) -> dict[str, bytes]:
+        """Name -> file, of what `broker.release` has signed."""
+        return dict(self._rows("SELECT name, data FROM metadata"))
+
+    def put_metadata(self, name: str, data: bytes) -> None:
+        """Store a file, in place of an older one of that name."""
+        self._do("INSERT OR REPLACE INTO metadata VALUES (?, ?)", name, data)
+
+    def releases(self, task: str) -> list[ReleaseRow]:
+        """What was released of a task, newest first."""
+        rows = self._rows("SELECT release, channel, version FROM releases WHERE task = ? ORDER BY release DESC", task)
+        return [ReleaseRow(*row) for row in rows]
+
+    def add_release(self, task: str, row: ReleaseRow) -> None:
+        """Keep a release."""
+        self._do("INSERT INTO releases VALUES (?, ?, ?, ?)", task, *row)
+
+    def releasable(self, task: str) -> list[int]:
+        """Versions that may be released, newest first: learnt, still there, and not voted down or being voted on."""
+        query = (
+            "SELECT version FROM models WHERE task = ? AND version > 0 AND length(weights) > 0 AND version NOT IN "
+            "(SELECT version FROM ballots WHERE task = ? AND kept IS NOT 1) ORDER BY version DESC"
+        )
+        return [version for (version,) in self._rows(query, task, task)]
+
     # The ledger.
 
     def note(self, now_ms: int, kind: str, body: Mapping[str, Any]) -> None:
@@ -344,42 +396,3 @@ class Journal:
         """Every entry from the first, without newlines: what `ledger.verify` takes."""
         for (line,) in self._rows("SELECT line FROM ledger ORDER BY seq"):
             yield line
-
-    def _prepare(self) -> None:
-        # First of all: changing the journal mode waits for others too.
-        self._db.execute("PRAGMA busy_timeout = 5000")
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        elif version in UPGRADE:
-            steps = " ".join(UPGRADE[v] for v in range(version, SCHEMA_VERSION))
-            self._db.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        elif version != SCHEMA_VERSION:
-            self._db.close()
-            raise LocalError(
-                f"{self.path} has schema {version}, this program knows {SCHEMA_VERSION}; "
-                "install the version that wrote it, or choose another --state"
-            )
-
-    def _do(self, query: str, *values: Any) -> None:
-        with _blame_disk(self.path):
-            self._db.execute(query, values)
-
-    def _rows(self, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:
-        with _blame_disk(self.path):
-            yield from self._db.execute(query, values)
-
-    def _one(self, query: str, *values: Any) -> tuple[Any, ...] | None:
-        with _blame_disk(self.path):
-            row: tuple[Any, ...] | None = self._db.execute(query, values).fetchone()
-            return row
-
-
-@contextlib.contextmanager
-def _blame_disk(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (sqlite3.Error, OSError) as error:
-        raise LocalError(f"{path}: {error}; check the disk, its space and the owner of that folder") from error

@@ -8,7 +8,7 @@ Times are integer milliseconds since 1970-01-01 UTC on the sender's clock; diges
 """
 
 import io
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import cbor2
 import cwt
@@ -101,6 +101,23 @@ class Update(Message, frozen=True, tag="update"):
     payload: Annotated[bytes, msgspec.Meta(max_length=MAX_PAYLOAD)]
     base_loss: Real | None = None
     quarters: Annotated[int, msgspec.Meta(ge=1, le=4)] = 4
+
+
+class Vote(Message, frozen=True, tag="vote"):
+    """A gateway's word on a new global model, by its own holdout of `windows` windows: `for` or `against` it.
+
+    `digest` is that of the weights; `new` is their metric there, `old` that of version `than`, which it had; None for
+    one that is no number.
+    """
+
+    version: Count
+    digest: Digest
+    than: Count
+    new: Real | None
+    old: Real | None
+    windows: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+    verdict: Literal["for", "against"]
+    time_ms: Millis
 
 
 class FederationBirth(Message, frozen=True, tag="federation"):
@@ -201,6 +218,12 @@ class ModelManifest(Message, frozen=True, tag="manifest"):
     steps: Annotated[tuple[StepDigest, ...], msgspec.Meta(max_length=MAX_STEPS)] = ()
 
 
+class FirstRoot(Message, frozen=True, tag="first-root"):
+    """Retained as `_release/first`: the first root of the metadata of releases, from which all later ones follow."""
+
+    root: Annotated[bytes, msgspec.Meta(max_length=MAX_PAYLOAD)]
+
+
 class Request(Message, frozen=True, tag="request"):
     """A gateway's file for the operator: its path, its Ed25519 key, and a certificate request (DER) for TLS."""
 
@@ -220,7 +243,19 @@ class Admission(Message, frozen=True, tag="admission"):
 
 
 AnyMessage = (
-    Birth | Death | Answer | Update | FederationBirth | Plan | Receipt | Terms | ModelManifest | Request | Admission
+    Birth
+    | Death
+    | Answer
+    | Update
+    | Vote
+    | FederationBirth
+    | Plan
+    | Receipt
+    | Terms
+    | ModelManifest
+    | FirstRoot
+    | Request
+    | Admission
 )
 M = TypeVar("M", bound=Message)
 

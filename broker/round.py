@@ -18,7 +18,7 @@ Times are milliseconds on the caller's clock. Every transition stands in `TRANSI
 
 import enum
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from models.errors import LocalError
 
@@ -133,6 +133,23 @@ class Close(Action):
 
     round: int
     base: int
+
+
+@dataclass(frozen=True)
+class Past:
+    """The latest round, as the journal knows it; `counted` is path -> digest.
+
+    `bases` are the versions of the rounds before, by number, and `older` what of them it counted, as (path, round).
+    """
+
+    round: int
+    base: int
+    opened_ms: int
+    deadline_ms: int
+    is_open: bool
+    counted: Mapping[str, bytes] = field(default_factory=dict)
+    bases: Mapping[int, int] = field(default_factory=dict)
+    older: Iterable[tuple[str, int]] = ()
 
 
 class Round:

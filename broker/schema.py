@@ -1,6 +1,6 @@
 """The tables of the journal, and what leads to them from those of earlier versions."""
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 9
 SCHEMA = """
 CREATE TABLE keys(name TEXT PRIMARY KEY, private_key BLOB NOT NULL) STRICT;
 CREATE TABLE roster(path TEXT PRIMARY KEY, public_key BLOB NOT NULL, since_ms INTEGER NOT NULL,
@@ -21,6 +21,22 @@ CREATE TABLE updates(task TEXT NOT NULL, round INTEGER NOT NULL, path TEXT NOT N
     base_loss REAL, counted_in INTEGER, UNIQUE(task, round, path)) STRICT;
 CREATE TABLE ledger(seq INTEGER PRIMARY KEY, hash TEXT NOT NULL, line TEXT NOT NULL) STRICT;
 """
+_BALLOTS = """
+CREATE TABLE ballots(task TEXT NOT NULL, version INTEGER NOT NULL, before INTEGER NOT NULL, until_ms INTEGER NOT NULL,
+    strategy_state BLOB NOT NULL, residual BLOB NOT NULL, kept INTEGER, PRIMARY KEY(task, version)) STRICT;
+CREATE TABLE votes(task TEXT NOT NULL, version INTEGER NOT NULL, path TEXT NOT NULL, against INTEGER NOT NULL,
+    PRIMARY KEY(task, version, path)) STRICT;
+"""
+_RELEASES = """
+CREATE TABLE metadata(name TEXT PRIMARY KEY, data BLOB NOT NULL) STRICT;
+CREATE TABLE releases(task TEXT NOT NULL, release INTEGER NOT NULL, channel TEXT NOT NULL, version INTEGER NOT NULL,
+    PRIMARY KEY(task, release)) STRICT;
+"""
+_RECEIPTS = """
+CREATE TABLE receipts(topic TEXT NOT NULL, digest BLOB NOT NULL, envelope BLOB NOT NULL,
+    PRIMARY KEY(topic, digest)) STRICT;
+"""
+SCHEMA += _BALLOTS + _RELEASES + _RECEIPTS
 # What leads from each earlier schema to the next one.
 UPGRADE = {
     1: """
@@ -35,4 +51,7 @@ ALTER TABLE updates ADD COLUMN base_metric REAL;
 CREATE TABLE tokens(hash BLOB PRIMARY KEY, path TEXT NOT NULL, expires_ms INTEGER NOT NULL,
     used INTEGER NOT NULL DEFAULT 0) STRICT;
 """,
+    6: _BALLOTS,
+    7: _RELEASES,
+    8: _RECEIPTS,
 }

@@ -17,16 +17,19 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from broker import federation, intake, topics
+from broker import ballot, federation, intake, stick, topics
 from broker import round as rounds
-from broker.closing import close_round
+from broker.closing import close_round, end_vote
 from broker.config import FederationConfig
-from broker.downlink import Downlink, Offer, plan_of
+from broker.database import blame_disk
+from broker.downlink import Downlink
 from broker.genesis import ensure_model
 from broker.job import Job, load_job
 from broker.journal import Journal
 from broker.link import Inbound, Link
 from broker.messages import VERSION, Receipt
+from broker.publish import put_model, put_plan
+from broker.releasing import Releasing
 from models.errors import LocalError, PeerError, UserError
 
 log = logging.getLogger(__name__)
@@ -60,6 +63,8 @@ class Service:
         self._outcomes: Counter[str] = Counter()
         self._noted: Counter[str] = Counter()
         self._receipts: list[tuple[str, bytes]] = []
+        # Whether what is heard came by file, and its receipts are to be kept for one.
+        self._by_file = False
         # What became of the connection since the last step, in its order.
         self._connection: list[rounds.Event] = []
 
@@ -85,6 +90,8 @@ class Service:
         self._signer, self._public_key = signer, signer.public_key.hex()
         log.info("federation %s, public key %s", self._config.name, self._public_key)
         self._downlink = Downlink(self._config.name, signer, self._clock())
+        table = self._config.release
+        self._releasing = None if table is None else Releasing(self._journal, self._downlink, table)
         wanted = {
             name: intake.Wanted(job.task, int(job.shared.sum()), job.ring_in, job.slices)
             for name, job in self._jobs.items()
@@ -123,6 +130,7 @@ class Service:
         status_at, seen = 0.0, self._journal.data_version()
         while not self._stopping:
             self._step()
+            self._take_files()
             if time.monotonic() >= status_at:
                 status_at = time.monotonic() + STATUS_S
                 self._write_status()
@@ -130,6 +138,9 @@ class Service:
                     # Somebody was enrolled: subscribing again brings the retained births that were refused.
                     self._link.unsubscribe(topics.ALL_STATUS)
                     self._link.subscribe(topics.ALL_STATUS)
+                    self._put_releases()  # or something was released
+                if self._releasing:
+                    self._releasing.freshen(self._jobs, self._clock())
             if self._inbox:
                 await asyncio.sleep(0)
                 continue
@@ -149,7 +160,8 @@ class Service:
         self._downlink.put(self._downlink.status_topic, self._downlink.status("up"))
         for job in self._jobs.values():
             self._put_model(job)
-            self._put_plan(job)
+            put_plan(self._downlink, job)
+        self._put_releases()
         self._wake.set()
 
     def _on_down(self, reason: str) -> None:
@@ -173,6 +185,22 @@ class Service:
             self._link.publish(topic, payload)
         self._receipts.clear()
         self._downlink.pump(self._link)
+
+    def _take_files(self) -> None:
+        """Hear what `broker import` left: a file a transaction, and gone once that is committed."""
+        for path in stick.waiting(self._state):
+            try:
+                messages = stick.read(path)
+            except UserError as error:
+                log.error("%s", error)
+                messages = []
+            self._by_file = True
+            with self._journal.transaction():
+                for topic, payload in messages:
+                    self._hear(Inbound(topic, payload, retain=False, qos=1, mid=0), self._clock())
+            self._by_file = False
+            with blame_disk(path):
+                path.unlink(missing_ok=True)
 
     def _tell_all(self, event: rounds.Event, now_ms: int) -> None:
         for job in self._jobs.values():
@@ -206,6 +234,8 @@ class Service:
                 joined = answer.verdict == "joined"
                 event = federation.Answered(path, answer.round, joined, answer.code, answer.reason)
                 self._tell(self._jobs[task], event, now_ms)
+            case intake.HeardVote():
+                self._hear_vote(heard, now_ms)
             case intake.HeardUpdate():
                 self._hear_update(heard, now_ms)
             case intake.Refused():
@@ -230,6 +260,15 @@ class Service:
             receipt = Receipt(VERSION, heard.round, digest, f"refused-{reason}", detail, now_ms)
             self._receipt(heard.task, heard.path, receipt)
             self._tell(self._jobs[heard.task], federation.Refused(heard.path, heard.round), now_ms)
+
+    def _hear_vote(self, heard: intake.HeardVote, now_ms: int) -> None:
+        path, task, vote = heard.path, heard.task, heard.vote
+        against = vote.verdict == "against"
+        if not self._journal.put_vote(task, vote.version, path, against=against):
+            return  # said again
+        body = {"path": path, "task": task, "version": vote.version, "verdict": vote.verdict, "than": vote.than}
+        self._journal.note(now_ms, "vote", body | {"new": vote.new, "old": vote.old, "windows": vote.windows})
+        self._tell(self._jobs[task], ballot.Voted(path, vote.version, against), now_ms)
 
     def _hear_update(self, heard: intake.HeardUpdate, now_ms: int) -> None:
         update = heard.update
@@ -281,60 +320,52 @@ class Service:
                     early = {"asked": asked} if asked else {}
                     self._journal.note(now_ms, "opened", {"task": name, "round": number, "base": base, **early})
                     job.deadline_ms = deadline_ms
-                    self._put_plan(job)
+                    put_plan(self._downlink, job)
                 case rounds.Extend(number, deadline_ms):
                     log.info("%s round %d: too few updates, the deadline moves on", name, number)
                     self._journal.extend_round(name, number, deadline_ms)
                     self._journal.note(now_ms, "extended", {"task": name, "round": number, "deadline_ms": deadline_ms})
                     job.deadline_ms = deadline_ms
-                    self._put_plan(job)
+                    put_plan(self._downlink, job)
                 case rounds.Close(number, base):
                     if close_round(self._journal, job, number, base, now_ms):
                         self._put_model(job, new=True)
                     self._journal.checkpoint(now_ms, self._signer)
-                    job.rate = job.rate.after(self._journal.losses(name, number))
+                    losses = self._journal.losses(name, number)
+                    job.rate = job.rate.after(losses)
                     # The last plan of the round goes out before the next round's, in the same order as it came to be.
-                    follow = job.federation.handle(federation.Aggregated(job.model.version), now_ms)
-                    self._put_plan(job)
+                    follow = job.federation.handle(federation.Aggregated(job.model.version, frozenset(losses)), now_ms)
+                    put_plan(self._downlink, job)
                     self._act(job, follow, now_ms)
+                case ballot.Decided():
+                    self._decided(job, action, now_ms)
                 case federation.Finish():
                     log.info("%s: the last round is over", name)
                     self._journal.note(now_ms, "done", {"task": name, "version": job.model.version})
-                    self._put_plan(job)
+                    put_plan(self._downlink, job)
+
+    def _decided(self, job: Job, vote: ballot.Decided, now_ms: int) -> None:
+        """End the vote on a model; one that was voted down makes way for the one before."""
+        if end_vote(self._journal, job, vote, now_ms):
+            return
+        self._put_model(job, new=True)
+        follow = job.federation.handle(federation.Aggregated(job.model.version), now_ms)
+        put_plan(self._downlink, job)
+        self._act(job, follow, now_ms)
 
     def _receipt(self, task: str, path: str, receipt: Receipt) -> None:
-        self._receipts.append(self._downlink.receipt(task, path, receipt))
+        topic, envelope = self._downlink.receipt(task, path, receipt)
+        self._receipts.append((topic, envelope))
+        if self._by_file:
+            self._journal.put_receipt(topic, receipt.digest, envelope)
 
     def _put_model(self, job: Job, *, new: bool = False) -> None:
-        name, version = job.task.name, job.model.version
-        now, *before = (Offer.of(self._journal, name, version - ago) for ago in range(3))
-        if now is None:
-            raise LocalError(f"{self._journal.path}: version {version} of {name} is missing; restore a backup")
-        try:
-            if not new:
-                self._downlink.put_terms(name, job.row)
-            self._downlink.put_model(name, job.row, now, new=new)
-        except ValueError as error:
-            remedy = "shorten the task, or use a net with fewer arrays"
-            raise UserError(name, 0, "", f"its terms do not fit: {error}", remedy) from error
-        # Whoever fetches the version before may still end that; what only an older one led to goes.
-        last, older = (offer.objects() if offer else {} for offer in before)
-        self._downlink.clear(name, {key: data for key, data in older.items() if key not in now.objects() | last})
+        retained = self._releasing.retained(job.task.name) if self._releasing else set[tuple[int, str]]()
+        put_model(self._downlink, self._journal, job, new=new, retained=retained)
 
-    def _put_plan(self, job: Job) -> None:
-        if not job.federation.number:
-            return  # no round yet
-        digest, deadline_ms = job.model.digest, job.deadline_ms
-        plan = plan_of(
-            job.task,
-            job.row.text,
-            job.federation,
-            base_digest=digest,
-            deadline_ms=deadline_ms,
-            keep=job.keep,
-            ring=job.ring,
-        )
-        self._downlink.put_plan(job.task.name, plan)
+    def _put_releases(self) -> None:
+        if self._releasing:
+            self._releasing.put(self._jobs)
 
     def _write_status(self) -> None:
         """Replace `status.json`, so that a reader sees the old one or the new one."""
@@ -363,4 +394,5 @@ class Service:
             "refused": dict(self._refusals),
             "outcomes": dict(self._outcomes),
             "tasks": {name: job.status() for name, job in self._jobs.items()},
+            "released": {name: self._releasing.status(name) for name in self._jobs} if self._releasing else {},
         }

@@ -20,6 +20,7 @@ from models.errors import PeerError
 _SEGMENT = re.compile(r"[A-Za-z0-9_-]{1,64}")
 LEVELS = 5
 FL = "_fl"
+RELEASE = "_release"
 
 
 def segment(text: str) -> str:
@@ -68,7 +69,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Uplink:
-    """A signed message of a gateway for one task; `what` is `update`, `answer`, ….
+    """A signed message of a gateway for one task; `what` is `update`, `answer` or `vote`.
 
     `update` is one signed Update at QoS 1; nothing here is retained.
     """
@@ -124,15 +125,29 @@ class RoundPlan:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The retained, signed manifest of the task's newest model."""
+    """The retained, signed manifest of the task's newest model, or of the one that was released to a channel."""
 
     federation: str
     task: str
+    of: str = "manifest"
 
     @property
     def topic(self) -> str:
-        """`_fl/{federation}/{task}/model/manifest`."""
-        return f"{FL}/{self.federation}/{self.task}/model/manifest"
+        """`_fl/{federation}/{task}/model/manifest`, or `…/stable`, `…/canary`."""
+        return f"{FL}/{self.federation}/{self.task}/model/{self.of}"
+
+
+@dataclass(frozen=True)
+class ReleaseFile:
+    """One retained file of the metadata of releases (`broker.channels`)."""
+
+    federation: str
+    name: str
+
+    @property
+    def topic(self) -> str:
+        """`_fl/{federation}/_release/{name}`."""
+        return f"{FL}/{self.federation}/{RELEASE}/{self.name}"
 
 
 @dataclass(frozen=True)
@@ -164,8 +179,9 @@ class ReceiptFor:
         return f"{FL}/{self.federation}/{self.task}/receipt/{self.path}"
 
 
-Topic = Status | Uplink | Local | FederationStatus | RoundPlan | Manifest | Chunk | ReceiptFor
+Topic = Status | Uplink | Local | FederationStatus | ReleaseFile | RoundPlan | Manifest | Chunk | ReceiptFor
 
+_MANIFESTS = ("manifest", "stable", "canary")
 # What an aggregator, a gateway and a site bridge subscribe to.
 ALL_STATUS = f"+/+/+/+/+/{FL}/status"
 
@@ -178,7 +194,7 @@ def uplink_filter(task: str) -> str:
 def downlink_filters(federation: str, task: str, path: GatewayPath) -> list[str]:
     """Filters for what one gateway reads of one task; `federation` may be `+` until one is pinned."""
     base = f"{FL}/{federation}/{task}"
-    return [f"{base}/round", f"{base}/model/manifest", f"{base}/receipt/{path}"]
+    return [f"{base}/round", *(f"{base}/model/{of}" for of in _MANIFESTS), f"{base}/receipt/{path}"]
 
 
 def parse(topic: str) -> Topic:
@@ -186,21 +202,35 @@ def parse(topic: str) -> Topic:
     levels = topic.split("/")
     for level in levels:
         segment(level)
+    found = _of_federation(levels) if levels[0] == FL else _of_gateway(levels)
+    if found is None:
+        raise PeerError("topic", f"{topic[:200]!r} is not in the topic tree")
+    return found
+
+
+def _of_federation(levels: list[str]) -> Topic | None:
     match levels:
         case ["_fl", federation, "status"]:
             return FederationStatus(federation)
+        case ["_fl", federation, "_release", name]:
+            return ReleaseFile(federation, name)
         case ["_fl", federation, task, "round"]:
             return RoundPlan(federation, task)
-        case ["_fl", federation, task, "model", "manifest"]:
-            return Manifest(federation, task)
+        case ["_fl", federation, task, "model", "manifest" | "stable" | "canary" as of]:
+            return Manifest(federation, task, of)
         case ["_fl", federation, task, "model", version, chunk] if re.fullmatch(r"0|[1-9][0-9]{0,17}", version):
             return Chunk(federation, task, int(version), chunk)
         case ["_fl", federation, task, "receipt", *path] if len(path) == LEVELS:
             return ReceiptFor(federation, task, GatewayPath.parse("/".join(path)))
+    return None
+
+
+def _of_gateway(levels: list[str]) -> Topic | None:
+    match levels:
         case [_, _, _, _, _, "_fl", "status"]:
             return Status(GatewayPath.parse("/".join(levels[:LEVELS])))
         case [_, _, _, _, _, "_fl", task, what]:
             return Uplink(GatewayPath.parse("/".join(levels[:LEVELS])), task, what)
         case [_, _, _, _, _, "_raw" | "_inference" | "_drift" | "_feedback" | "_health" as what, name]:
             return Local(GatewayPath.parse("/".join(levels[:LEVELS])), what[1:], name)
-    raise PeerError("topic", f"{topic[:200]!r} is not in the topic tree")
+    return None

@@ -23,6 +23,7 @@ from broker.topics import (
     Local,
     Manifest,
     ReceiptFor,
+    ReleaseFile,
     RoundPlan,
     Status,
     Uplink,
@@ -39,6 +40,7 @@ from edge.runner import Runner
 from edge.shop import Shop
 from edge.sources import Sources
 from edge.status import health_message, sources_status, write_status
+from edge.stick import Stick
 from edge.store import State
 from edge.tags import Health, Quality, Sample
 from edge.train import resident_bytes
@@ -78,9 +80,10 @@ class Agent:
             with_own_tls(config.mqtt, folder), client_id=client, will=(self.status, will),
             on_message=self._message, on_up=self._up, on_down=self._down,
         )  # fmt: skip
+        self.stick = Stick(folder, self.link.subscribe, self._message)
         self.shop = Shop(
             config, folder, self.state, self.samples, signer,
-            self.link.publish, self.link.subscribe, self.link.unsubscribe,
+            self.link.publish, self.stick.subscribe, self.link.unsubscribe,
         )  # fmt: skip
         self.trust = Trust(self.shop)
         self.runners = {name: Runner(name, table, self.shop) for name, table in config.tasks.items()}
@@ -128,9 +131,7 @@ class Agent:
         jobs = [asyncio.create_task(job) for job in (self._tick(), self._reload(), self.renewal.run())]
         log.info("gateway %s: %d sources, %d tasks", self.config.path, len(self.config.sources), len(self.runners))
         await self.stopped.wait()
-        for job in jobs:
-            job.cancel()
-        await asyncio.gather(*jobs, return_exceptions=True)
+        await asyncio.gather(*(job for job in jobs if job.cancel()), return_exceptions=True)
         last = self.snapshot()
         await self._stop_sources(source.name for source in self.config.sources)
         await asyncio.gather(*(runner.stop() for runner in self.runners.values()))
@@ -251,6 +252,10 @@ class Agent:
         while True:
             await asyncio.sleep(_TICK_S)
             await self._look()
+            busy = any(runner.busy for runner in self.runners.values())
+            await self.stick.tick(busy=busy or self.shop.releases.changed)
+            for task, release in (await self.shop.releases.news(list(self.runners))).items():
+                self.runners[task].installer.on_release(release, self.runners[task].model)
             for runner in self.runners.values():
                 runner.guard("scoring", runner.tick)
             self._resend()
@@ -305,7 +310,8 @@ class Agent:
         self._resend_at = time.monotonic() + 0.2
 
     def _follow(self, tasks: Iterable[str]) -> None:
-        """Read what the pinned federation says of our tasks."""
+        """Read what the pinned federation says of our tasks, and of releases."""
+        self.link.subscribe(ReleaseFile(self.shop.federation, "+").topic)
         for task in tasks:
             self.link.subscribe(*downlink_filters(self.shop.federation, task, self.config.path))
 
@@ -314,8 +320,7 @@ class Agent:
         try:
             self._route(inbound)
         except PeerError as error:
-            self.shop.refused[error.reason] += 1
-            log.warning("message on %s refused: %s", inbound.topic[:200], error)
+            self.shop.refuse(error, f"message on {inbound.topic[:200]}")
         except Exception:
             # A peer's bytes found a mistake of ours: say all of it, and go on.
             self.shop.refused["internal"] += 1
@@ -325,6 +330,9 @@ class Agent:
         topic = parse(inbound.topic)
         if isinstance(topic, FederationStatus):
             self._federation(topic, inbound)
+            return
+        if isinstance(topic, ReleaseFile) and topic.federation == self.shop.federation:
+            self.shop.releases.hear(topic.name, inbound, self.shop.federation_key)
             return
         if isinstance(topic, Local) and topic.what == "feedback" and topic.name in self.runners:
             self.runners[topic.name].on_feedback(inbound.payload)
@@ -336,10 +344,11 @@ class Agent:
             raise PeerError("federation", f"{topic.federation!r} is not the pinned one")
         match topic:
             case Chunk():
+                runner.installer.on_chunk(inbound.topic, inbound.payload)
                 runner.on_chunk(inbound.topic, inbound.payload)
             case Manifest() if inbound.payload:
                 manifest = m.open_envelope(inbound.payload, inbound.topic, key, m.ModelManifest)
-                runner.on_manifest(manifest, inbound.payload)
+                runner.on_manifest(manifest, inbound.payload, topic.of)
             case RoundPlan() if inbound.payload:
                 runner.on_plan(m.open_envelope(inbound.payload, inbound.topic, key, m.Plan))
             case ReceiptFor():
@@ -371,7 +380,7 @@ class Agent:
             "resident_mb": round(resident_bytes(os.getpid()) / 2**20, 1),
             "mqtt": {"connected": self.link.connected, "version": self.link.version, "error": self.link.error},
             "certificate": self.renewal.status(),
-            "problem": self._unread or self.trust.problem,
+            "problem": self._unread or self.trust.problem or self.shop.releases.problem,
             "restart": self._restart,
             "federation": {"name": self.shop.federation, "key": self.shop.federation_key.hex()},
             "sources": sources_status(self.sources.drivers, self._tags),

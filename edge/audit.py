@@ -30,6 +30,7 @@ _WORDS = {
     "joined": "answer: it takes part in a round",
     "declined": "answer: it does not take part in a round",
     "asks": "answer: it asks for a round, since signals have drifted",
+    "vote": "vote: for or against a new model, with what it and the one before are worth on this gateway's own holdout",
     "update": "update: a weight delta (the same one again until it is answered)",
     "request-made": "request for enrolment, written to a file or sent with a token",
 }
@@ -149,13 +150,15 @@ def left(entries: list[dict[str, Any]]) -> Iterator[Left]:
         detail = body.get("reason", "")
         if kind == "birth":
             detail = f"path, public key, software {body.get('software')}, tasks {body.get('tasks')}"
+        if kind == "vote":
+            detail = f"{body.get('verdict')} version {body.get('version')}: {body.get('new')}, was {body.get('old')}"
         yield Left(
             str(entry["seq"]),
             _time(entry["time_ms"]),
             kind,
             str(body.get("task", "")),
             str(body.get("round", "")),
-            str(body.get("samples", "")),
+            str(body.get("samples", body.get("windows", ""))),
             str(body.get("bytes", "")),
             str(body.get("message_bytes", "")),
             digest,

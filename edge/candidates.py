@@ -43,10 +43,16 @@ def kinds(task: Task, version: int, *, alone: bool) -> list[str]:
     return found if version == 0 or task.kind == "anomaly" else [*found, GLOBAL]
 
 
-def after_training(table: ScoringTable, model: Model, vector: Vector, result: Result) -> Candidates:
-    """What a training leaves to choose from; `vector` is the global model as this gateway scores with it."""
+def after_training(
+    table: ScoringTable, model: Model, vector: Vector, result: Result, *, federated: bool = True
+) -> Candidates:
+    """What a training leaves to choose from; `vector` is the global model as this gateway scores with it.
+
+    Without `federated`, only what was learnt alone, if that was.
+    """
     weights = {TUNED: result.tuned, GLOBAL: vector} | ({} if result.own is None else {OWN: result.own})
     found = kinds(model.task, model.manifest.version, alone=result.own is not None)
+    found = found if federated else [kind for kind in found if kind == OWN]
     return Candidates([build(table, model, weights[kind], result.scale, kind) for kind in found], weights)
 
 

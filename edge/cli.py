@@ -139,11 +139,11 @@ _EDGE = {
         "spindle-wear.toml -c gateway.toml --source plc1",
     ),
     "export": (
-        "write the request by which the operator enrols this gateway, to go by file",
+        "write the request by which the operator enrols this gateway, or its updates, to go by file",
         "-c gateway.toml --request /media/stick/cell2.request",
     ),
     "import": (
-        "take up the operator's answer, a file or a token: certificate, authority and federation",
+        "take up what the operator gave, a file or a token: certificate and federation, or models and receipts",
         "/media/stick/cell2.admission -c gateway.toml",
     ),
 }
@@ -172,10 +172,13 @@ def _add_edge(commands: Any) -> None:
     check.set_defaults(run=_check)
     made["doctor"].add_argument("--source", metavar="NAME", help="look at this source alone")
     made["doctor"].set_defaults(run=_doctor)
-    made["export"].add_argument("--request", type=Path, required=True, metavar="FILE", help="the file to write")
-    made["export"].set_defaults(run=_identity("export_request"))
-    made["import"].add_argument("file", metavar="FILE|TOKEN", help="what tundish broker enrol wrote, or printed")
-    made["import"].set_defaults(run=_identity("import_admission"))
+    group = made["export"].add_mutually_exclusive_group(required=True)
+    group.add_argument("--request", type=Path, metavar="FILE", help="where to write the request for enrolment")
+    group.add_argument("--updates", type=Path, metavar="FILE", help="where to write what has no receipt yet")
+    made["export"].set_defaults(run=_identity("export"))
+    help_ = "what tundish broker enrol wrote or printed, or tundish broker export wrote"
+    made["import"].add_argument("file", metavar="FILE|TOKEN", help=help_)
+    made["import"].set_defaults(run=_identity("import_any"))
 
 
 def _add_wire(wire: argparse.ArgumentParser) -> None:

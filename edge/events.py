@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from broker.messages import Plan
+from broker.messages import Plan, Vote
 from edge.config import Policy
 
 
@@ -78,6 +78,13 @@ class Drifted:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """A new global model was held against the one before, on this gateway's own holdout."""
+
+    vote: Vote
+
+
+@dataclass(frozen=True)
 class Reconnected:
     """The broker is there again; what we said may not have arrived."""
 
@@ -91,7 +98,7 @@ class PolicyChanged:
 
 Event = (
     PlanSeen | ModelStored | WindowsReady | Trained | TrainingFailed | Settled | Unable | MayTrain | Drifted
-    | Reconnected | PolicyChanged
+    | Judged | Reconnected | PolicyChanged
 )  # fmt: skip
 
 
@@ -122,4 +129,11 @@ class StopTraining:
     """Kill the child: its round is over."""
 
 
-Action = Answer | StartTraining | StopTraining
+@dataclass(frozen=True)
+class CastVote:
+    """Send a vote; said again, it is the same message."""
+
+    vote: Vote
+
+
+Action = Answer | StartTraining | StopTraining | CastVote

@@ -13,11 +13,11 @@ from typing import Any
 
 import msgspec
 
-from broker import admission
+from broker import admission, stick
 from broker.est import Token, is_token
-from broker.messages import VERSION, Admission, Request, Signer
+from broker.messages import VERSION, Admission, Request, Signer, Vote
 from broker.settings import MqttSettings, endpoint
-from broker.topics import segment
+from broker.topics import Uplink, segment
 from edge.config import Config
 from edge.store import State
 from models.errors import PeerError, UserError
@@ -86,6 +86,41 @@ def export_request(args: argparse.Namespace, config: Config, folder: Path) -> in
         f"--request {args.request.name} --out {args.request.with_suffix('.admission').name}"
     )
     print(f"he can tell it by its key: {signer.public_key.hex()}")
+    return 0
+
+
+def export(args: argparse.Namespace, config: Config, folder: Path) -> int:
+    """Write the request, or what waits to be sent."""
+    return export_request(args, config, folder) if args.request else export_updates(args, config, folder)
+
+
+def export_updates(args: argparse.Namespace, config: Config, folder: Path) -> int:
+    """Write the updates that have no receipt yet and the last votes, as they would go over MQTT."""
+    with closing(State(folder)) as state:
+        signer = own_signer(state)
+        waiting = [out for out in state.outbox() if out.task in config.tasks]
+        messages = [(Uplink(config.path, out.task, "update").topic, out.envelope) for out in waiting]
+        for task in config.tasks:
+            vote = state.get(f"vote/{task}")
+            if vote is not None:
+                topic = Uplink(config.path, task, "vote").topic
+                messages.append((topic, signer.seal(msgspec.msgpack.decode(vote, type=Vote), topic)))
+        stick.write(args.updates, messages)
+        digests = [out.digest.hex() for out in waiting]
+        with state.transaction():
+            state.record("exported", {"updates": digests, "messages": len(messages)})
+    print(f"{args.updates} is for the operator: {len(digests)} updates, {len(messages) - len(digests)} votes")
+    print(f"he runs: tundish broker import -c federation.toml {args.updates.name}")
+    return 0
+
+
+def import_any(args: argparse.Namespace, config: Config, folder: Path) -> int:
+    """Take up what came: the operator's answer, or what the federation says to a gateway without a network."""
+    path = Path(args.file)
+    if is_token(args.file) or not stick.is_stick(path):
+        return import_admission(args, config, folder)
+    messages = stick.leave(folder, path)
+    print(f"{len(messages)} messages; the gateway takes them within a second, or when it is started")
     return 0
 
 

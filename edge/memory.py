@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from broker.messages import ModelManifest, Terms, peek
+from broker.messages import ModelManifest, Terms, Vote, peek
 from edge.choose import average
 from edge.dataset import Dataset
 from edge.feedback import Correction
@@ -22,6 +22,7 @@ from models.spec import parse_task
 
 _HEAD = 16  # version and kind of what scores, before the share and the weights of each of its nets
 _MOST_NETS = 3
+_NUMBER = 8
 _MOST_CORRECTIONS = 5_000
 
 
@@ -40,8 +41,21 @@ class Memory:
 
     def model(self) -> Model | None:
         """The newest verified global model: the base of the next training."""
-        envelope, packed = self._get("manifest"), self._get("terms")
-        graph, vector = self._get("graph"), self._get("weights")
+        return self._model("", self._get("weights"))
+
+    def release(self) -> tuple[int, Model] | None:
+        """The released model that scores here, by its release's number; None if there is none."""
+        data = self._get("released") or b""
+        model = self._model("released-", data[_NUMBER:])
+        return (int.from_bytes(data[:_NUMBER], "big"), model) if data and model else None
+
+    def keep_release(self, number: int, model: Model, envelope: bytes) -> None:
+        """Store that; the caller makes it one transaction."""
+        self._put("released", number.to_bytes(_NUMBER, "big") + model.vector.tobytes())
+        self._keep_model("released-", model, envelope)
+
+    def _model(self, prefix: str, vector: bytes | None) -> Model | None:
+        envelope, packed, graph = (self._get(f"{prefix}{name}") for name in ("manifest", "terms", "graph"))
         if envelope is None or packed is None or graph is None or vector is None:
             return None
         terms = msgspec.msgpack.decode(packed, type=Terms)
@@ -55,11 +69,14 @@ class Memory:
         """
         mean = average(self.vector("average") if model.manifest.version > 1 else None, model.vector)
         self.keep_vector("average", mean)
-        self._put("manifest", envelope)
-        self._put("terms", msgspec.msgpack.encode(model.terms))
-        self._put("graph", model.graph)
+        self._keep_model("", model, envelope)
         self._put("weights", model.vector.tobytes())
         return mean
+
+    def _keep_model(self, prefix: str, model: Model, envelope: bytes) -> None:
+        self._put(f"{prefix}manifest", envelope)
+        self._put(f"{prefix}terms", msgspec.msgpack.encode(model.terms))
+        self._put(f"{prefix}graph", model.graph)
 
     def scoring(self, size: int) -> tuple[int, str, list[tuple[float, Vector]]] | None:
         """Version and kind of what scores, and of each of its nets the share and weights (size,); None if unknown."""
@@ -137,6 +154,15 @@ class Memory:
         """Store the newest of them."""
         newest = sorted(known)[-_MOST_CORRECTIONS:]
         self._put("corrections", msgspec.json.encode({end: known[end] for end in newest}))
+
+    def vote(self) -> Vote | None:
+        """The vote on the newest model, where this gateway could judge it."""
+        data = self._get("vote")
+        return None if data is None else msgspec.msgpack.decode(data, type=Vote)
+
+    def keep_vote(self, vote: Vote) -> None:
+        """Store that."""
+        self._put("vote", msgspec.msgpack.encode(vote))
 
     def handled(self) -> tuple[int, int]:
         """The newest round that this gateway has sent an update for: its number and its opening in ms."""

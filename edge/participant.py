@@ -18,13 +18,15 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
-from broker.messages import Plan
+from broker.messages import Plan, Vote
 from edge.config import Policy
 from edge.events import (
     Action,
     Answer,
+    CastVote,
     Drifted,
     Event,
+    Judged,
     MayTrain,
     ModelStored,
     PlanSeen,
@@ -82,7 +84,8 @@ class Participant:
 
     A round is newer when either grew: the number falls when an aggregator is restored from a backup, the time when
     its clock is set back. `started` is the round that the child trains for. `wish` says why the next round should come
-    early: it is said once a round is closed, and again whenever the aggregator may not have heard it.
+    early: it is said once a round is closed, and again whenever the aggregator may not have heard it. So is `vote`, on
+    the newest model, until a round opens from that or a later one.
 
     Who may not start to train before the round's deadline declines, so that nobody waits for it, and joins after all if
     the deadline moves on, or if it may start sooner than was known.
@@ -100,6 +103,7 @@ class Participant:
     answer: Answer | None = None
     started: tuple[int, int] = (0, 0)
     wish: str = ""
+    vote: Vote | None = None
     may_train: MayTrain = field(default_factory=MayTrain)
     _due: int = field(default=0, repr=False)
 
@@ -117,6 +121,8 @@ class Participant:
         same = _named(plan) == known
         if not same and not _newer(plan, known):
             return []
+        if self.vote and plan.state != "closed" and plan.base >= self.vote.version:
+            self.vote = None
         if self.state is State.TRAINING and self._goes_on(plan):
             self.plan = plan
             return []
@@ -248,8 +254,16 @@ class Participant:
         return self._decline("training", event.reason)
 
     def on_again(self, _event: Reconnected) -> list[Action]:
-        """Repeat the answer, or the wish: the aggregator may not have heard it."""
-        return [self.answer] if self.answer and self.plan and self.plan.state == "open" else self._ask()
+        """Repeat the answer, or the wish, and the vote: the aggregator may not have heard them."""
+        vote: list[Action] = [CastVote(self.vote)] if self.vote else []
+        if self.answer and self.plan and self.plan.state == "open":
+            return [self.answer, *vote]
+        return self._ask() + vote
+
+    def on_judged(self, event: Judged) -> list[Action]:
+        """Vote on the newest model."""
+        self.vote = event.vote
+        return [CastVote(event.vote)]
 
     def on_may_train(self, event: MayTrain) -> list[Action]:
         """Training may start now, or it is known when."""
@@ -296,6 +310,7 @@ _ANY: dict[type[Event], _Step] = {
     Unable: Participant.on_unable,
     MayTrain: Participant.on_may_train,
     Drifted: Participant.on_drifted,
+    Judged: Participant.on_judged,
     Reconnected: Participant.on_again,
     PolicyChanged: Participant.on_policy,
 }

@@ -14,9 +14,11 @@ from broker import messages as m
 from broker.topics import Uplink
 from edge import events
 from edge import participant as p
+from edge import vote as votes
 from edge.config import TaskTable
 from edge.handback import Fetch, Model, probe
 from edge.infer import Scorer
+from edge.installer import Installer
 from edge.live import Live
 from edge.memory import Memory
 from edge.scoring import Scoring
@@ -26,6 +28,7 @@ from edge.tags import Sample
 from edge.train import NotEnoughError, Result, Trainer, job_for
 from edge.update import seal_update
 from edge.verdicts import Ear
+from models.delta import Vector
 from models.errors import LocalError, PeerError, UserError
 from models.width import unfit
 
@@ -46,14 +49,15 @@ class Runner:
         self.model: Model | None = None
         self.fetch: Fetch | None = None
         self.problem, self._envelope = "", b""
-        self._stored: tuple[Model, Scorer] | None = None
+        self._stored: tuple[Model, Scorer | None] | None = None
         self._wanted_ms, self._stored_before = -1, 0
         self._installing = asyncio.Lock()
         self._jobs: set[asyncio.Task[None]] = set()
+        self.installer = Installer(shop, self.memory, self.scoring, self._spawn, self._installing)
         self._trainer = Trainer()
         self._said: events.Answer | None = None
         self._training: asyncio.Task[None] | None = None
-        self.participant = p.Participant(shop.config.policy, 1, handled=self.memory.handled())
+        self.participant = p.Participant(shop.config.policy, 1, handled=self.memory.handled(), vote=self.memory.vote())
         self.participant.handle(shop.may_train())
         self.guard("start", self._load)
 
@@ -72,7 +76,13 @@ class Runner:
         self._stored_before = model.task.training.min_windows
         self.model, self._wanted_ms = model, model.manifest.created_ms
         self.participant.handle(events.ModelStored(model.manifest.version, model.manifest.digest))
-        self.scoring.swap(scorer, model)
+        if scorer:
+            self.scoring.swap(scorer, model)
+
+    @property
+    def busy(self) -> bool:
+        """Whether pieces of a model are missing, or may be asked for soon."""
+        return bool(self.fetch or self.installer.fetching or self._jobs)
 
     @property
     def live(self) -> Live | None:
@@ -95,9 +105,7 @@ class Runner:
     async def stop(self) -> None:
         """End scoring, training and fetching; nothing of it is lost that a restart would not do again."""
         self.scoring.end()
-        for job in self._jobs:
-            job.cancel()
-        await asyncio.gather(*self._jobs, return_exceptions=True)
+        await asyncio.gather(*(job for job in self._jobs if job.cancel()), return_exceptions=True)
         await self._trainer.stop()
 
     # -- samples ----------------------------------------------------------------------------------------------------
@@ -134,8 +142,11 @@ class Runner:
         """Take a plan of this task."""
         self._do(self.participant.handle(events.PlanSeen(plan)))
 
-    def on_manifest(self, manifest: m.ModelManifest, envelope: bytes) -> None:
-        """Begin to fetch a newer model; PeerError if what it declares can't be."""
+    def on_manifest(self, manifest: m.ModelManifest, envelope: bytes, of: str = "manifest") -> None:
+        """Begin to fetch a newer model, or one that was released; PeerError if what it declares can't be."""
+        if of != "manifest":
+            self.installer.on_manifest(of, manifest, envelope, self.model)
+            return
         # The newest by its signed time, not by its number: an aggregator restored from a backup counts lower again.
         if manifest.created_ms <= self._wanted_ms:
             return
@@ -202,6 +213,8 @@ class Runner:
                     self._answer(action)
                 case events.StartTraining():
                     self._training = self._spawn(self._train(action, self._training))
+                case events.CastVote(vote):
+                    self.shop.publish(*votes.seal(self.shop, self.name, vote))
                 case events.StopTraining() if self._training:
                     self._training.cancel()
 
@@ -257,7 +270,7 @@ class Runner:
             what = model.terms.task_text, live.wiring, model.layout, action.round, said
             job = job_for(self.shop.config, home, *what, width=width)
             base = model.personalised(self.scoring.personal, width=width)
-            own, average = self.scoring.own, self.scoring.average
+            own, average = self.scoring.own, self.scoring.origin
             result = await self._trainer.train(job, base, home / f"training-{self.name}", own, average)
             await self._send(action, model, result, width)
         except NotEnoughError as error:
@@ -318,8 +331,9 @@ class Runner:
     async def _offer_again(self) -> None:
         """Let the model that is here score with other windows than before."""
         async with self._installing:
-            if self.model:
-                await self.scoring.offer(self.model, changed=True)
+            model = self.installer.model if self.shop.releases.in_force else self.model
+            if model:
+                await self.scoring.offer(model, changed=True)
 
     async def _install(self, fetch: Fetch, envelope: bytes) -> None:
         """One model after the other: a fault of this machine is tried again, a fault of the model is not."""
@@ -327,7 +341,7 @@ class Runner:
             try:
                 await self._take(fetch, envelope)
             except PeerError as error:
-                self.refuse(error, f"model {fetch.manifest.version}")
+                self.shop.refuse(error, f"{self.name}: model {fetch.manifest.version}")
                 if fetch.manifest.created_ms == self._wanted_ms and fetch.fall_back():
                     self._begin(fetch, envelope)
             except (LocalError, OSError) as error:
@@ -346,16 +360,22 @@ class Runner:
         if self.model is None or model.graph != self.model.graph:
             await probe(model, self.shop.folder)
         changed = self.model is None or self.model.layout != model.layout
-        self.scoring.average = await self.shop.state.commit(lambda: self.memory.keep_model(model, envelope))
+        vote = await self.scoring.judge(model, self.model)
+
+        def work() -> Vector:
+            if vote:
+                votes.keep(self.shop, self.memory, vote)
+            return self.memory.keep_model(model, envelope)
+
+        self.scoring.average = await self.shop.state.commit(work)
         self.model = model
+        if vote:
+            self._do(self.participant.handle(events.Judged(vote)))
         self._wire(model)
         self._do(self.participant.handle(events.ModelStored(model.manifest.version, model.manifest.digest)))
-        await self.scoring.offer(model, changed=changed)
-
-    def refuse(self, error: PeerError, what: str) -> None:
-        """Count and log a peer's bytes that were refused; nothing stops because of them."""
-        self.shop.refused[error.reason] += 1
-        log.warning("%s: %s refused: %s", self.name, what, error)
+        if not self.shop.releases.in_force:
+            await self.scoring.offer(model, changed=changed)
+        self.installer.begin(model)
 
     # -- status -----------------------------------------------------------------------------------------------------
 
@@ -370,9 +390,10 @@ class Runner:
             "scoring_model": live.scorer.version if live and live.scorer else None,
             "scoring_kind": live.scorer.kind if live and live.scorer else None,
             "last_model": self.scoring.kept,
+            "release": self.installer.number,
             "training_waits_for": self.participant.may_train.unless,
             "drift": self.scoring.drift.last,
-            "problem": self.problem,
+            "problem": self.problem or self.installer.problem,
             "last": live.last if live else {},
             **(asdict(live.stats) if live else {}),
         }

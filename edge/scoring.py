@@ -10,9 +10,10 @@ from typing import Any
 
 import msgspec
 
+from broker.messages import Vote
 from broker.topics import Local
 from edge.candidates import after_training, build, stored
-from edge.choose import GLOBAL
+from edge.choose import GLOBAL, OWN
 from edge.config import TaskTable
 from edge.drift import Drift
 from edge.handback import Model
@@ -21,7 +22,9 @@ from edge.live import Live
 from edge.memory import Memory
 from edge.shop import Shop
 from edge.train import Result
+from edge.vote import judge
 from edge.wiring import wire
+from models.delta import Vector
 from models.scale import Scale
 from models.spec import Task
 from models.tomlfile import seconds
@@ -53,6 +56,21 @@ class Scoring:
         self.scale, self.holdout = memory.scale(), memory.holdout()
         self.personal, self.own = memory.vector("personal"), memory.vector("own")
         self.average = memory.vector("average")
+        # What was released, where the federation releases by stages: nothing else of the federation's scores then.
+        self.released: Model | None = None
+
+    @property
+    def origin(self) -> Vector | None:
+        """Weights from which this gateway tunes: the running mean of the models, or what was released."""
+        if not self._shop.releases.in_force:
+            return self.average
+        return self.released.vector if self.released else None
+
+    async def release(self, model: Model) -> None:
+        """Let a released model score if it is no worse; the first one, and one that takes another back, in any case."""
+        before, self.released = self.released, model
+        newer = before is not None and model.manifest.version >= before.manifest.version
+        await self.offer(model, changed=not newer)
 
     @property
     def _width(self) -> float:
@@ -72,8 +90,12 @@ class Scoring:
             self.live.feed(self._shop.latest.samples())
         return self.live
 
-    def stored(self, model: Model) -> Scorer:
-        """Build what scored when the gateway went down; blocks, and reads the memory."""
+    def stored(self, model: Model) -> Scorer | None:
+        """Build what scored when the gateway went down; blocks, and reads the memory. None where nothing may score."""
+        if self._shop.releases.in_force and self._memory.scoring(model.layout.size) is None:
+            if self.released is None:
+                return None
+            model = self.released
         vector = model.personalised(self.personal, width=self._width)
         scorer = stored(self._shop.config.scoring, self._memory, model, vector, self.scale)
         if self.holdout is not None and scorer.scale.mean:
@@ -95,6 +117,11 @@ class Scoring:
         self.drift.learnt(result.reference)
         if personal:
             self.personal = result.vector
+
+    async def judge(self, new: Model, before: Model | None) -> Vote | None:
+        """This gateway's vote on a new model; None where it can't judge."""
+        here = self.holdout, self.scale, self.personal, self._width
+        return await asyncio.to_thread(judge, self._shop.config.scoring, new, before, *here)
 
     async def offer(self, model: Model, *, changed: bool) -> None:
         """Let a global model score if it is no worse; with `changed` nothing that scored before can be compared."""
@@ -127,10 +154,19 @@ class Scoring:
         if self.live is None or not len(result.holdout):
             return
         # In step and with a newer model here already, this would undo a choice made since.
+        federated = True
+        if self._shop.releases.in_force:
+            federated = self.released is not None
+            trained = newest = self.released or newest
+            if not federated and self.live.scorer and self.live.scorer.kind != OWN:
+                return  # what scored before releases began goes on until the first one
         if newest is not trained and (trained.task.round.full is None or newest.graph != trained.graph):
             return
-        vector = newest.personalised(self.personal, self.average, width=self._width)
-        found = await asyncio.to_thread(after_training, self._shop.config.scoring, newest, vector, result)
+        table = self._shop.config.scoring
+        vector = newest.personalised(self.personal, self.origin, width=self._width)
+        found = await asyncio.to_thread(after_training, table, newest, vector, result, federated=federated)
+        if not found.scorers:
+            return
         chosen, body = await asyncio.to_thread(elect, found.scorers, result.holdout)
         body |= self._moved(self.live.scorer, chosen)
         self.swap(chosen, newest)

@@ -1,5 +1,6 @@
 """What all tasks of a gateway share."""
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,9 +13,13 @@ from broker.round import FOREVER_MS
 from edge.config import Config
 from edge.events import MayTrain
 from edge.hours import holds, opens
+from edge.releases import Releases
 from edge.ring import Samples
 from edge.store import State
 from edge.tags import Quality, Sample, Scan
+from models.errors import PeerError
+
+log = logging.getLogger(__name__)
 
 _MOST_SCANS = 256  # sets of tags that were read together
 
@@ -82,8 +87,17 @@ class Shop:
     unsubscribe: Callable[..., object]
     refused: Counter[str] = field(default_factory=Counter)
     latest: Latest = field(default_factory=Latest)
+    releases: Releases = field(init=False)
     federation: str = ""
     federation_key: bytes = b""
+
+    def __post_init__(self) -> None:
+        self.releases = Releases(self.state, self.folder / "releases", str(self.config.path))
+
+    def refuse(self, error: PeerError, what: str) -> None:
+        """Count and log a peer's bytes that were refused; nothing stops because of them."""
+        self.refused[error.reason] += 1
+        log.warning("%s refused: %s", what, error)
 
     def may_train(self) -> MayTrain:
         """Say whether training may start now, by `train_when`, and when at the earliest if not."""

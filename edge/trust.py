@@ -29,6 +29,7 @@ class Trust:
             self._believe(wanted.name, key, "configured")
             with shop.state.transaction():
                 shop.state.pin(wanted.name, key, "configured")
+            shop.releases.load()
 
     def first_seen(self, federation: str, inbound: Inbound) -> None:
         """Pin the first federation whose birth verifies, unless another key is configured; PeerError."""

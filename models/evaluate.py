@@ -49,6 +49,18 @@ def metric_name(task: Task) -> str:
     return {"classification": "accuracy", "regression": "rmse", "anomaly": "error"}[task.kind]
 
 
+def much_worse(name: str, new: float, old: float, count: int, tolerance: float) -> bool:
+    """Say whether `new` is worse than `old` by more than the noise of `count` windows and more than `tolerance`.
+
+    That is points of an accuracy (0.2: from 0.9 to less than 0.7), and of an error a share of it (0.2: a fifth more).
+    """
+    if not_worse(name, new, old, count):
+        return False
+    if not np.isfinite(new):
+        return True
+    return bool(new > old * (1 + tolerance) if name in LOWER_IS_BETTER else new < old - tolerance)
+
+
 def not_worse(name: str, new: float, old: float, count: int) -> bool:
     """Say whether `new` is as good as `old` within the noise of `count` windows.
 

@@ -1,17 +1,21 @@
 """What an ONNX graph from a peer may be: a plain net over exactly the layout's weights, and nothing else.
 
 Run as `python -m models.graphcheck FILE`, it checks the file (npz: graph, layout as JSON, shape as C, T, outputs) in a
-process of its own under a memory limit, and scores a full batch of zeros: 66 bytes of ONNX can ask for 6 GB.
+process of its own under a memory limit, and scores a full batch of zeros: 66 bytes of ONNX can ask for 6 GB. A graph
+may say what it gives on a golden input with golden weights, as torch computed it where it was exported; then it must
+give the same here, on this processor and by this ONNX Runtime.
 """
 
+import json
 import resource
 import sys
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 
-from models.delta import Layout
+from models.delta import Layout, Vector
 from models.errors import PeerError
 from models.graph import LOCATION, MAX_GRAPH_BYTES, batch_of, make_session
 
@@ -27,6 +31,9 @@ OPERATORS = frozenset({
     "Transpose", "Unsqueeze",
 })  # fmt: skip
 _STANDARD = ("", "ai.onnx")
+# The graph's metadata of that name: a JSON list of the first outputs.
+_GOLDEN = "tundish-golden"
+_MOST_GOLDEN, _GOLDEN_GAP = 16, 1e-3
 
 
 def check_graph(graph: bytes, layout: Layout) -> None:
@@ -76,6 +83,39 @@ def _check_weights(model: onnx.ModelProto, layout: Layout) -> None:
         raise PeerError("graph", f"has no weight for {sorted(shapes)[:3]}")
 
 
+def golden_input(layout: Layout, shape: tuple[int, int]) -> tuple[Vector, NDArray[np.float32]]:
+    """Weights (layout.size,) and one window (1, C, T) that are the same everywhere; small, and all different."""
+    weights = 0.1 * np.sin(np.arange(1, layout.size + 1, dtype=np.float64))
+    window = np.cos(np.arange(1, shape[0] * shape[1] + 1, dtype=np.float64))
+    return weights.astype(np.float32), window.astype(np.float32).reshape(1, *shape)
+
+
+def with_golden(graph: bytes, outputs: NDArray[np.float32]) -> bytes:
+    """Let a graph say its first outputs (1, outputs) on `golden_input`."""
+    model = onnx.load_from_string(graph)
+    values = [round(float(value), 6) for value in outputs.ravel()[:_MOST_GOLDEN]]
+    model.metadata_props.add(key=_GOLDEN, value=json.dumps(values))
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def _check_golden(graph: bytes, layout: Layout, shape: tuple[int, int, int]) -> None:
+    said = [one.value for one in onnx.load_from_string(graph).metadata_props if one.key == _GOLDEN]
+    if not said:
+        return  # of a version that had none
+    try:
+        wanted = np.array(json.loads(said[0]), np.float64)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise PeerError("graph", "its golden outputs are no numbers") from error
+    if wanted.shape != (min(shape[2], _MOST_GOLDEN),):
+        raise PeerError("graph", f"its golden outputs are {wanted.shape}, of {shape[2]}")
+    weights, window = golden_input(layout, shape[:2])
+    session = make_session(graph, layout, weights, threads=1)
+    gap = float(np.abs(session.run(None, {"x": window})[0].ravel()[: wanted.size] - wanted).max())
+    if not gap <= _GOLDEN_GAP * max(1.0, float(np.abs(wanted).max())):
+        raise PeerError("graph", f"differs by {gap:.3g} on its golden input")
+
+
 def first_run(graph: bytes, layout: Layout, shape: tuple[int, int, int]) -> None:
     """Check a graph, then score a full batch of zeros with it; `shape` is (C, T, outputs)."""
     check_graph(graph, layout)
@@ -85,6 +125,7 @@ def first_run(graph: bytes, layout: Layout, shape: tuple[int, int, int]) -> None
     if len(out) != 1 or out[0].shape != (many, shape[2]):
         due = f"for {many} windows of {shape[2]} outputs"
         raise PeerError("graph", f"gives {[list(o.shape) for o in out][:3]} {due}")
+    _check_golden(graph, layout, shape)
 
 
 def main() -> int:

@@ -106,6 +106,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 # Of more, most of what is kept is small, and a sparse coding is none any more.
 MOST_KEPT = 0.5
 _DOWN_WIDE, _DOWN_NARROW, _NARROWING = 0.1, 0.065, 6
+_VOTE_S = 60.0
 
 
 class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -113,6 +114,8 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     `keep` is the share of values that a sparse update keeps; None: steered by the holdouts (`broker.rate`).
     `early`: so long after an opening, a gateway whose signals have drifted may have the next round opened.
+    `vote`: how long the next round waits for votes on a new model; a gateway is against one that is worse by more
+    than `tolerance` on its own holdout.
     """
 
     strategy: str = "fedavg"
@@ -127,6 +130,15 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     keep: float | None = None
     momentum: float = 0.7
     downlink: Literal["sparse", "float32"] = "sparse"
+    vote: str | None = None
+    tolerance: float = 0.2
+
+    @property
+    def vote_s(self) -> float:
+        """Seconds; 0 where nobody votes, as in an asynchronous federation, which waits for nobody."""
+        if self.vote is None:
+            return 0.0 if self.mode == "async" else _VOTE_S
+        return seconds(self.vote)
 
     @property
     def bits(self) -> int:
@@ -321,12 +333,16 @@ def _check_round(file: TomlFile, need: _Need, r: Round) -> None:
     need(not few, ["round", "buffer"], "less than min_gateways", f"write {r.min_gateways} or more")
     need(0 <= r.momentum < 1, ["round", "momentum"], "out of range", "write 0.0 to 0.99")
     need(r.rounds is None or r.rounds >= 1, ["round", "rounds"], "out of range", "write 1 or more, or leave it out")
-    for key, text in (("deadline", r.deadline), ("every", r.every), ("early", r.early or "0s")):
+    durations = {"deadline": r.deadline, "every": r.every, "early": r.early or "0s", "vote": r.vote or "0s"}
+    for key, text in durations.items():
         try:
             duration = seconds(text)
         except ValueError as error:
             raise file.error(["round", key], str(error), 'write "90s", "2h", "7d" or "2w"') from None
         need(duration <= MAX_DURATION_S, ["round", key], "out of range", "write ten years at most")
+    need(0 <= r.tolerance <= 1, ["round", "tolerance"], "out of range", "write 0.0 to 1.0")
+    step = r.mode == "sync" or not r.vote_s
+    need(step, ["round", "vote"], "an asynchronous federation waits for no vote", 'write "0s", or leave it out')
     soon = r.early_s is None or (r.mode == "sync" and r.early_s < r.every_s)
     need(soon, ["round", "early"], "no earlier than the next round anyway", "write less than every, or leave it out")
 

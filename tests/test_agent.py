@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from broker.messages import (
     Signer,
     Terms,
     Update,
+    Vote,
     Whole,
     open_envelope,
     peek,
@@ -37,6 +39,7 @@ from broker.messages import (
 from edge.cli import main
 from edge.feedback import Correction
 from edge.lab.physics import FEATURES
+from edge.lab.processes import free_port
 from edge.lab.stage import FEDERATION, Scenario, Stage, gateway_path
 from edge.memory import Memory
 from edge.store import State
@@ -179,6 +182,9 @@ def test_a_round_completes_and_scores_say_by_which_model(tmp_path: Path, kind: s
     assert main(["audit", "verify", str(p.stage.aggregator_state)]) == 0
     journal = Journal(p.stage.aggregator_state)
     assert list(journal.counted(TASK, 1)) == [str(PATH)]
+    assert journal.votes(TASK, 1).keys() == journal.losses(TASK, 1).keys()
+    assert (ballot := journal.ballot(TASK))
+    assert (ballot.version, ballot.before, ballot.kept) == (1, 0, 1)
     journal.close()
 
 
@@ -188,8 +194,14 @@ def nothing_else_left(p: Plant, out: Path) -> None:
     with (out / "left-this-site.csv").open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     key = bytes.fromhex(p.status()["public_key"])
-    update, answer = (topics.Uplink(PATH, TASK, kind).topic for kind in ("update", "answer"))
-    assert {topic for topic in p.heard if topic.startswith(f"{PATH}/_fl/")} == {STATUS, update, answer}
+    update, answer, vote = (topics.Uplink(PATH, TASK, kind).topic for kind in ("update", "answer", "vote"))
+    assert {topic for topic in p.heard if topic.startswith(f"{PATH}/_fl/")} - {vote} == {STATUS, update, answer}
+    cast = [open_envelope(payload, vote, key, Vote) for payload in set(p.heard.get(vote, []))]
+    votes = [(str(one.windows), f"{one.verdict} version {one.version}: {one.new}, was {one.old}") for one in cast]
+    assert votes == [(row["windows"], row["detail"]) for row in rows if row["what"] == "vote"]
+    # Who had enough windows to judge by says so in its update, and is waited for.
+    learnt = [open_envelope(payload, update, key, Update) for payload in set(p.heard[update])]
+    assert [(one.version, one.than) for one in cast] == [(1, 0) for one in learnt if one.base_loss is not None]
     sent = {(hashlib.sha256(payload).hexdigest(), str(len(payload))) for payload in p.heard[update]}
     assert sent == {(row["digest"], row["message_bytes"]) for row in rows if row["what"] == "update"}
     said = [open_envelope(payload, answer, key, Answer) for payload in p.heard[answer]]
@@ -460,3 +472,106 @@ def lie(p: Plant) -> None:
         p.publish(topic, bytes(MAX_PAYLOAD + 1))
         p.publish(topic, bytes(MAX_PAYLOAD + 20_000))
     sent("envelope", (plan, b"still listening"))
+
+
+def test_gateways_score_with_what_is_released(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with plant(tmp_path, "mosquitto", rounds=2) as p:
+        task = tmp_path / "aggregator" / "task.toml"
+        task.write_text(task.read_text().replace("epochs = 4", "epochs = 1\nalone = false"))
+        config = tmp_path / "aggregator" / "federation.toml"
+        command = ["-c", str(config), "--state", str(p.stage.aggregator_state)]
+        key = tmp_path / "release.key"
+        assert main(["broker", "release", *command, "--new-key", str(key)]) == 0
+        public = capsys.readouterr().out.split('"')[1]
+        with config.open("a") as file:
+            file.write(f'[release]\nkeys = ["{public}"]\ncanary = ["{PATH}"]\n')
+        for process in (*p.stage.plcs, p.stage.aggregator, p.gateway):
+            process.start()
+        p.until(lambda: p.task().get("model") in {1, 2})
+        p.until(lambda: p.aggregator().get("state") == "done" and p.task().get("model") == 2)
+        # Until the first release, each model is tried as it comes.
+        assert p.task()["release"] == 0
+        assert p.task()["scoring_model"] is not None
+        assert main(["broker", "release", *command, "--to", "canary"]) == 2  # the first one needs the operators' keys
+        assert "--key: too few: root is signed by 1 keys" in capsys.readouterr().err
+        steps: list[tuple[list[str], int]] = [
+            (["release", "--version", "1", "--to", "canary", "--key", str(key)], 1),
+            (["release", "--to", "stable", "--key", str(key)], 1),  # what the canaries have
+            (["release", "--version", "2", "--to", "canary"], 2),
+            (["rollback", "--key", str(key), "--to", "1"], 1),
+        ]
+
+        def installed(number: int) -> bool:
+            return p.task()["release"] == number  # type: ignore[no-any-return]
+
+        for number, ((verb, *options), version) in enumerate(steps, 1):
+            assert main(["broker", verb, *command, *options]) == 0
+            assert f"release {number} of {TASK}: version {version} for" in capsys.readouterr().out
+            p.until(partial(installed, number))
+            assert p.task()["model"] == 2  # training goes on from the newest
+            if version == 1:
+                assert (p.task()["scoring_model"], p.task()["scoring_kind"]) == (1, "global")
+        p.gateway.kill()
+        p.gateway.start()
+        p.until(lambda: p.task().get("release") == 4 and p.task()["scoring_model"] == 1 and p.task()["scored"] > 0)
+    state = State(p.stage.gateway_state(0))
+    entries = [json.loads(line) for line in state.ledger()]
+    ledger.verify(state.ledger())
+    state.close()
+    ways = [(e["body"]["channel"], e["body"]["version"]) for e in entries if e["kind"] == "release-installed"]
+    assert ways == [("canary", 1), ("stable", 1), ("canary", 2), ("stable", 1)]
+    assert sum(e["kind"] == "release-root-pinned" for e in entries) == 1
+
+
+def test_a_gateway_without_a_network_takes_part_by_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with plant(tmp_path, "amqtt") as p:
+        task = tmp_path / "aggregator" / "task.toml"
+        task.write_text(task.read_text().replace("epochs = 4", "epochs = 1\nalone = false"))
+        p.stage.aggregator.start()
+        # Another one is there, so that a round opens; it sends nothing.
+        other, path = Signer.generate(), topics.GatewayPath.parse(gateway_path(1))
+        there = topics.Status(path).topic
+        birth = other.seal(Birth(1, 5, 5, other.public_key, "test", (TASK,)), there)
+        p.client.publish(there, birth, qos=1, retain=True).wait_for_publish(WAIT_S)
+        p.until(lambda: p.aggregator().get("state") == "open", gateway=False)
+        toml, state = tmp_path / "plant1" / "gateway.toml", p.stage.gateway_state(0)
+        key = json.loads((p.stage.aggregator_state / "status.json").read_text())["public_key"]
+        alone = toml.read_text().replace(f":{p.stage.mqtt_port}", f":{free_port()}")
+        toml.write_text(f'{alone}\n[federation]\nname = "{FEDERATION}"\nkey = "{key}"\n')
+        office = ["-c", str(tmp_path / "aggregator" / "federation.toml"), "--state", str(p.stage.aggregator_state)]
+        cell = ["-c", str(toml), "--state", str(state)]
+        for process in (*p.stage.plcs, p.gateway):
+            process.start()
+        p.until(lambda: "public_key" in p.status())
+        assert main(["broker", "enrol", *office, "--path", str(PATH), "--key", str(p.status()["public_key"])]) == 0
+
+        models, updates = tmp_path / "cell.models", tmp_path / "cell.updates"
+
+        def down() -> None:
+            assert main(["broker", "export", *office, "--path", str(PATH), str(models)]) == 0
+            assert main(["edge", "import", str(models), *cell]) == 0
+
+        down()
+        p.until(lambda: p.task().get("model") == 0)
+        p.until(lambda: p.status()["outbox"] == 1)
+        assert not p.status()["mqtt"]["connected"]
+        capsys.readouterr()
+        for _ in range(2):  # nothing is counted twice
+            assert main(["edge", "export", *cell, "--updates", str(updates)]) == 0
+            assert main(["broker", "import", *office, str(updates)]) == 0
+            assert f"{PATH}, {TASK}: an update of round 1, " in capsys.readouterr().out
+            p.until(lambda: p.aggregator().get("counted") == [str(PATH)])
+        p.publish(there, other.seal(Death(1, 5), there))
+        p.until(lambda: p.aggregator().get("state") == "done")
+        down()
+        p.until(lambda: p.task().get("model") == 1 and p.status()["outbox"] == 0)
+        p.until(lambda: p.task()["scored"] > 0)
+        assert not {topic for topic in p.heard if topic.startswith(f"{PATH}/")}
+    ring = State(state)
+    kinds = [json.loads(line)["kind"] for line in ring.ledger()]
+    ledger.verify(ring.ledger())
+    ring.close()
+    assert kinds.index("update") < kinds.index("exported") < kinds.index("receipt")
+    journal = Journal(p.stage.aggregator_state)
+    assert list(journal.counted(TASK, 1)) == [str(PATH)]
+    journal.close()

@@ -31,6 +31,8 @@ def fill(state: State) -> None:
         state.record("update", {**update})
         state.record("receipt", {"task": "wear", "round": 1, "digest": "ab" * 32, "outcome": "counted"})
         state.record("update", {**update, "round": 2, "digest": "cd" * 32})
+        vote = {"task": "wear", "version": 2, "verdict": "against", "new": 0.5, "old": 0.75, "windows": 40}
+        state.record("vote", {**vote, "message_bytes": 140})
         state.record("declined", {"task": "wear", "round": 3, "reason": "=too few", "message_bytes": 95})
         state.checkpoint(signer)
         state.record("feedback", {"task": "wear"})
@@ -58,13 +60,13 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 def test_a_ledger_holds_and_says_who_signed_how_much(gateway: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", "verify", str(gateway)]) == 0
     text = said(capsys)
-    assert f"{gateway}: ok, 11 entries" in text
-    assert "up to entry 9" in text
+    assert f"{gateway}: ok, 12 entries" in text
+    assert "up to entry 10" in text
     assert main(["audit", "verify", str(gateway), "--json"]) == 0
     head = json.loads(said(capsys))
     with closing(State(gateway)) as state:
         key = own_signer(state).public_key.hex()
-    assert (head["entries"], head["signed"], head["key"]) == (11, 9, key)
+    assert (head["entries"], head["signed"], head["key"]) == (12, 10, key)
     assert main(["audit", "verify", str(gateway), "--key", key.upper(), "--head", head["hash"]]) == 0
 
 
@@ -101,7 +103,7 @@ def rewritten(found: list[str], start: int, change: Callable[[dict[str, Any]], N
         (lambda f: [*f[:5], f[5].replace('"bytes":300', '"bytes":30'), *f[6:]], "ledger entry 6: changed after it was"),
         (lambda f: f[:5] + f[6:], "ledger entry 6: numbered 7"),
         (lambda f: [*f[:5], f[6], f[5], *f[7:]], "ledger entry 6: numbered 7"),
-        (lambda f: rewritten(f, 5, lambda one: one["body"].update(bytes=30)), "entry 10: its signature"),
+        (lambda f: rewritten(f, 5, lambda one: one["body"].update(bytes=30)), "entry 11: its signature"),
         (lambda f: rewritten(f, 2, lambda one: one["body"].update(key=OTHER.public_key.hex())), "entry 3: its"),
         (lambda f: rewritten(f, 2, lambda one: one["body"].update(key=7)), "entry 3: its signature does not verify"),
         (lambda f: [*f[:5], "{", *f[6:]], "ledger entry 6: not JSON"),
@@ -135,17 +137,18 @@ def test_another_key_has_signed_nothing(gateway: Path, tmp_path: Path, capsys: p
 def test_what_left_is_one_table_and_one_page(gateway: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["audit", "report", str(gateway), "--out", str(out)]) == 0
-    assert said(capsys).startswith("messages that left this site: 5; ")
+    assert said(capsys).startswith("messages that left this site: 6; ")
     with (out / "left-this-site.csv").open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["what"] for row in rows] == ["birth", "joined", "update", "update", "declined"]
+    assert [row["what"] for row in rows] == ["birth", "joined", "update", "update", "vote", "declined"]
     counted, open_ = rows[2:4]
     assert (counted["digest"], counted["payload_bytes"], counted["message_bytes"]) == ("ab" * 32, "300", "400")
     assert counted["answered"].startswith("counted 20")
     assert open_["answered"] == "not answered yet"
-    assert [row["entry"] for row in rows] == ["4", "5", "6", "8", "9"]
+    assert [row["entry"] for row in rows] == ["4", "5", "6", "8", "9", "10"]
     assert rows[0]["message_bytes"] == "170"
-    assert rows[4]["detail"] == "'=too few"  # no formula for a spreadsheet
+    assert (rows[4]["windows"], rows[4]["detail"]) == ("40", "against version 2: 0.5, was 0.75")
+    assert rows[5]["detail"] == "'=too few"  # no formula for a spreadsheet
     page = (out / "report.html").read_text()
     assert "2: 600 bytes of weight deltas, 800 with signatures" in page
     assert "<script" not in page

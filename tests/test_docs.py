@@ -81,6 +81,7 @@ def test_every_command_has_help_with_an_example(path: str, capsys: pytest.Captur
         ("task.NAME", config.TaskTable),
         ("federation", federation.FederationTable),
         ("enrolment", federation.EnrolmentTable),
+        ("release", federation.ReleaseTable),
         ("window", spec.Window),
         ("target", spec.Target),
         ("alarm", spec.Alarm),

@@ -58,6 +58,20 @@ def test_reads_a_good_one(folder: Path) -> None:
         ("join", "joins", 4, "did you mean 'join'"),
         ("mqtt://127.0.0.1", "mqtt://10.0.0.1", 6, "insecure = true"),
         ("wear.toml", "absent.toml", 8, "no file"),
+        ('file = "wear.toml"', 'file = "wear.toml"\n[release]\nkeys = []', 10, "0 keys, or one twice; write 1 to 16"),
+        ('file = "wear.toml"', 'file = "wear.toml"\n[release]\nkeys = ["ab"]', 10, "'ab' is no key"),
+        (
+            'file = "wear.toml"',
+            f'file = "wear.toml"\n[release]\nkeys = ["{"ab" * 32}"]\nthreshold = 2',
+            11,
+            "write 1 to 1, the number of keys",
+        ),
+        (
+            'file = "wear.toml"',
+            f'file = "wear.toml"\n[release]\nkeys = ["{"ab" * 32}"]\ncanary = ["acme/lyon"]',
+            11,
+            "has 2 levels",
+        ),
         ('file = "wear.toml"\n', 'file = "wear.toml"\n[[task]]\nfile = "wear.toml"\n', 10, "second task"),
         ('[[task]]\nfile = "wear.toml"\n', "", 1, "task"),
     ],
@@ -113,7 +127,7 @@ def test_every_command_has_help_with_an_example() -> None:
     parser = argparse.ArgumentParser(prog="tundish broker")
     commands = parser.add_subparsers()
     cli.add_commands(commands)
-    assert set(commands.choices) == {"run", "status", "init", "enrol", "acl"}
+    assert set(commands.choices) == {"run", "status", "init", "enrol", "acl", "release", "rollback", "import", "export"}
     for command in commands.choices.values():
         assert "example: tundish broker" in command.format_help()
 

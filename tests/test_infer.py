@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 import torch
 
+from broker.messages import ModelManifest, Object, Terms, Whole
 from edge.choose import GLOBAL, MIX, OWN, TUNED
+from edge.config import ScoringTable
 from edge.dataset import Dataset
+from edge.handback import Model
 from edge.history import Score
 from edge.infer import Scorer, contest, elect
 from edge.live import Live
 from edge.tags import Quality, Sample
+from edge.vote import judge
 from edge.window import Wiring
-from models.delta import Layout, Vector
+from models.delta import Layout, Vector, weights_digest
 from models.export import export
 from models.scale import Scale
 from models.spec import Task, parse_task
@@ -32,9 +36,8 @@ def task(kind: str, tail: str = "", channels: int = 3, length: int = 4) -> Task:
     return parse_task(head + "".join(f'[[signal]]\nname = "s{i}"\n' for i in range(channels)) + tail)
 
 
-CLASSES = task(
-    "classification", '[target]\nname = "c"\nclasses = ["ok", "worn", "torn"]\n[alarm]\nclasses = ["worn", "torn"]\n'
-)
+TAIL = '[target]\nname = "c"\nclasses = ["ok", "worn", "torn"]\n[alarm]\nclasses = ["worn", "torn"]\n'
+CLASSES = task("classification", TAIL)
 NUMBER = task("regression", '[target]\nname = "r"\n[alarm]\nabove = 50.0\nbelow = -50.0\n')
 ANOMALY = task("anomaly")
 PLAIN = Scale((0.0, 10.0, 0.0), (1.0, 5.0, 1.0))
@@ -287,3 +290,38 @@ def test_a_model_that_nobody_trained_learns_the_normal_first_and_raises_no_alarm
     assert floor.kept
     assert {score.verdict for score in floor.kept} == {"learning"}
     assert floor.live.stats.alarms == 0
+
+
+def model(version: int, *logits: float, one: Task = CLASSES) -> Model:
+    graph, layout, vector = export(one, 0)
+    vector = edited(layout, vector, bias(*logits))
+    manifest = ModelManifest(
+        1, version, version, version, 1, 1, bytes(32), weights_digest(vector), Whole(0, (b"0" * 32,))
+    )
+    terms = Terms(1, "", layout.to_wire(), Object("graph", 0, 1, bytes(32), (bytes(32),)))
+    return Model(manifest, terms, one, layout, graph, vector)
+
+
+def test_a_gateway_votes_by_its_own_holdout() -> None:
+    y = np.array([0] * 91 + [1] * 109, np.float32)
+    holdout, table = Dataset(np.zeros((200, 3, 4), np.float32), y), ScoringTable()
+    ok, worn = model(4, 1, 0, 0), model(5, 0, 1, 0)
+    scale, none = replace(PLAIN), (None, Dataset(holdout.x[:0], y[:0]))
+    found = judge(table, worn, ok, holdout, scale, None)
+    assert found
+    assert (found.version, found.than, found.digest) == (5, 4, worn.manifest.digest)
+    assert (found.windows, found.verdict) == (200, "for")
+    assert found.new == pytest.approx(0.545)
+    assert found.old == pytest.approx(0.455)
+    # Worse by nine points: of twenty that are tolerated, and of five.
+    assert (vote := judge(table, ok, worn, holdout, scale, None))
+    assert vote.verdict == "for"
+    strict = replace(ok, task=task("classification", TAIL + "[round]\ntolerance = 0.05\n"))
+    assert (vote := judge(table, strict, worn, holdout, scale, None))
+    assert vote.verdict == "against"
+    for nothing in none:
+        assert judge(table, worn, ok, nothing, scale, None) is None
+    assert judge(table, worn, None, holdout, scale, None) is None
+    assert judge(table, worn, ok, holdout, None, None) is None
+    silent = replace(worn, task=task("classification", TAIL + '[round]\nvote = "0s"\n'))
+    assert judge(table, silent, ok, holdout, scale, None) is None

@@ -242,7 +242,10 @@ def test_refuses_an_unknown_schema(tmp_path: Path) -> None:
         Journal(tmp_path)
 
 
-_TO_5 = "DROP TABLE tokens;"
+_TO_8 = "DROP TABLE receipts;"
+_TO_7 = f"{_TO_8} DROP TABLE metadata; DROP TABLE releases;"
+_TO_6 = f"{_TO_7} DROP TABLE ballots; DROP TABLE votes;"
+_TO_5 = f"{_TO_6} DROP TABLE tokens;"
 _TO_4 = _TO_5 + "".join(
     f"ALTER TABLE updates {change};"
     for change in (
@@ -259,6 +262,9 @@ UNDO = {
     3: _TO_3,
     4: _TO_4,
     5: _TO_5,
+    6: _TO_6,
+    7: _TO_7,
+    8: _TO_8,
 }
 
 

@@ -24,7 +24,7 @@ from models.delta import MAX_DIMENSIONS, MAX_ENTRIES, MAX_PARAMETERS, Layout
 from models.errors import PeerError, UserError
 from models.export import export
 from models.graph import LOCATION, MAX_GRAPH_BYTES, OPSET, make_session
-from models.graphcheck import MAX_CONSTANT_BYTES, MAX_NODES, check_graph, first_run
+from models.graphcheck import MAX_CONSTANT_BYTES, MAX_NODES, check_graph, first_run, golden_input, with_golden
 from models.scale import Scale
 from models.spec import Task, net_names, parse_task
 
@@ -225,6 +225,18 @@ def test_auroc_counts_pairs(rows: list[tuple[bool, int]]) -> None:
     else:
         pairs = [1.0 if g > b else 0.5 if g == b else 0.0 for g in good for b in bad]
         assert got == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_much_worse_is_beyond_the_noise_and_beyond_what_is_tolerated() -> None:
+    much = evaluate.much_worse
+    assert much("accuracy", 0.79, 0.9, 1000, 0.1)
+    assert not much("accuracy", 0.81, 0.9, 1000, 0.1)
+    assert not much("accuracy", 0.79, 0.9, 4, 0.1)  # four windows show nothing
+    assert much("rmse", 1.2, 1.0, 1000, 0.1)
+    assert not much("rmse", 1.09, 1.0, 1000, 0.1)
+    assert not much("rmse", 0.1, 1.0, 1000, 0.0)
+    assert much("error", NAN, 1.0, 1, 1.0)
+    assert not much("error", 1.0, NAN, 1000, 0.0)
 
 
 def test_not_worse() -> None:
@@ -429,6 +441,37 @@ def edited(edit: Callable[[onnx.ModelProto], object]) -> bytes:
 
 def test_a_plain_graph_is_taken() -> None:
     first_run(PLAIN.SerializeToString(), LAYOUT, SHAPE)
+
+
+def golden(value: str) -> bytes:
+    return edited(lambda m: m.metadata_props.add(key="tundish-golden", value=value))
+
+
+def test_a_graph_gives_what_it_gave_where_it_was_made() -> None:
+    weights, window = golden_input(LAYOUT, SHAPE[:2])
+    outputs = window.reshape(1, 4) @ weights.reshape(4, 2)
+    first_run(with_golden(PLAIN.SerializeToString(), outputs), LAYOUT, SHAPE)
+    for value, says in (
+        (outputs + 0.01, "differs by 0.01 on its golden input"),
+        (outputs * math.nan, "differs by nan"),
+        (outputs[:, :1], r"its golden outputs are \(1,\), of 2"),
+    ):
+        with pytest.raises(PeerError, match=says):
+            first_run(with_golden(PLAIN.SerializeToString(), value), LAYOUT, SHAPE)
+    for text in ("", "{}", "[[1], 2]", '["x", 1]', "[" * 100_000):
+        with pytest.raises(PeerError, match="golden outputs are"):
+            first_run(golden(text), LAYOUT, SHAPE)
+
+
+@pytest.mark.parametrize("net", net_names())
+def test_what_is_exported_says_its_golden_outputs(net: str) -> None:
+    one = fitting(net)
+    graph, layout, _ = export(one, seed=0)
+    (said,) = onnx.load_from_string(graph).metadata_props
+    weights, window = golden_input(layout, one.input_shape)
+    got = make_session(graph, layout, weights, threads=1).run(None, {"x": window})[0].ravel()
+    assert np.allclose(json.loads(said.value), got[:16], atol=1e-4)
+    assert np.abs(got).max() > 1e-3  # zeros would prove nothing
 
 
 BRANCH = graph_of([node("Identity", ["x"], ["z"])], [], "z")

@@ -9,13 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.messages import Plan
+from broker.messages import Plan, Vote
 from edge import events
 from edge import participant as p
 from edge.config import Policy
 from edge.events import (
     Answer,
+    CastVote,
     Drifted,
+    Judged,
     MayTrain,
     ModelStored,
     PlanSeen,
@@ -53,6 +55,7 @@ def joined(number: int) -> Answer:
     return Answer(number, "joined", "ok", "")
 
 
+VOTE = Vote(1, 1, bytes(32), 0, 0.8, 0.7, 40, "for", 1)
 READY: tuple[events.Event, ...] = (ModelStored(0, bytes(32)), WindowsReady(10))
 
 
@@ -319,13 +322,26 @@ def test_a_round_that_is_over_before_training_may_start_is_told_why() -> None:
     assert tell(g, MayTrain(STILL, 10), seen(2), seen(2, state="closed")) == [not_now(2, AFTER)]
 
 
+def test_a_vote_is_said_again_until_a_round_opens_from_it_or_later() -> None:
+    g = gateway(handled=(1, 1))
+    assert tell(g, seen(1), seen(1, state="closed"), Judged(VOTE)) == [CastVote(VOTE)]
+    assert tell(g, Reconnected(), seen(1), Reconnected()) == [CastVote(VOTE), CastVote(VOTE)]
+    assert tell(g, seen(2, 0)) == [joined(2)]  # of an aggregator that does not know of that model yet
+    assert tell(g, Reconnected()) == [joined(2), CastVote(VOTE)]
+    tell(g, seen(3, 1))
+    assert tell(g, Reconnected()) == [joined(3)]
+    g = gateway(vote=VOTE)  # of a gateway that was restarted
+    assert tell(g, Reconnected()) == [CastVote(VOTE)]
+    assert tell(g, seen(2, 2, "done"), Reconnected()) == []
+
+
 # -- every pair, any order ---------------------------------------------------------------------------------------------
 
 
 EVENTS: dict[type, events.Event] = {
     PlanSeen: seen(1), ModelStored: ModelStored(0, bytes(32)), WindowsReady: WindowsReady(10), Trained: Trained(1),
     TrainingFailed: TrainingFailed(1, "killed"), Settled: Settled(1, "counted"), Unable: Unable(""),
-    MayTrain: MayTrain(), Drifted: Drifted("s1 0.4"), Reconnected: Reconnected(),
+    MayTrain: MayTrain(), Drifted: Drifted("s1 0.4"), Judged: Judged(VOTE), Reconnected: Reconnected(),
     PolicyChanged: PolicyChanged(Policy()),
 }  # fmt: skip
 WAYS: dict[State, tuple[events.Event, ...]] = {
@@ -358,7 +374,8 @@ def test_every_pair(state: State, event: type) -> None:
         (State.TRAINING, TrainingFailed): (State.TRAINING, [StartTraining(1, 0, 4, 1)]),
         (State.SENT, Settled): (State.IDLE, []),
     }
-    stays = (state, [joined(1)] if event is Reconnected and WAYS[state] else [])
+    said: list[events.Action] = [CastVote(VOTE)] if event is Judged else []
+    stays = (state, [joined(1)] if event is Reconnected and WAYS[state] else said)
     assert (g.state, actions) == moved.get((state, event), stays)
 
 

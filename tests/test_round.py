@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from broker import federation
 from broker import round as rounds
+from broker.ballot import Ballot, Decided, Voted
 from broker.federation import (
     Aggregated,
     Answered,
@@ -20,11 +21,10 @@ from broker.federation import (
     Federation,
     Finish,
     Open,
-    Past,
     Rules,
     Tick,
 )
-from broker.round import Action, Close, Extend, Outcome, Round
+from broker.round import Action, Close, Extend, Outcome, Past, Round
 from models.errors import LocalError
 
 D = [bytes([i]) * 32 for i in range(8)]
@@ -53,7 +53,7 @@ def test_every_transition_stands_in_the_table() -> None:
     assert rounds.TRANSITIONS.keys() == set(itertools.product(rounds.State, events))
     with pytest.raises(LocalError, match="knows no Event"):
         sync().handle(rounds.Event(), 0)
-    more = [Born, Died, Answered, Asked, federation.Submitted, federation.Refused, Disconnected, Connected, Tick]
+    more = [Born, Died, Answered, Asked, federation.Submitted, federation.Refused, Voted, Disconnected, Connected, Tick]
     pairs = {*itertools.product(federation.State, more), (federation.State.CLOSING, Aggregated)}
     assert federation.TRANSITIONS.keys() == pairs
     with pytest.raises(LocalError, match="waiting knows no Aggregated"):
@@ -420,3 +420,71 @@ def test_a_closed_or_last_round_is_known_after_a_restart() -> None:
     assert fed(past=past).next_opening_ms == 1000 + HOUR
     assert fed(rounds=4, past=past).state is federation.State.DONE
     assert fed(rounds=5, past=past).state is federation.State.WAITING
+
+
+# Votes.
+
+
+def voting(ballot: Ballot | None = None) -> Federation:
+    """After round 1, whose model is voted on until 1000; d was not counted."""
+    rules = Rules(2, 100, 0, 3, vote_ms=1000)
+    if ballot:
+        return Federation(rules, version=1, past=Past(1, 0, 0, 100, is_open=False), ballot=ballot)
+    f = Federation(rules, version=0, past=None)
+    tell(f, Born("a", 1), Born("b", 1), Born("c", 1), *map(update, "abc"))
+    assert tell(f, Born("d", 1), Aggregated(1, frozenset("abc")), Tick()) == []
+    assert f.state is federation.State.VOTING
+    assert f.ballot
+    assert f.ballot.waits_for(f.gone) == {"a", "b", "c"}
+    return f
+
+
+def vote(path: str, version: int = 1, *, against: bool = False) -> Voted:
+    return Voted(path, version, against)
+
+
+def no(path: str) -> Voted:
+    return vote(path, against=True)
+
+
+def test_a_model_is_kept_when_everybody_has_voted() -> None:
+    f = voting()
+    assert tell(f, vote("a"), no("a"), vote("b", 0), no("d"), vote("b"), Tick(), now=9) == []
+    decided = Decided(1, 0, kept=True, votes={"a": False, "d": True, "b": False, "c": True})
+    assert tell(f, no("c"), now=9) == [decided, Open(2, 1, 9, 109)]  # half is no majority
+    assert tell(f, no("b"), now=9) == []
+
+
+def test_a_model_that_is_voted_down_makes_way() -> None:
+    f = voting()
+    decided = Decided(1, 0, kept=False, votes={"a": True, "b": False, "c": True})
+    assert tell(f, no("a"), vote("b"), no("c"), now=9) == [decided]
+    assert f.state is federation.State.CLOSING
+    assert tell(f, Tick(), now=9999) == []
+    assert tell(f, Aggregated(2), now=9999) == [Open(2, 2, 9999, 10099)]  # and nobody votes on that
+    tell(f, *(update(path, 2, 2) for path in "abcd"))
+    assert tell(f, Aggregated(2), now=9999) == [Open(3, 2, 9999, 10099)]  # nor where a round made no model
+    tell(f, *(update(path, 3, 2) for path in "abcd"))
+    assert tell(f, Aggregated(3)) == [Decided(3, 2, kept=True, votes={}), Finish()]  # nobody has a holdout
+
+
+def test_a_vote_ends_in_time_without_the_silent_and_the_gone() -> None:
+    assert words(tell(voting(), Tick(), now=999)) == []
+    assert tell(voting(), Tick(), now=1000)[0] == Decided(1, 0, kept=True, votes={})
+    f = voting()
+    assert tell(f, no("a"), Tick(), now=999) == []
+    assert tell(f, Tick(), now=1000) == [Decided(1, 0, kept=False, votes={"a": True})]
+    f = voting()
+    assert tell(f, no("a"), vote("b"), Died("c", 1)) == []
+    assert words(tell(f, Tick())) == ["Decided", "Open"]
+
+
+def test_no_vote_ends_while_nobody_can_be_heard() -> None:
+    f = voting(Ballot(1, 0, frozenset("ab"), 1000, {"a": True}))
+    assert tell(f, Disconnected(), Tick(), now=5000) == []
+    assert tell(f, Connected(), Tick(), now=6000) == []  # what was said meanwhile is on its way
+    assert tell(f, Tick(), now=6999) == []
+    assert words(tell(f, no("b"), now=6999)) == ["Decided"]
+    f = voting(Ballot(1, 0, frozenset("ab"), 1000, {"a": True}))
+    tell(f, Disconnected(), Connected(), now=6000)
+    assert tell(f, Tick(), now=7000) == [Decided(1, 0, kept=False, votes={"a": True})]

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cbor2
 import cwt
@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker import intake, ledger, topics
+from broker.aggregate import load_state
 from broker.config import load_federation
 from broker.genesis import put_first_model
 from broker.journal import Journal
@@ -34,6 +35,7 @@ from broker.messages import (
     Receipt,
     Signer,
     Update,
+    Vote,
     open_envelope,
     peek,
 )
@@ -68,6 +70,7 @@ deadline = "1h"
 every = "0s"
 rounds = {rounds}
 downlink = "{downlink}"
+vote = "{vote}"
 """
 
 
@@ -97,6 +100,7 @@ class Plant:
         rounds: int = 1,
         join: str = "first-seen",
         downlink: str = "float32",
+        vote: str = "0s",
         more: str = "",
     ) -> None:
         self.config = folder / "federation.toml"
@@ -105,7 +109,7 @@ class Plant:
             f'[federation]\nname = "press"\nroots = ["acme"]\njoin = "{join}"\n'
             f'[mqtt]\nurl = "{url}"\n[[task]]\nfile = "wear.toml"\n'
         )
-        text = TASK.format(min_gateways=min_gateways, rounds=rounds, downlink=downlink) + more
+        text = TASK.format(min_gateways=min_gateways, rounds=rounds, downlink=downlink, vote=vote) + more
         (folder / "wear.toml").write_text(text)
         task, text = load_task(folder / "wear.toml")
         self.first = np.linspace(-1, 1, LAYOUT.size, dtype=np.float32)
@@ -236,6 +240,12 @@ class Gateway:
         envelope = self.signer.seal(update, topic)
         self.link.publish(topic, envelope)
         return envelope
+
+    def vote(self, version: int, verdict: Literal["for", "against"], *, digest: bytes = b"") -> None:
+        topic = topics.Uplink(self.path, "wear", "vote").topic
+        digest = digest or weights_digest(self.weights())
+        said = Vote(1, version, digest, version - 1, 9.0 if verdict == "against" else 1.0, 2.0, 40, verdict, 1)
+        self.link.publish(topic, self.signer.seal(said, topic))
 
 
 @asynccontextmanager
@@ -396,6 +406,56 @@ async def test_without_steps_a_slow_gateway_holds_up_nobody_and_still_counts(
         assert np.allclose(there[0].weights(), expected, rtol=1e-5)
         process.terminate()
         await process.wait()
+
+
+async def test_a_model_that_is_voted_down_makes_way_for_the_one_before(broker: BrokerProcess, tmp_path: Path) -> None:
+    plant = Plant(tmp_path, broker.url, rounds=2, vote="1h", more="momentum = 0.9\n")
+    async with gateways(broker.url) as there:
+        process = await plant.process()
+        plan = await open_plan(there)
+        for i, g in enumerate(there):
+            g.send(plan, delta(i), loss=1.0)
+        await until(lambda: all(g.has(1) for g in there))
+        first = weights_digest(there[0].weights())
+        there[0].vote(1, "for")
+        there[0].vote(1, "against")  # the first word stays
+        there[1].vote(1, "for", digest=bytes(32))
+        await until(lambda: plant.status()["refused"].get("unknown-model") == 1)
+        await until(lambda: (v := plant.status()["tasks"]["wear"]["vote"]) and (v["for"], v["against"]) == (1, 0))
+        assert there[0].plan() is not None
+        assert plant.status()["tasks"]["wear"]["state"] == "voting"
+        process.send_signal(signal.SIGKILL)
+        await process.wait()
+        await until(lambda: peek(there[0].heard["_fl/press/status"][-1], FederationBirth).state == "down")
+        process = await plant.process()
+        await until(lambda: peek(there[0].heard["_fl/press/status"][-1], FederationBirth).state == "up")
+        for g in there[1:]:
+            g.vote(1, "for")
+        plan = await open_plan(there, 2)
+        assert (plan.base, plan.base_digest) == (1, first)
+        for g in there:
+            g.send(plan, delta(7), loss=1.0)
+        await until(lambda: all(g.has(2) for g in there))
+        assert weights_digest(there[0].weights()) != first
+        for g, verdict in zip(there, ("against", "for", "against"), strict=True):
+            g.vote(2, verdict)  # type: ignore[arg-type]
+        # Versions never go back: the third is the first again, and what the strategy had learnt of the second is gone.
+        await until(lambda: all((p := g.plan()) and p.state == "done" for g in there))
+        await until(lambda: all(g.has(3) for g in there))
+        assert weights_digest(there[0].weights()) == first
+        process.terminate()
+        await process.wait()
+    journal = Journal(plant.state)
+    entries = [json.loads(line) for line in journal.ledger_lines()]
+    said = [(e["body"]["version"], e["body"]["verdict"]) for e in entries if e["kind"] == "vote"]
+    assert sorted(said) == [(1, "for")] * 3 + [(2, "against")] * 2 + [(2, "for")]
+    (kept,), (down,) = ([e["body"] for e in entries if e["kind"] == kind] for kind in ("kept", "voted-down"))
+    assert (kept["version"], kept["for"], down["version"], down["for"], down["against"]) == (1, 3, 2, 1, 2)
+    assert [e["body"]["again"] for e in entries if e["kind"] == "model" and "again" in e["body"]] == [1]
+    velocity = load_state(journal.strategy_state("wear"))["velocity"]
+    assert np.allclose(velocity, 2)  # the mean of the first round, not 0.9 of it and 8
+    ledger.verify(journal.ledger_lines())
+    journal.close()
 
 
 def lesson(number: int, i: int) -> Vector:

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from broker import messages as m
 from broker.link import Inbound
 from broker.messages import Signer
-from broker.topics import FederationStatus
-from edge.config import load_config
+from broker.topics import FederationStatus, ReleaseFile
+from edge.config import FederationTable, load_config
 from edge.ring import Samples
 from edge.shop import Shop
 from edge.store import State
@@ -60,3 +61,19 @@ async def test_a_federation_that_the_disk_does_not_take_is_told(shop: Shop) -> N
     await trust._pinning
     assert trust.problem.startswith("federation north is not pinned: state can't be stored: ")
     assert (shop.federation, shop.state.pinned()) == ("north", None)
+
+
+async def test_another_federations_root_of_releases_is_forgotten(shop: Shop) -> None:
+    with shop.state.transaction():
+        shop.state.pin("north", FIRST.public_key, "first seen")
+    topic = ReleaseFile("north", "first").topic
+    for root in (b"{}", b"{1}"):  # the first one stays
+        said = FIRST.seal(m.FirstRoot(m.VERSION, root), topic)
+        shop.releases.hear("first", Inbound(topic, said, retain=True, qos=1, mid=1), FIRST.public_key)
+        await shop.releases._pinning
+    assert shop.state.get("release-root/pinned") == b"{}"
+    wanted = FederationTable(name="south", key=OTHER.public_key.hex())
+    shop.config = msgspec.structs.replace(shop.config, federation=wanted)
+    assert shop.releases.in_force
+    Trust(shop)
+    assert not shop.releases.in_force

@@ -1,0 +1,94 @@
+"""The aggregator's file as such: how it is opened, owned, and written, all or nothing. What is in it: `journal`."""
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from broker.schema import SCHEMA, SCHEMA_VERSION, UPGRADE
+from models.errors import LocalError
+
+
+class Database:
+    """An open `journal.db`. Writes belong inside `with journal.transaction():`; LocalError when the disk refuses."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "journal.db"
+        self._lock: int | None = None
+        with blame_disk(self.path):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)
+            # The other files that SQLite makes take the mode of this one.
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            self.path.chmod(0o600)
+            self._db = sqlite3.connect(self.path, isolation_level=None)
+            self._prepare()
+
+    def claim(self) -> None:
+        """Be the one aggregator of this folder until closed; LocalError when there is another."""
+        path = self.path.with_name("lock")
+        with blame_disk(path):
+            self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                problem = "another aggregator runs with this state; stop it, or choose another --state"
+                raise LocalError(f"{path}: {problem}") from error
+
+    def close(self) -> None:
+        """Close the file; the journal can't be used afterwards."""
+        self._db.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Commit everything inside at once, or nothing of it."""
+        # The connection commits at the end, or rolls back unless SQLite has done so itself, as on a full disk.
+        with blame_disk(self.path), self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield
+
+    def _prepare(self) -> None:
+        # First of all: changing the journal mode waits for others too.
+        self._db.execute("PRAGMA busy_timeout = 5000")
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        elif version in UPGRADE:
+            steps = " ".join(UPGRADE[v] for v in range(version, SCHEMA_VERSION))
+            self._db.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        elif version != SCHEMA_VERSION:
+            self._db.close()
+            raise LocalError(
+                f"{self.path} has schema {version}, this program knows {SCHEMA_VERSION}; "
+                "install the version that wrote it, or choose another --state"
+            )
+
+    def _do(self, query: str, *values: Any) -> None:
+        with blame_disk(self.path):
+            self._db.execute(query, values)
+
+    def _rows(self, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        with blame_disk(self.path):
+            yield from self._db.execute(query, values)
+
+    def _one(self, query: str, *values: Any) -> tuple[Any, ...] | None:
+        with blame_disk(self.path):
+            row: tuple[Any, ...] | None = self._db.execute(query, values).fetchone()
+            return row
+
+
+@contextlib.contextmanager
+def blame_disk(path: Path) -> Iterator[None]:
+    """Turn what the disk or SQLite refuses into LocalError."""
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise LocalError(f"{path}: {error}; check the disk, its space and the owner of that folder") from error

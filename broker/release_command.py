@@ -1,0 +1,107 @@
+"""`tundish broker release` and `rollback`: which model gateways score with, in two steps and one back."""
+
+import argparse
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from tuf.api.metadata import TargetFile
+
+from broker.channels import Channel, Custom, model_digest, target_of
+from broker.config import FederationConfig, ReleaseTable
+from broker.journal import Journal, ModelRow, ReleaseRow
+from broker.release import Repository, load_key, new_key
+from models.delta import Layout
+from models.errors import LocalError, UserError
+from models.spec import parse_task
+
+_FLOAT = 4
+
+
+def release(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
+    """Give a model to the canary gateways, or to all; or make a key."""
+    if args.new_key is not None:
+        key = new_key(args.new_key)
+        print(f'{args.new_key} is made; keep it offline. [release] of federation.toml: keys = ["{key}"]')
+        return 0
+    if args.to is None:
+        raise UserError("--to", 0, "", "missing", "write --to canary or --to stable")
+    with closing(Journal(state)) as journal:
+        task = _task(args.task, config)
+        rows, may = journal.releases(task), journal.releasable(task)
+        version = args.version
+        if version is None:
+            # What the canaries have proven comes first.
+            tried = [row.version for row in rows if row.channel == "canary"] if args.to == "stable" else []
+            version = next(iter(tried or may), None)
+        if version is None:
+            raise LocalError(f"no model of {task} may be released yet: none is learnt, and kept by a vote")
+        if version not in may:
+            some = ", ".join(map(str, may[:5])) or "none"
+            raise UserError("--version", 0, "", f"{version} can't be released", f"newest that can be: {some}")
+        return _release(journal, config, task, args.to, version, args.key)
+
+
+def rollback(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
+    """Give gateways an earlier model again, by a higher release."""
+    with closing(Journal(state)) as journal:
+        task = _task(args.task, config)
+        of = [row.version for row in journal.releases(task) if row.channel == args.channel]
+        if not of:
+            raise UserError(
+                "--task", 0, "", f"nothing of {task} is released to {args.channel}", "release a model first"
+            )
+        version = args.to
+        if version is None:
+            version = next((one for one in of if one != of[0]), None)
+        if version is None or version not in of:
+            raise UserError("--to", 0, "", f"{version} was not released", f"released were: {sorted(set(of))}")
+        return _release(journal, config, task, args.channel, version, args.key)
+
+
+def _task(name: str | None, config: FederationConfig) -> str:
+    names = [file.task.name for file in config.tasks]
+    if name is None and len(names) == 1:
+        return names[0]
+    if name not in names:
+        raise UserError("--task", 0, "", f"no task {name!r}", f"write one of: {', '.join(names)}")
+    return name
+
+
+def _release(
+    journal: Journal, config: FederationConfig, task: str, channel: Channel, version: int, keys: Sequence[Path]
+) -> int:
+    table, model, row = config.release, journal.model(task, version), journal.task(task)
+    if table is None:
+        remedy = "add it, with keys from tundish broker release --new-key FILE"
+        raise UserError("federation.toml", 0, "release", "missing", remedy)
+    if channel == "canary" and not table.canary:
+        raise UserError("federation.toml", 0, "release.canary", "names no gateway", "write their paths")
+    if model is None or row is None:
+        raise LocalError(f"{journal.path}: version {version} of {task} is missing; restore a backup")
+    now_ms = time.time_ns() // 1_000_000
+    repository = Repository(journal, table, now_ms, [load_key(path) for path in keys])
+    with journal.transaction():
+        rows = journal.releases(task)
+        number = rows[0].release + 1 if rows else 1
+        layout = Layout.from_json(row.layout)
+        digest = model_digest(parse_task(row.text, task), layout, row.graph_digest)
+        files = _files(table, task, channel, model, layout.size, Custom(number, version, digest))
+        repository.release(channel, task, files)
+        journal.add_release(task, ReleaseRow(number, channel, version))
+        body: dict[str, Any] = {"task": task, "release": number, "channel": channel, "version": version}
+        journal.note(now_ms, "release", body | {"digest": model.digest.hex()})
+    whom = "all gateways" if channel == "stable" else ", ".join(table.canary)
+    print(f"release {number} of {task}: version {version} for {whom}")
+    return 0
+
+
+def _files(
+    table: ReleaseTable, task: str, channel: Channel, model: ModelRow, count: int, custom: Custom
+) -> dict[str, TargetFile]:
+    names = [target_of(channel, task, path) for path in (table.canary if channel == "canary" else [""])]
+    said = {"custom": msgspec.to_builtins(custom)}
+    return {name: TargetFile(_FLOAT * count, {"sha256": model.digest.hex()}, name, said) for name in names}

@@ -1,0 +1,64 @@
+"""Releases while the aggregator runs: what the online key signs stays fresh, what `broker release` made goes out."""
+
+import logging
+from collections.abc import Mapping
+
+from broker.channels import CHANNELS
+from broker.config import ReleaseTable
+from broker.downlink import Downlink
+from broker.job import Job
+from broker.journal import Journal
+from broker.messages import WEIGHTS
+
+log = logging.getLogger(__name__)
+
+# Releases of a channel whose weights stay retained: who fetches the one before may end that.
+_RETAINED = 2
+_LOOK_MS = 3_600_000
+
+
+class Releasing:
+    """The releases of a federation that has `[release]`; `put` after each connection and each change."""
+
+    def __init__(self, journal: Journal, downlink: Downlink, table: ReleaseTable) -> None:
+        self._journal, self._downlink, self._table = journal, downlink, table
+        self._looked_ms = 0
+
+    def put(self, jobs: Mapping[str, Job]) -> None:
+        """Publish metadata and models, retained."""
+        files = self._journal.metadata()
+        if "timestamp" not in files:
+            return  # nobody has released anything yet
+        for name, job in jobs.items():
+            rows = self._journal.releases(name)
+            for channel in CHANNELS:
+                version = next((row.version for row in rows if row.channel == channel), None)
+                model = None if version is None else self._journal.model(name, version)
+                if model is not None:
+                    self._downlink.put_release(name, job.row, model, channel)
+        self._downlink.put_metadata(files)
+
+    def status(self, task: str) -> dict[str, dict[str, int]]:
+        """Channel -> release and version that it has; plain JSON values."""
+        rows = reversed(self._journal.releases(task))
+        return {row.channel: {"release": row.release, "version": row.version} for row in rows}
+
+    def retained(self, task: str) -> set[tuple[int, str]]:
+        """Which objects of a task's models must stay, as (version, name)."""
+        rows = self._journal.releases(task)
+        newest = [[row for row in rows if row.channel == channel][:_RETAINED] for channel in CHANNELS]
+        return {(row.version, WEIGHTS) for some in newest for row in some}
+
+    def freshen(self, jobs: Mapping[str, Job], now_ms: int) -> None:
+        """Sign anew what ages, once an hour; outside of a transaction."""
+        if now_ms - self._looked_ms < _LOOK_MS or "timestamp" not in self._journal.metadata():
+            return
+        from broker.release import Repository  # noqa: PLC0415 - TUF is for federations that release
+
+        self._looked_ms = now_ms
+        repository = Repository(self._journal, self._table, now_ms)
+        with self._journal.transaction():
+            changed = repository.freshen()
+        if changed:
+            log.info("metadata of releases signed anew")
+            self.put(jobs)

@@ -1,0 +1,70 @@
+"""`tundish broker import` and `export`: what a gateway without a network sends, and what goes back to it."""
+
+import argparse
+import time
+from contextlib import closing
+from pathlib import Path
+
+from broker import intake, stick, topics
+from broker.config import FederationConfig
+from broker.downlink import Downlink
+from broker.job import Job, load_job
+from broker.journal import Journal
+from broker.link import Inbound
+from broker.publish import put_model, put_plan
+from broker.releasing import Releasing
+from models.errors import LocalError, PeerError, UserError
+
+
+def import_file(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
+    """Leave a gateway's messages to the aggregator, and say what it will make of each; 1 if none can be used."""
+    with closing(Journal(state)) as journal:
+        jobs = _jobs(journal, config)
+        wanted = {name: intake.Wanted(job.task, int(job.shared.sum()), job.ring_in) for name, job in jobs.items()}
+        reader, used = intake.Intake(config, journal, wanted), 0
+        for topic, payload in stick.read(args.file):
+            try:
+                heard = reader.read(Inbound(topic, payload, retain=False, qos=1, mid=0), 0)
+            except PeerError as error:
+                print(f"refused: {error}")
+                continue
+            match heard:
+                case intake.Refused(path, task, _, _, reason, detail):
+                    print(f"refused: {path}, {task}: {reason}: {detail}")
+                case intake.HeardUpdate(path, task, update, _):
+                    print(f"{path}, {task}: an update of round {update.round}, {len(payload)} bytes")
+                case intake.HeardVote(path, task, vote):
+                    print(f"{path}, {task}: a vote {vote.verdict} version {vote.version}")
+            used += not isinstance(heard, intake.Refused)
+    stick.leave(state, args.file)
+    print("the aggregator takes it within a second, or when it is started; then: tundish broker export")
+    return 0 if used else 1
+
+
+def export_file(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
+    """Write what the federation says to a gateway: plans, models, releases, and the receipts of what came by file."""
+    try:
+        path = topics.GatewayPath.parse(args.path)
+    except PeerError as error:
+        raise UserError("--path", 0, "", error.detail, "write acme/lyon/press/line4/cell2") from error
+    with closing(Journal(state)) as journal:
+        downlink = Downlink(config.name, journal.signer(), 0)
+        jobs = _jobs(journal, config)
+        for job in jobs.values():
+            put_model(downlink, journal, job)
+            put_plan(downlink, job)
+        if config.release:
+            Releasing(journal, downlink, config.release).put(jobs)
+        said = [(topic, payload) for topic, payload in downlink.waiting if payload]
+        messages = said + journal.receipts(str(path))
+    count = stick.write(args.file, messages)
+    print(f"{args.file} is for the gateway of {path}: tundish edge import {args.file.name} -c gateway.toml")
+    print(f"{count} messages, {sum(len(payload) for _, payload in messages)} bytes, {time.strftime('%Y-%m-%d %H:%M')}")
+    return 0
+
+
+def _jobs(journal: Journal, config: FederationConfig) -> dict[str, Job]:
+    names = [file.task.name for file in config.tasks]
+    if not all(journal.task(name) for name in names):
+        raise LocalError(f"{journal.path} has no model yet; run tundish broker run first")
+    return {file.task.name: load_job(journal, file) for file in config.tasks}

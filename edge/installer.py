@@ -1,0 +1,140 @@
+"""One task's released model: told of a release and of manifests, it fetches the one that is released, and no other."""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from broker import messages as m
+from broker.channels import Released, model_digest
+from edge.handback import Fetch, Model, probe
+from edge.memory import Memory
+from edge.scoring import Scoring
+from edge.shop import Shop
+from models.errors import LocalError, PeerError
+
+log = logging.getLogger(__name__)
+
+_NOTHING: tuple[int, Model | None] = 0, None
+
+
+class Installer:
+    """`model` is the released one that is here, of release `number` (0: none).
+
+    `lock` is held while a model is installed, `spawn` runs what need not be waited for.
+    """
+
+    def __init__(
+        self,
+        shop: Shop,
+        memory: Memory,
+        scoring: Scoring,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        lock: asyncio.Lock,
+    ) -> None:
+        self._shop, self._memory, self._scoring, self._spawn, self._lock = shop, memory, scoring, spawn, lock
+        self.number, self.model = memory.release() or _NOTHING
+        scoring.released = self.model
+        self.problem = ""
+        self._wanted: Released | None = None
+        self._offers: dict[str, tuple[m.ModelManifest, bytes]] = {}
+        self._fetch: Fetch | None = None
+        self._underway = 0  # the release that is being installed
+
+    @property
+    def fetching(self) -> bool:
+        """Whether pieces of the released model are still missing."""
+        return self._fetch is not None
+
+    def on_release(self, release: Released, held: Model | None) -> None:
+        """Take what verified metadata says this task is to score with; `held` is a model that is here already."""
+        if release != self._wanted:
+            self._wanted = release
+            self._drop()
+            self.begin(held)
+
+    def on_manifest(self, channel: str, manifest: m.ModelManifest, envelope: bytes, held: Model | None) -> None:
+        """Take the manifest of a channel, verified as the aggregator's; it counts where metadata says the same."""
+        self._offers[channel] = manifest, envelope
+        self.begin(held)
+
+    def begin(self, held: Model | None) -> None:
+        """Fetch what is wanted, once the task is wired by a first model."""
+        wanted = self._wanted
+        if held is None or wanted is None or wanted.channel not in self._offers:
+            return
+        if wanted.release in {self.number, self._underway}:
+            return
+        manifest, envelope = self._offers[wanted.channel]
+        if (manifest.version, manifest.digest) != (wanted.version, wanted.digest):
+            return
+        self._drop()
+        self._fetch = Fetch(self._shop.federation, self._memory.task, manifest, held)
+        self._shop.subscribe(*self._fetch.topics)
+        self._complete(wanted, envelope)
+
+    def _drop(self) -> None:
+        """What is being fetched is not wanted any more."""
+        if self._fetch:
+            self._shop.unsubscribe(*self._fetch.topics)
+        self._fetch = None
+
+    def on_chunk(self, topic: str, payload: bytes) -> None:
+        """Take a piece of the model being fetched."""
+        fetch, wanted = self._fetch, self._wanted
+        due = fetch.topics if fetch else []
+        if fetch is None or wanted is None or not fetch.take(topic, payload):
+            return
+        self._shop.unsubscribe(topic)
+        self._shop.subscribe(*(one for one in fetch.topics if one not in due))
+        self._complete(wanted, self._offers[wanted.channel][1])
+
+    def _complete(self, wanted: Released, envelope: bytes) -> None:
+        if self._fetch and not self._fetch.topics:
+            fetch, self._fetch = self._fetch, None
+            self._underway = wanted.release
+            self._spawn(self._take(fetch, wanted, envelope))
+
+    async def _take(self, fetch: Fetch, wanted: Released, envelope: bytes) -> None:
+        """Hold a whole model against the metadata, keep it, and let it score."""
+        try:
+            await self._put(fetch, wanted, envelope)
+        except PeerError as error:
+            self._shop.refused[error.reason] += 1
+            self.problem = f"release {wanted.release} refused: {error}"
+            log.warning("%s: %s", self._memory.task, self.problem)
+        except (LocalError, OSError) as error:
+            self.problem = f"release {wanted.release} can't be stored: {error}"
+            log.error("%s: %s", self._memory.task, self.problem)
+        finally:
+            if self._underway == wanted.release:
+                self._underway = 0
+
+    async def _put(self, fetch: Fetch, wanted: Released, envelope: bytes) -> None:
+        model = await asyncio.to_thread(fetch.model)
+        check(model, wanted)
+        async with self._lock:
+            known = {one.graph for one in (fetch.held, self.model) if one}
+            if model.graph not in known:
+                await probe(model, self._shop.folder)
+            await self._scoring.release(model)
+        body: dict[str, object] = {"task": self._memory.task, "release": wanted.release, "version": wanted.version}
+        body |= {"channel": wanted.channel, "digest": wanted.digest.hex()}
+
+        def work() -> None:
+            self._memory.keep_release(wanted.release, model, envelope)
+            self._shop.state.record("release-installed", body)
+
+        await self._shop.state.commit(work)
+        self.number, self.model, self.problem = wanted.release, model, ""
+        log.info("%s: release %d, version %d, is installed", self._memory.task, wanted.release, wanted.version)
+
+
+def check(model: Model, release: Released) -> None:
+    """Refuse (PeerError "release") a model that verified metadata does not name, its graph and task included."""
+    data = model.vector.astype("<f4").tobytes()
+    if len(data) != release.size or hashlib.sha256(data).digest() != release.digest:
+        raise PeerError("release", "its weights are not those that were released")
+    if model_digest(model.task, model.layout, hashlib.sha256(model.graph).digest()) != release.model:
+        raise PeerError("release", "its task, layout or graph are not those that were released")

@@ -1,0 +1,399 @@
+"""Releases: metadata as the aggregator signs it, what a gateway takes of it, and who may attack it in vain."""
+
+import asyncio
+import itertools
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from securesystemslib.signer import CryptoSigner
+from tuf.api.metadata import Metadata, Snapshot, TargetFile, Targets, Timestamp
+
+from broker import topics
+from broker.channels import MAX_METADATA, Channel, Custom, target_of
+from broker.config import ReleaseTable
+from broker.journal import Journal
+from broker.messages import FirstRoot, ModelManifest, open_envelope
+from broker.release import Repository, load_key, new_key
+from edge.cli import main
+from edge.handback import Fetch
+from edge.installer import check
+from edge.releases import Releases
+from edge.store import State
+from models.errors import PeerError, UserError
+from models.spec import Alarm, Round
+from tests.brokers import BrokerProcess
+from tests.test_service import Plant, delta, gateways, open_plan, until
+
+HERE, THERE = "acme/lyon/press/line4/cell2", "acme/lyon/press/line4/cell3"
+DAY_MS = 86_400_000
+COUNTER = itertools.count()
+
+
+def now_ms() -> int:
+    return int(datetime.now(UTC).timestamp() * 1000)
+
+
+class Office:
+    """The aggregator's journal and the operators' keys, two of three of which must sign."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = [folder / f"key{i}" for i in range(3)]
+        self.keys = tuple(new_key(path) for path in self.files)
+        self.journal = Journal(folder / "state")
+        self.table = ReleaseTable(keys=self.keys, threshold=2, canary=(HERE,))
+
+    def repository(self, *signers: int, at_ms: int = 0) -> Repository:
+        return Repository(self.journal, self.table, at_ms or now_ms(), [load_key(self.files[i]) for i in signers])
+
+    def release(
+        self, number: int, channel: Channel, *signers: int, version: int = 1, at_ms: int = 0
+    ) -> dict[str, bytes]:
+        repository = self.repository(*signers, at_ms=at_ms)
+        names = [target_of(channel, "wear", path) for path in ([""] if channel == "stable" else self.table.canary)]
+        said = {"custom": msgspec.to_builtins(Custom(number, version, "ab" * 32))}
+        with self.journal.transaction():
+            files = {name: TargetFile(8, {"sha256": f"{version:064x}"}, name, said) for name in names}
+            repository.release(channel, "wear", files)
+        return self.journal.metadata()
+
+    @property
+    def online(self) -> CryptoSigner:
+        """The key that whoever takes the aggregator over has."""
+        return CryptoSigner(Ed25519PrivateKey.from_private_bytes(self.journal.signer("release").to_bytes()))
+
+
+@pytest.fixture
+def office(tmp_path: Path) -> Iterator[Office]:
+    made = Office(tmp_path)
+    yield made
+    made.journal.close()
+
+
+class Cell:
+    """A gateway's own view of the releases."""
+
+    def __init__(self, folder: Path, root: bytes, path: str = HERE) -> None:
+        self.state = State(folder)
+        self.releases = Releases(self.state, folder / "releases", path)
+        asyncio.run(self.releases.pin(root))
+
+    def sees(self, files: dict[str, bytes]) -> tuple[int, str, int] | None:
+        """Release, channel and version that it is to score with, once these files have come."""
+        for name, data in files.items():
+            self.releases.take(name, data)
+        found = self.releases.look(["wear", "other"])
+        assert found.keys() <= {"wear"}
+        return (one.release, one.channel, one.version) if (one := found.get("wear")) else None
+
+
+def cell(office: Office, tmp_path: Path, path: str = HERE) -> Cell:
+    return Cell(tmp_path / f"cell{next(COUNTER)}", office.journal.metadata()["root1"], path)
+
+
+def forged(data: bytes, change: Any, *signers: CryptoSigner) -> bytes:
+    """Metadata changed, and signed anew with the keys that an attacker has."""
+    made: Metadata[Any] = Metadata.from_bytes(data)
+    change(made.signed)
+    made.signatures.clear()
+    for signer in signers:
+        made.sign(signer, append=True)
+    return made.to_bytes()
+
+
+def consistent(office: Office, files: dict[str, bytes]) -> dict[str, bytes]:
+    """Let snapshot and timestamp say what there is, as whoever has the online key can."""
+
+    def snapshot(signed: Snapshot) -> None:
+        for name, meta in signed.meta.items():
+            data = files[name.removesuffix(".json")]
+            meta.length, meta.hashes, meta.version = len(data), None, Metadata.from_bytes(data).signed.version
+        signed.version += 1
+
+    files = files | {"snapshot": forged(files["snapshot"], snapshot, office.online)}
+
+    def timestamp(signed: Timestamp) -> None:
+        signed.snapshot_meta.version += 1
+        signed.snapshot_meta.length = signed.snapshot_meta.hashes = None
+        signed.version += 1
+
+    return files | {"timestamp": forged(files["timestamp"], timestamp, office.online)}
+
+
+def test_a_model_goes_to_the_canaries_then_to_all_and_back(office: Office, tmp_path: Path) -> None:
+    files = office.release(1, "canary", 0, 1, version=7)
+    here, there = cell(office, tmp_path), cell(office, tmp_path, THERE)
+    assert (here.sees(files), there.sees(files)) == ((1, "canary", 7), None)
+    assert here.releases.in_force
+    files = office.release(2, "stable", 1, 2, version=7)
+    assert (here.sees(files), there.sees(files)) == ((2, "stable", 7), (2, "stable", 7))
+    # The operators' keys are needed once: canaries go on without them.
+    files = office.release(3, "canary", version=8)
+    assert (here.sees(files), there.sees(files)) == ((3, "canary", 8), (2, "stable", 7))
+    files = office.release(4, "stable", 0, 1, version=6)
+    assert (here.sees(files), there.sees(files)) == ((4, "stable", 6), (4, "stable", 6))
+    assert (here.releases.problem, there.releases.problem) == ("", "")
+    assert here.sees({}) == (4, "stable", 6)  # of what it has verified before, too
+    here.state.close()
+    again = Releases(State(tmp_path / "again"), tmp_path, HERE)
+    assert not again.in_force
+    with closing(State(Path(here.releases._folder).parent)) as state:
+        assert Releases(state, here.releases._folder, HERE).in_force
+
+
+def test_files_may_come_in_any_order(office: Office, tmp_path: Path) -> None:
+    files = office.release(1, "stable", 0, 1)
+    for order in itertools.permutations(["timestamp", "snapshot", "targets", "stable"]):
+        one = cell(office, tmp_path)
+        seen = [one.sees({name: files[name]}) for name in order]
+        assert seen[:3] == [None] * 3
+        assert seen[3] == (1, "stable", 1)
+        assert one.releases.problem == ""
+
+
+def test_too_few_keys_release_nothing(office: Office, tmp_path: Path) -> None:
+    for signers in ((), (0,), (0, 0)):
+        with pytest.raises(UserError, match=r"--key: too few: root is signed by 2 keys"):
+            office.release(1, "stable", *signers)
+        assert office.journal.metadata() == {}
+    before = office.release(1, "stable", 0, 1)
+    with pytest.raises(UserError, match="too few: stable"):
+        office.release(2, "stable", 2)
+    assert office.journal.metadata() == before
+    # Nor does a gateway believe what the journal would not have stored.
+    one = cell(office, tmp_path)
+    assert one.sees(before) == (1, "stable", 1)
+
+    def newer(signed: Targets) -> None:
+        signed.version += 1
+        signed.targets["stable/wear"].unrecognized_fields["custom"]["release"] = 9
+
+    for forgers in ([office.online], [load_key(office.files[0])], [load_key(office.files[0]), office.online]):
+        files = consistent(office, before | {"stable": forged(before["stable"], newer, *forgers)})
+        one = cell(office, tmp_path)
+        assert one.sees(files) is None
+        assert "UnsignedMetadataError" in one.releases.problem
+    both = [load_key(office.files[0]), load_key(office.files[2])]
+    files = consistent(office, before | {"stable": forged(before["stable"], newer, *both)})
+    assert one.sees(files) == (9, "stable", 1)
+
+
+def test_the_online_key_reaches_canaries_alone(office: Office, tmp_path: Path) -> None:
+    files = office.release(1, "stable", 0, 1)
+    here, there = cell(office, tmp_path), cell(office, tmp_path, THERE)
+
+    def everybody(signed: Targets) -> None:
+        said = {"custom": msgspec.to_builtins(Custom(99, 5, "cd" * 32))}
+        for name in (target_of("canary", "wear", HERE), target_of("canary", "wear", THERE), "stable/wear"):
+            signed.targets[name] = TargetFile(8, {"sha256": "ff" * 32}, name, said)
+        signed.version += 1
+
+    files = consistent(office, files | {"canary": forged(files["canary"], everybody, office.online)})
+    assert here.sees(files) == (99, "canary", 5)
+    assert there.sees(files) == (1, "stable", 1)
+
+    def more(signed: Targets) -> None:
+        assert signed.delegations
+        assert signed.delegations.roles
+        signed.delegations.roles["canary"].paths = ["canary/*/*/*/*/*/*"]
+        signed.version += 1
+
+    files = consistent(office, files | {"targets": forged(files["targets"], more, office.online)})
+    assert there.sees(files) is None
+    assert "targets was signed by 0/2 keys" in there.releases.problem
+
+
+def test_freeze_expired_metadata_installs_nothing_new(office: Office, tmp_path: Path) -> None:
+    old = office.release(1, "stable", 0, 1, at_ms=now_ms() - 8 * DAY_MS)
+    one = cell(office, tmp_path)
+    assert one.sees(old) is None
+    assert one.releases.problem == "releases: ExpiredMetadataError: timestamp.json is expired"
+    with office.journal.transaction():
+        assert office.repository().freshen()
+    with office.journal.transaction():
+        assert not office.repository().freshen()
+    assert one.sees(office.journal.metadata()) == (1, "stable", 1)
+    assert one.releases.problem == ""
+    # What lets canaries go on ages too, and the operators' keys have to sign once in a year.
+    with office.journal.transaction():
+        assert office.repository(at_ms=now_ms() + 20 * DAY_MS).freshen()
+    later = office.repository(0, 1, at_ms=now_ms() + 200 * DAY_MS)
+    before = Metadata[Targets].from_bytes(office.journal.metadata()["stable"]).signed
+    with office.journal.transaction():
+        later.prepare()
+    after = Metadata[Targets].from_bytes(office.journal.metadata()["stable"]).signed
+    assert (after.version, after.targets) == (before.version + 1, before.targets)
+    assert after.expires - before.expires > timedelta(days=199)
+    assert "root2" in office.journal.metadata()
+
+
+def test_rollback_older_metadata_is_not_taken(office: Office, tmp_path: Path) -> None:
+    old = office.release(1, "stable", 0, 1)
+    new = office.release(2, "stable", 0, 1, version=2)
+    one = cell(office, tmp_path)
+    assert one.sees(new) == (2, "stable", 2)
+    assert one.sees(old) is None
+    assert "BadVersionNumberError" in one.releases.problem
+    # Not even with a timestamp and a snapshot of the one who has the online key.
+    files = consistent(office, new | {"stable": old["stable"]})
+    assert one.sees(files) is None
+    assert "BadVersionNumberError" in one.releases.problem
+
+
+def test_mix_and_match_files_of_two_releases_do_not_go_together(office: Office, tmp_path: Path) -> None:
+    old = office.release(1, "stable", 0, 1)
+    new = office.release(2, "canary", version=2)
+    for name in ("snapshot", "canary"):
+        one = cell(office, tmp_path)
+        assert one.sees(new | {name: old[name]}) != (2, "canary", 2)
+        assert one.releases.problem
+        assert one.sees({name: new[name]}) == (2, "canary", 2)
+
+
+def test_no_flipped_bit_and_no_part_of_a_file_is_taken(office: Office, tmp_path: Path) -> None:
+    files = office.release(1, "stable", 0, 1)
+    for name in ("timestamp", "snapshot", "targets", "stable"):
+        data = files[name]
+        one = cell(office, tmp_path)
+        for at in range(0, len(data), 41):
+            for broken in (data[:at], data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]):
+                assert one.sees(files | {name: broken}) is None
+        assert one.sees(files) == (1, "stable", 1)
+
+
+def test_a_flood_is_bounded(office: Office, tmp_path: Path) -> None:
+    files = office.release(1, "stable", 0, 1)
+    one = cell(office, tmp_path)
+    with pytest.raises(PeerError, match="at most 65536"):
+        one.releases.take("timestamp", bytes(MAX_METADATA + 1))
+    for name in ("root33", "root0", "root01", "7.root", "stable2", "x", "canary-"):
+        with pytest.raises(PeerError, match="no metadata"):
+            one.releases.take(name, b"{}")
+    # Of metadata that says how long the next file is, no longer one is read.
+    stable = json.loads(files["stable"])
+    assert one.sees(files | {"stable": json.dumps(stable, indent=9).encode()}) is None
+    assert "DownloadLengthMismatchError" in one.releases.problem
+    deep = b'{"signed":' + b"[" * 30_000 + b"]" * 30_000 + b"}"
+    assert one.sees(files | {"timestamp": deep}) is None
+    assert one.sees(files) == (1, "stable", 1)
+
+
+def test_other_keys_take_over_where_those_before_say_so(office: Office, tmp_path: Path) -> None:
+    office.release(1, "stable", 0, 1)
+    one = cell(office, tmp_path)
+    office.table = ReleaseTable(keys=(office.keys[2],), threshold=1, canary=(THERE,))
+    for signers in ((2,), (0, 1)):
+        with pytest.raises(UserError, match="too few: root"):
+            office.release(2, "stable", *signers)  # who is new can't say so alone, nor others without him
+    files = office.release(2, "stable", 0, 2, version=2)
+    assert one.sees(files) == (2, "stable", 2)
+    files = office.release(3, "canary", version=3)
+    assert one.sees(files) == (2, "stable", 2)
+    assert cell(office, tmp_path, THERE).sees(files) == (3, "canary", 3)
+    files = office.release(4, "stable", 2, version=4)
+    assert one.sees(files) == (4, "stable", 4)
+    assert one.releases.problem == ""
+
+
+def test_a_key_is_its_owners_alone_and_is_not_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "release.key"
+    key = new_key(file)
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert load_key(file).public_key.keyval["public"] == key
+    with pytest.raises(UserError, match="exists"):
+        new_key(file)
+    with pytest.raises(UserError, match="can be made"):
+        new_key(tmp_path / "absent" / "key")
+    for text in (b"", b"-----BEGIN PRIVATE KEY-----", file.read_bytes()[:60]):
+        (tmp_path / "bad").write_bytes(text)
+        with pytest.raises(UserError, match="is no key of releases"):
+            load_key(tmp_path / "bad")
+    with pytest.raises(UserError, match="No such file"):
+        load_key(tmp_path / "absent")
+
+
+def run(plant: Plant, *options: object) -> int:
+    return main(["broker", *map(str, options), "-c", str(plant.config), "--state", str(plant.state)])
+
+
+def told_in_one_line(plant: Plant, key: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What can't be released, or given again; version 1 is released, and 3 is the newest."""
+    capsys.readouterr()
+    wrong: list[tuple[list[object], int, str]] = [
+        (["release"], 2, "--to: missing; write --to canary or --to stable"),
+        (["release", "--to", "stable", "--task", "no"], 2, "--task: no task 'no'; write one of: wear"),
+        (["release", "--to", "stable", "--version", 0], 2, "0 can't be released; newest that can be: 3, 2, 1"),
+        (["rollback", "--to", 3, "--key", key], 2, "--to: 3 was not released; released were: [1]"),
+        (["rollback", "--key", key], 2, "--to: None was not released"),
+        (["rollback", "--channel", "stable"], 2, "--to"),
+    ]
+    for options, code, says in wrong:
+        assert run(plant, *options) == code
+        assert says in (err := capsys.readouterr().err)
+        assert err.count("\n") == 1
+
+
+async def test_what_was_released_can_be_fetched_for_as_long_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with BrokerProcess("amqtt") as broker:
+        plant = Plant(tmp_path, broker.url, min_gateways=1, rounds=4)
+        key, path = tmp_path / "release.key", "acme/lyon/press/line4/late"
+        with plant.config.open("a") as file:
+            file.write(f'[release]\nkeys = ["{new_key(key)}"]\ncanary = ["{path}"]\n')
+        async with gateways(broker.url, 1) as (g,), plant.service():
+            plan = await open_plan([g])
+            assert await asyncio.to_thread(run, plant, "release", "--to", "stable", "--key", key) == 1
+            for number in range(1, 4):
+                g.send(plan, delta(number))
+                plan = await open_plan([g], number + 1)
+                if number == 1:
+                    assert await asyncio.to_thread(run, plant, "release", "--to", "stable", "--key", key) == 0
+                    assert await asyncio.to_thread(run, plant, "release", "--to", "canary", "--version", 1) == 0
+            async with gateways(broker.url, 1) as (late,):
+                topic, here = topics.Manifest("press", "wear", "stable").topic, topics.ReleaseFile("press", "+").topic
+                late.link.subscribe(here)
+                await until(lambda: {topic, here.replace("+", "timestamp"), "_fl/press/status"} <= late.heard.keys())
+                manifest = open_envelope(late.heard[topic][-1], topic, late.key, ModelManifest)
+                fetch = Fetch("press", "wear", manifest, None)
+                while fetch.topics:
+                    await until(lambda: fetch.topics[0] in late.heard)
+                    assert fetch.take(fetch.topics[0], late.heard[fetch.topics[0]][-1])
+                await until(lambda: "_fl/press/_release/first" in late.heard)
+                prefix = here.removesuffix("+")
+                files = {t.removeprefix(prefix): d[-1] for t, d in late.heard.items() if t.startswith(prefix)}
+            released = {"stable": {"release": 1, "version": 1}, "canary": {"release": 2, "version": 1}}
+            await until(lambda: plant.status()["released"] == {"wear": released})
+            capsys.readouterr()
+            assert await asyncio.to_thread(run, plant, "status") == 0
+            assert "  wear: canary has release 2, version 1\n" in capsys.readouterr().out
+        model, other = fetch.model(), plant.status()["tasks"]["wear"]["version"]
+    assert (model.manifest.version, other) == (1, 3)
+    first = open_envelope(files.pop("first"), f"{prefix}first", late.key, FirstRoot)
+    with closing(State(tmp_path / "cell")) as state:
+        releases = Releases(state, tmp_path / "cell" / "releases", path)
+        await releases.pin(first.root)
+        for name, data in files.items():
+            releases.take(name, data)
+        one = releases.look(["wear"])["wear"]
+    assert (one.release, one.channel, one.version) == (2, "canary", 1)
+    check(model, one)
+    for bad in (
+        replace(model, vector=model.vector + 1),
+        replace(model, graph=b"another graph"),
+        replace(model, task=msgspec.structs.replace(model.task, alarm=Alarm(above=1.0))),
+    ):
+        with pytest.raises(PeerError, match="not those that were released"):
+            check(bad, one)
+    check(replace(model, task=msgspec.structs.replace(model.task, round=Round(deadline="9d"))), one)
+    told_in_one_line(plant, key, capsys)
+    assert run(plant, "release", "--to", "canary") == 0  # the newest
+    assert run(plant, "rollback", "--channel", "canary") == 0
+    assert "release 4 of wear: version 1 for acme" in capsys.readouterr().out
