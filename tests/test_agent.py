@@ -65,9 +65,10 @@ class Plant:
         self.broker = broker
         # Rounds of seconds: what is tested is the way, not what is learnt.
         task = folder / "aggregator" / "task.toml"
-        task.write_text(
-            task.read_text().replace("min_windows = 48", "min_windows = 10").replace("epochs = 6", "epochs = 1")
-        )
+        text = task.read_text()
+        assert "min_windows = 40\n" in text
+        assert "epochs = 4\n" in text
+        task.write_text(text.replace("min_windows = 40", "min_windows = 10").replace("epochs = 4", "epochs = 1"))
         self.heard: dict[str, list[bytes]] = {}
         self.client = paho.Client(CallbackAPIVersion.VERSION2, protocol=paho.MQTTv311)
         self.client.on_message = lambda _c, _u, m: self.heard.setdefault(m.topic, []).append(bytes(m.payload))
@@ -477,7 +478,7 @@ def lie(p: Plant) -> None:
 def test_gateways_score_with_what_is_released(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with plant(tmp_path, "mosquitto", rounds=2) as p:
         task = tmp_path / "aggregator" / "task.toml"
-        task.write_text(task.read_text().replace("epochs = 4", "epochs = 1\nalone = false"))
+        task.write_text(task.read_text().replace("epochs = 1", "epochs = 1\nalone = false"))
         config = tmp_path / "aggregator" / "federation.toml"
         command = ["-c", str(config), "--state", str(p.stage.aggregator_state)]
         key = tmp_path / "release.key"
@@ -526,7 +527,7 @@ def test_gateways_score_with_what_is_released(tmp_path: Path, capsys: pytest.Cap
 def test_a_gateway_without_a_network_takes_part_by_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with plant(tmp_path, "amqtt") as p:
         task = tmp_path / "aggregator" / "task.toml"
-        task.write_text(task.read_text().replace("epochs = 4", "epochs = 1\nalone = false"))
+        task.write_text(task.read_text().replace("epochs = 1", "epochs = 1\nalone = false"))
         p.stage.aggregator.start()
         # Another one is there, so that a round opens; it sends nothing.
         other, path = Signer.generate(), topics.GatewayPath.parse(gateway_path(1))

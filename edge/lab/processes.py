@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -13,14 +14,17 @@ from pathlib import Path
 from models.errors import LocalError
 
 _STOP_S = 10
+# Below those that Linux gives to outgoing connections (ip_local_port_range).
+_PORTS = 12_000, 32_000
 
 
 def free_port() -> int:
-    """Return a TCP port of loopback that nobody listens on now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
+    """Return a TCP port of loopback that nobody has now, and that no outgoing connection is given before it is used."""
+    while True:
+        port = random.randrange(*_PORTS)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def python(module: str, *arguments: object) -> list[str]:
