@@ -46,8 +46,12 @@ class Ballot:
         return set(self.voters - self.votes.keys() - gone)
 
     def decide(self, gone: AbstractSet[str], now_ms: int) -> Decided | None:
-        """End it once everybody who is there and could judge it has voted, or its time is over; None before."""
+        """End it once everybody who is there and could judge it has voted, or its time is over; None before.
+
+        It is voted down by more than half of those who could judge it, or who did: who is silent lets it pass.
+        """
         if now_ms < self.until_ms and self.waits_for(gone):
             return None
         against = sum(self.votes.values())
-        return Decided(self.version, self.before, 2 * against <= len(self.votes), self.votes)
+        kept = 2 * against <= max(len(self.votes), len(self.voters))
+        return Decided(self.version, self.before, kept, self.votes)

@@ -56,9 +56,10 @@ def rollback(args: argparse.Namespace, config: FederationConfig, state: Path) ->
             )
         version = args.to
         if version is None:
-            version = next((one for one in of if one != of[0]), None)
+            version = max((one for one in of if one < of[0]), default=None)
         if version is None or version not in of:
-            raise UserError("--to", 0, "", f"{version} was not released", f"released were: {sorted(set(of))}")
+            problem = "nothing older was released" if version is None else f"{version} was not released"
+            raise UserError("--to", 0, "", problem, f"released were: {sorted(set(of))}")
         return _release(journal, config, task, args.channel, version, args.key)
 
 

@@ -255,7 +255,8 @@ class Agent:
             busy = any(runner.busy for runner in self.runners.values())
             await self.stick.tick(busy=busy or self.shop.releases.changed)
             for task, release in (await self.shop.releases.news(list(self.runners))).items():
-                self.runners[task].installer.on_release(release, self.runners[task].model)
+                if runner := self.runners.get(task):
+                    runner.guard("release", partial(runner.installer.on_release, release, runner.model))
             for runner in self.runners.values():
                 runner.guard("scoring", runner.tick)
             self._resend()

@@ -64,7 +64,9 @@ class Installer:
         wanted = self._wanted
         if held is None or wanted is None or wanted.channel not in self._offers:
             return
-        if wanted.release in {self.number, self._underway}:
+        if wanted.release < self.number:
+            self.problem = f"release {wanted.release} is older than {self.number}, which is installed and stays"
+        if wanted.release <= self.number or wanted.release == self._underway:
             return
         manifest, envelope = self._offers[wanted.channel]
         if (manifest.version, manifest.digest) != (wanted.version, wanted.digest):
@@ -115,6 +117,8 @@ class Installer:
         model = await asyncio.to_thread(fetch.model)
         check(model, wanted)
         async with self._lock:
+            if wanted != self._wanted:
+                return  # another was released meanwhile
             known = {one.graph for one in (fetch.held, self.model) if one}
             if model.graph not in known:
                 await probe(model, self._shop.folder)

@@ -82,14 +82,15 @@ class Releases:
     def look(self, tasks: Iterable[str]) -> dict[str, Released]:
         """Check the metadata that is here, and return what each task is to score with; blocks.
 
-        What is wrong stands in `problem`. Of stable and canary, the higher release is the newer one.
+        What is wrong stands in `problem`. Of stable and canary, the higher release is the newer one: of a task of which
+        either is withheld or wrong, nothing is said, or whoever withholds the newer one takes gateways back.
         """
         self.changed = False
         if self._root is None or "timestamp" not in self._files:
             return {}
         from tuf.api.exceptions import DownloadError, DownloadLengthMismatchError, RepositoryError  # noqa: PLC0415
 
-        wrong = (RepositoryError, DownloadLengthMismatchError, ValueError, KeyError, TypeError, RecursionError)
+        wrong = (RepositoryError, DownloadLengthMismatchError, OSError, ValueError, KeyError, TypeError, RecursionError)
 
         found: dict[str, Released] = {}
         try:
@@ -101,17 +102,17 @@ class Releases:
             return {}
         except DownloadError:
             return {}  # the rest is on its way
-        for channel in CHANNELS:
-            for task in tasks:
-                try:
-                    one = _released(channel, updater.get_targetinfo(target_of(channel, task, self._path)))
-                except wrong as error:
-                    self._refuse(error)
-                    continue
-                except DownloadError:
-                    continue
-                if one and (task not in found or one.release > found[task].release):
-                    found[task] = one
+        for task in tasks:
+            targets = [(channel, target_of(channel, task, self._path)) for channel in CHANNELS]
+            try:
+                both = [_released(channel, updater.get_targetinfo(target)) for channel, target in targets]
+            except wrong as error:
+                self._refuse(error)
+            except DownloadError:
+                pass  # so is this
+            else:
+                if some := [one for one in both if one]:
+                    found[task] = max(some, key=lambda one: one.release)
         return found
 
     def _refuse(self, error: Exception) -> None:

@@ -41,6 +41,8 @@ def narrow(layout: Layout, width: float) -> tuple[Layout, Places]:
     """
     if width not in WIDTHS:
         raise ValueError(f"width is one of {', '.join(f'{w:g}' for w in WIDTHS)}")
+    if width == 1:
+        return layout, np.arange(layout.size)  # whatever the net
     weights = [i for i, shape in enumerate(layout.shapes) if len(shape) > 1]
     first, last = (weights[0], weights[-1]) if weights else (0, 0)
     shapes, places, given = [], [], 0

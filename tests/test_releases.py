@@ -152,6 +152,7 @@ def test_files_may_come_in_any_order(office: Office, tmp_path: Path) -> None:
     files = office.release(1, "stable", 0, 1)
     for order in itertools.permutations(["timestamp", "snapshot", "targets", "stable"]):
         one = cell(office, tmp_path)
+        assert one.sees({"canary": files["canary"]}) is None
         seen = [one.sees({name: files[name]}) for name in order]
         assert seen[:3] == [None] * 3
         assert seen[3] == (1, "stable", 1)
@@ -232,6 +233,24 @@ def test_freeze_expired_metadata_installs_nothing_new(office: Office, tmp_path: 
     assert (after.version, after.targets) == (before.version + 1, before.targets)
     assert after.expires - before.expires > timedelta(days=199)
     assert "root2" in office.journal.metadata()
+
+
+def test_a_channel_that_is_withheld_takes_no_canary_back(office: Office, tmp_path: Path) -> None:
+    office.release(1, "canary", 0, 1)
+    office.release(2, "stable", 0, 1, version=2)
+    files = office.release(3, "stable", 0, 1, version=3)
+    withheld = {name: data for name, data in files.items() if name != "stable"}
+    assert cell(office, tmp_path).sees(withheld) is None
+    mangled = cell(office, tmp_path)
+    assert mangled.sees(files | {"stable": b"{}"}) is None
+    assert mangled.releases.problem
+    assert mangled.sees(files) == (3, "stable", 3)
+    # A folder that can't be written to is a problem that is told, not the end of the gateway's loop.
+    full = cell(office, tmp_path)
+    full.releases._folder.parent.mkdir(exist_ok=True)
+    full.releases._folder.write_bytes(b"")
+    assert full.sees(files) is None
+    assert "Error" in full.releases.problem
 
 
 def test_rollback_older_metadata_is_not_taken(office: Office, tmp_path: Path) -> None:
@@ -331,7 +350,7 @@ def told_in_one_line(plant: Plant, key: Path, capsys: pytest.CaptureFixture[str]
         (["release", "--to", "stable", "--task", "no"], 2, "--task: no task 'no'; write one of: wear"),
         (["release", "--to", "stable", "--version", 0], 2, "0 can't be released; newest that can be: 3, 2, 1"),
         (["rollback", "--to", 3, "--key", key], 2, "--to: 3 was not released; released were: [1]"),
-        (["rollback", "--key", key], 2, "--to: None was not released"),
+        (["rollback", "--key", key], 2, "--to: nothing older was released; released were: [1]"),
         (["rollback", "--channel", "stable"], 2, "--to"),
     ]
     for options, code, says in wrong:

@@ -41,6 +41,14 @@ def test_every_net_here_has_a_narrow_form() -> None:
     assert sorted(NETS) == net_names() == sorted({net for net, _ in NETWORKS})
 
 
+def test_a_net_without_a_narrow_form_is_whole_at_width_one() -> None:
+    shapes = (12, 3), (12, 4), (12,), (4, 1, 3), (2, 9)
+    odd = Layout(tuple(f"p{i}" for i in range(5)), shapes, ())
+    layout, places = narrow(odd, 1)
+    assert layout == odd
+    np.testing.assert_array_equal(places, np.arange(odd.size))
+
+
 @pytest.mark.parametrize(("net", "length"), NETWORKS)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_narrow_net_is_the_whole_one_of_zeros_elsewhere(net: str, length: int, width: float) -> None:
