@@ -11,7 +11,7 @@ sign, names the gateways. Its length and SHA-256 are those of the weights as lit
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import msgspec
 
@@ -31,11 +31,11 @@ _NAME = re.compile(rf"{FIRST}|timestamp|snapshot|targets|{'|'.join(CHANNELS)}|ro
 _SCORES = ("name", "kind", "net", "window", "signal", "personal", "target", "alarm")
 
 
-class Custom(msgspec.Struct, frozen=True):
+class Custom(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a target says beside length and SHA-256; `model` is `model_digest`, hex. A higher release is newer."""
 
-    release: int
-    version: int
+    release: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+    version: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
     model: str
 
 

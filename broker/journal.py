@@ -319,7 +319,8 @@ class Journal(Database):
 
     def receipts(self, path: str) -> list[tuple[str, bytes]]:
         """(topic, envelope) of the receipts that are kept for a gateway."""
-        return list(self._rows("SELECT topic, envelope FROM receipts WHERE topic LIKE '%/receipt/' || ?", path))
+        end = f"/receipt/{path}"
+        return list(self._rows("SELECT topic, envelope FROM receipts WHERE substr(topic, ?) = ?", -len(end), end))
 
     # Votes on models.
 

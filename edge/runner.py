@@ -270,8 +270,7 @@ class Runner:
             what = model.terms.task_text, live.wiring, model.layout, action.round, said
             job = job_for(self.shop.config, home, *what, width=width)
             base = model.personalised(self.scoring.personal, width=width)
-            own, average = self.scoring.own, self.scoring.origin
-            result = await self._trainer.train(job, base, home / f"training-{self.name}", own, average)
+            result = await self._trainer.train(job, base, home / f"training-{self.name}", *self.scoring.begin())
             await self._send(action, model, result, width)
         except NotEnoughError as error:
             log.info("%s: round %d waits for data: %s", self.name, action.round, error)

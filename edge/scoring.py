@@ -58,6 +58,7 @@ class Scoring:
         self.average = memory.vector("average")
         # What was released, where the federation releases by stages: nothing else of the federation's scores then.
         self.released: Model | None = None
+        self._tuned_from: Model | None = None
 
     @property
     def origin(self) -> Vector | None:
@@ -65,6 +66,11 @@ class Scoring:
         if not self._shop.releases.in_force:
             return self.average
         return self.released.vector if self.released else None
+
+    def begin(self) -> tuple[Vector | None, Vector | None]:
+        """Begin a training: the net that learns alone, and the weights to tune from."""
+        self._tuned_from = self.released
+        return self.own, self.origin
 
     async def release(self, model: Model) -> None:
         """Let a released model score if it is no worse; the first one, and one that takes another back, in any case."""
@@ -150,8 +156,11 @@ class Scoring:
         log.info("%s: model %d %s (%s)", self._memory.task, model.manifest.version, word, worth)
 
     async def elect(self, trained: Model, newest: Model, result: Result) -> None:
-        """After a training from one model: choose by the holdout what scores here; the newest is a candidate."""
-        if self.live is None or not len(result.holdout):
+        """After a training from one model: choose by the holdout what scores here; the newest is a candidate.
+
+        What was tuned from a release that was replaced meanwhile, perhaps because it was bad, is not chosen.
+        """
+        if self.live is None or not len(result.holdout) or self._tuned_from is not self.released:
             return
         # In step and with a newer model here already, this would undo a choice made since.
         federated = True
