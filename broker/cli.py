@@ -168,6 +168,9 @@ def _report(status: dict[str, Any], age_s: float, *, running: bool) -> list[str]
     head = f"{status['federation']}: {'running' if running else f'not running since {age_s:.0f} s'}"
     lines = [f"{head}, {'connected' if status['connected'] else mqtt['error'] or 'not connected'}"]
     lines.append(f"  public key {status['public_key']}")
+    if charter := status.get("charter"):
+        lines.append(f"  charter {charter['title']!r} {charter['digest']}, accepted by {len(charter['accepted'])}")
+        lines += [f"    NOT ACCEPTED by {path}" for path in charter["not_accepted"]]
     for name, task in status["tasks"].items():
         lines.append(f"  {name}: round {task['round']} {task['state']}, model version {task['version']}")
         if task["state"] == "open":

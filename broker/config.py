@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from broker.aggregate import strategy_names
+from broker.charter import Named, check_tasks, load_charter
 from broker.est import is_host, listen_address
 from broker.settings import MqttSettings, check_mqtt
 from broker.topics import segment
@@ -19,11 +20,13 @@ class FederationTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """`[federation]`: `roots` are the enterprises whose gateways may take part.
 
     `join` "enrolled" takes keys from the roster only; "first-seen" pins a gateway's key when it is first seen.
+    `charter` is a file, relative to this one.
     """
 
     name: str
     roots: tuple[str, ...]
     join: Literal["enrolled", "first-seen"] = "enrolled"
+    charter: str | None = None
 
 
 class TaskTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -68,6 +71,7 @@ class FederationConfig:
     mqtt: MqttSettings
     tasks: tuple[TaskFile, ...]
     enrolment: EnrolmentTable | None = None
+    charter: Named | None = None
 
 
 def load_federation(path: Path) -> FederationConfig:
@@ -86,14 +90,27 @@ def load_federation(path: Path) -> FederationConfig:
         raise file.error(["task"], "no task", 'add [[task]] with file = "task.toml"')
     if raw.enrolment is not None:
         _check_enrolment(file, raw.enrolment)
+    tasks = _tasks(file, raw.task, path)
     return FederationConfig(
         raw.federation.name,
         raw.federation.roots,
         raw.federation.join,
         mqtt,
-        _tasks(file, raw.task, path),
+        tasks,
         raw.enrolment,
+        _charter(file, raw.federation, tasks, path),
     )
+
+
+def _charter(file: TomlFile, table: FederationTable, tasks: tuple[TaskFile, ...], path: Path) -> Named | None:
+    if table.charter is None:
+        return None
+    where = path.absolute().parent / table.charter
+    if not where.is_file():
+        raise file.error(["federation", "charter"], f"no file {where}", "write a path relative to this file")
+    named = load_charter(where)
+    check_tasks(str(where), named, [one.task for one in tasks], table.roots)
+    return named
 
 
 def _check_enrolment(file: TomlFile, table: EnrolmentTable) -> None:

@@ -14,7 +14,7 @@ from broker import topics
 from broker.config import FederationConfig
 from broker.journal import Journal
 from broker.link import Inbound
-from broker.messages import Answer, Birth, Death, Message, Update, open_envelope, peek
+from broker.messages import Acceptance, Answer, Birth, Death, Message, Update, open_envelope, peek
 from models import codec, ringcode
 from models.errors import PeerError
 from models.ringcode import Ring
@@ -63,6 +63,15 @@ class HeardDeath:
 
 
 @dataclass(frozen=True)
+class HeardAcceptance:
+    """A gateway's word on the charter, and the key that signed it."""
+
+    path: str
+    key: bytes
+    word: Acceptance
+
+
+@dataclass(frozen=True)
 class HeardAnswer:
     """A gateway's word on a round."""
 
@@ -93,7 +102,7 @@ class Refused:
     detail: str
 
 
-Heard = HeardBirth | HeardDeath | HeardAnswer | HeardUpdate | Refused
+Heard = HeardBirth | HeardDeath | HeardAcceptance | HeardAnswer | HeardUpdate | Refused
 
 
 class Intake:
@@ -112,6 +121,8 @@ class Intake:
         match topic:
             case topics.Status(path):
                 return self._status(path, inbound, now_ms)
+            case topics.Accepted(path):
+                return self._acceptance(path, inbound)
             case topics.Uplink(path, task, what):
                 return self._uplink(path, task, what, inbound)
         raise PeerError("topic", f"{inbound.topic} is not for the aggregator")
@@ -157,6 +168,13 @@ class Intake:
         birth = open_envelope(inbound.payload, inbound.topic, offered, Birth)
         self._journal.add_to_roster(path, offered, now_ms, "first-seen")
         return birth
+
+    def _acceptance(self, path: topics.GatewayPath, inbound: Inbound) -> Heard:
+        self._check_root(path)
+        key = self._journal.key_of(str(path))
+        if key is None:
+            raise PeerError("unknown-gateway", f"{path} is not in the roster, or its birth was not seen")
+        return HeardAcceptance(str(path), key, open_envelope(inbound.payload, inbound.topic, key, Acceptance))
 
     def _uplink(self, path: topics.GatewayPath, task: str, what: str, inbound: Inbound) -> Heard:
         self._check_root(path)

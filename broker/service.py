@@ -19,6 +19,7 @@ from typing import Any
 
 from broker import federation, intake, topics
 from broker import round as rounds
+from broker.charter import Charters
 from broker.closing import close_round
 from broker.config import FederationConfig
 from broker.downlink import Downlink, Offer, plan_of
@@ -38,6 +39,7 @@ STATUS_FILE = "status.json"
 # Refusals of one gateway that enter the ledger between two openings; a counter knows the rest.
 _NOTED_REFUSALS = 16
 _LOUD = 10
+_FROM_ALL = topics.ALL_STATUS, topics.ALL_ACCEPTED
 
 
 def wall_ms() -> int:
@@ -85,6 +87,7 @@ class Service:
         self._signer, self._public_key = signer, signer.public_key.hex()
         log.info("federation %s, public key %s", self._config.name, self._public_key)
         self._downlink = Downlink(self._config.name, signer, self._clock())
+        self._charters = Charters(self._config.charter, self._journal, self._clock())
         wanted = {
             name: intake.Wanted(job.task, int(job.shared.sum()), job.ring_in, job.slices)
             for name, job in self._jobs.items()
@@ -101,7 +104,7 @@ class Service:
             on_down=self._on_down,
             manual_ack=True,
         )
-        self._link.subscribe(topics.ALL_STATUS, *(topics.uplink_filter(name) for name in self._jobs))
+        self._link.subscribe(*_FROM_ALL, *(topics.uplink_filter(name) for name in self._jobs))
         self._link.start()
         try:
             async with self._enrolment():
@@ -127,9 +130,9 @@ class Service:
                 status_at = time.monotonic() + STATUS_S
                 self._write_status()
                 if seen != (seen := self._journal.data_version()):
-                    # Somebody was enrolled: subscribing again brings the retained births that were refused.
-                    self._link.unsubscribe(topics.ALL_STATUS)
-                    self._link.subscribe(topics.ALL_STATUS)
+                    # Somebody was enrolled: subscribing again brings the what is retained and was refused.
+                    self._link.unsubscribe(*_FROM_ALL)
+                    self._link.subscribe(*_FROM_ALL)
             if self._inbox:
                 await asyncio.sleep(0)
                 continue
@@ -147,6 +150,8 @@ class Service:
         self._connection.append(federation.Connected())
         self._downlink.forget()
         self._downlink.put(self._downlink.status_topic, self._downlink.status("up"))
+        if said := self._charters.message(self._config.name, self._signer):
+            self._downlink.put(*said)
         for job in self._jobs.values():
             self._put_model(job)
             self._put_plan(job)
@@ -200,6 +205,8 @@ class Service:
                 self._hear_birth(heard, now_ms)
             case intake.HeardDeath(path, death):
                 self._tell_all(federation.Died(path, death.session), now_ms)
+            case intake.HeardAcceptance(path, key, word):
+                self._charters.take(path, key, word, now_ms)
             case intake.HeardAnswer(path, task, answer) if answer.verdict == "asks":
                 self._tell(self._jobs[task], federation.Asked(path, answer.round), now_ms)
             case intake.HeardAnswer(path, task, answer):
@@ -207,7 +214,7 @@ class Service:
                 event = federation.Answered(path, answer.round, joined, answer.code, answer.reason)
                 self._tell(self._jobs[task], event, now_ms)
             case intake.HeardUpdate():
-                self._hear_update(heard, now_ms)
+                self._hear_update(heard, inbound.topic, now_ms)
             case intake.Refused():
                 self._hear_refused(heard, inbound.topic, now_ms)
 
@@ -231,8 +238,12 @@ class Service:
             self._receipt(heard.task, heard.path, receipt)
             self._tell(self._jobs[heard.task], federation.Refused(heard.path, heard.round), now_ms)
 
-    def _hear_update(self, heard: intake.HeardUpdate, now_ms: int) -> None:
+    def _hear_update(self, heard: intake.HeardUpdate, topic: str, now_ms: int) -> None:
         update = heard.update
+        if not self._charters.covers(heard.path, self._journal.key_of(heard.path)):
+            why = "charter", "this gateway has not accepted the charter in force"
+            self._hear_refused(intake.Refused(heard.path, heard.task, update.round, heard.digest, *why), topic, now_ms)
+            return
         known = self._journal.was_counted(heard.task, update.round, heard.path)
         event = federation.Submitted(heard.path, update.round, update.base, heard.digest, known)
         job = self._jobs[heard.task]
@@ -278,8 +289,9 @@ class Service:
                     log.info("%s round %d: open, from version %d%s", name, number, base, asked and f", for {asked}")
                     self._noted.clear()
                     self._journal.open_round(name, number, base, opened_ms, deadline_ms)
-                    early = {"asked": asked} if asked else {}
-                    self._journal.note(now_ms, "opened", {"task": name, "round": number, "base": base, **early})
+                    more = {"asked": asked} if asked else {}
+                    more |= {"charter": self._charters.digest.hex()} if self._charters.named else {}
+                    self._journal.note(now_ms, "opened", {"task": name, "round": number, "base": base, **more})
                     job.deadline_ms = deadline_ms
                     self._put_plan(job)
                 case rounds.Extend(number, deadline_ms):
@@ -333,6 +345,7 @@ class Service:
             deadline_ms=deadline_ms,
             keep=job.keep,
             ring=job.ring,
+            charter=self._charters.digest,
         )
         self._downlink.put_plan(job.task.name, plan)
 
@@ -362,5 +375,6 @@ class Service:
             "mqtt": {"version": self._link.version, "error": self._link.error, "counters": dict(self._link.counters)},
             "refused": dict(self._refusals),
             "outcomes": dict(self._outcomes),
+            "charter": self._charters.status(),
             "tasks": {name: job.status() for name, job in self._jobs.items()},
         }

@@ -18,6 +18,7 @@ import msgspec
 from broker import messages as m
 from broker.link import Inbound, Link
 from broker.topics import (
+    CharterInForce,
     Chunk,
     FederationStatus,
     Local,
@@ -29,6 +30,7 @@ from broker.topics import (
     downlink_filters,
     parse,
 )
+from edge.charter import Keeper
 from edge.config import Config, Policy
 from edge.health import Watch
 from edge.identity import own_signer, with_own_tls
@@ -69,7 +71,7 @@ class Agent:
         self.samples.retag(config.meanings)
         self.stopped, self._hangup = asyncio.Event(), asyncio.Event()
         signer = own_signer(self.state)
-        self.session = self._next_session()
+        self.session = self.state.next_session()
         self._enter(signer)
         self.status = Status(config.path).topic
         will = signer.seal(m.Death(m.VERSION, self.session), self.status)
@@ -83,6 +85,7 @@ class Agent:
             self.link.publish, self.link.subscribe, self.link.unsubscribe,
         )  # fmt: skip
         self.trust = Trust(self.shop)
+        self.charter = Keeper(self.shop, self._rechartered)
         self.runners = {name: Runner(name, table, self.shop) for name, table in config.tasks.items()}
         self.renewal = Renewal(self.shop)
         self.sources = Sources(folder / "pki", self._sink)
@@ -90,13 +93,6 @@ class Agent:
         self._told: tuple[str, ...] | None = None
         self._health_at, self._tags = 0.0, dict[str, dict[str, dict[str, object]]]()
         self._resend_at, self._resend_s = 0.0, _RESEND_S[0]
-
-    def _next_session(self) -> int:
-        """A number that grows with every start, even if the clock was set back."""
-        last = int.from_bytes(self.state.get("session") or b"", "big")
-        session = max(int(time.time() * 1000), last + 1)
-        self.state.put("session", session.to_bytes(8, "big"))
-        return session
 
     def _enter(self, signer: m.Signer) -> None:
         """Let the ledger say who begins here."""
@@ -193,6 +189,7 @@ class Agent:
             runner = await self.state.commit(partial(Runner, name, new.config.tasks[name], self.shop))
             self.runners[name] = runner
             runner.guard("start", runner.start)
+        await self.charter.say()
         for name, runner in self.runners.items():
             runner.reconfigure(rewire=name in new.rewire)
         if self.shop.federation:
@@ -210,6 +207,11 @@ class Agent:
             body: dict[str, object] = {"policy": msgspec.to_builtins(policy)}
             log.info("reload: the policy from now on: %s", body["policy"])
             await self.state.commit(lambda: self.state.record("policy", body))
+
+    def _rechartered(self) -> None:
+        """Let every task's participant look at its plan anew."""
+        for runner in self.runners.values():
+            runner.reconfigure(rewire=False)
 
     def _sink(self, samples: Sequence[Sample], /) -> None:
         """Every batch of every driver: to the store's queue, and at once to the windows."""
@@ -296,6 +298,7 @@ class Agent:
 
         await self.state.commit(work)
         self.link.publish(self.status, envelope, retain=True)
+        await self.charter.say()
 
     def _down(self, reason: str) -> None:
         log.warning("mqtt: %s; scoring goes on, updates wait in the outbox", reason)
@@ -305,7 +308,8 @@ class Agent:
         self._resend_at = time.monotonic() + 0.2
 
     def _follow(self, tasks: Iterable[str]) -> None:
-        """Read what the pinned federation says of our tasks."""
+        """Read what the pinned federation says to all, and of our tasks."""
+        self.link.subscribe(CharterInForce(self.shop.federation).topic)
         for task in tasks:
             self.link.subscribe(*downlink_filters(self.shop.federation, task, self.config.path))
 
@@ -325,6 +329,9 @@ class Agent:
         topic = parse(inbound.topic)
         if isinstance(topic, FederationStatus):
             self._federation(topic, inbound)
+            return
+        if isinstance(topic, CharterInForce) and topic.federation == self.shop.federation:
+            self.charter.hear(inbound)
             return
         if isinstance(topic, Local) and topic.what == "feedback" and topic.name in self.runners:
             self.runners[topic.name].on_feedback(inbound.payload)
@@ -355,6 +362,7 @@ class Agent:
         elif topic.federation != self.shop.federation:
             return
         if self.trust.birth(inbound):
+            self.charter.repeat()
             for runner in self.runners.values():
                 runner.reconnected()
             self._hurry()
@@ -374,6 +382,7 @@ class Agent:
             "problem": self._unread or self.trust.problem,
             "restart": self._restart,
             "federation": {"name": self.shop.federation, "key": self.shop.federation_key.hex()},
+            "charter": self.charter.status(),
             "sources": sources_status(self.sources.drivers, self._tags),
             "tasks": {name: runner.status() for name, runner in self.runners.items()},
             "outbox": len(self.state.waiting),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from broker.charter import Named
 from broker.messages import Signer
 from broker.round import FOREVER_MS
 from edge.config import Config
@@ -84,6 +85,7 @@ class Shop:
     latest: Latest = field(default_factory=Latest)
     federation: str = ""
     federation_key: bytes = b""
+    charter: Named | None = None
 
     def may_train(self) -> MayTrain:
         """Say whether training may start now, by `train_when`, and when at the earliest if not."""

@@ -343,6 +343,7 @@ TOPICS = (
     f"{HERE}/_fl/status", f"{HERE}/_fl/wear/update", f"{HERE}/_inference/wear", f"{HERE}/_health/plc",
     f"{HERE}/_drift/wear", f"{HERE}/_raw/a", f"{HERE}/_feedback/wear",
     f"{THERE}/_fl/wear/update", f"{THERE}/_inference/wear",
+    f"{HERE}/_fl/charter", f"_fl/{FEDERATION}/charter",
     f"_fl/{FEDERATION}/status", f"_fl/{FEDERATION}/wear/round", f"_fl/{FEDERATION}/wear/model/manifest",
     f"_fl/{FEDERATION}/wear/model/7/step0", f"_fl/{FEDERATION}/wear/receipt/{HERE}",
     f"_fl/{FEDERATION}/wear/receipt/{THERE}", "_fl/other/wear/round", "spBv1.0/x/NBIRTH/y", "elsewhere",

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from broker.messages import (
     MAX_PAYLOAD,
+    Acceptance,
     Answer,
     AnyMessage,
     Birth,
+    CharterText,
     Death,
     FederationBirth,
     Message,
@@ -50,6 +52,8 @@ MESSAGES: list[AnyMessage] = [
     Receipt(1, 7, DIGEST, "refused-codec", "why", 1),
     Terms(1, "text", (("a", (1, 3)), ("steps", None)), OBJECT),
     ModelManifest(1, 3, 3, 1, 3, 600, DIGEST, DIGEST, Whole(2, (DIGEST,)), (bytes(8),)),
+    CharterText(1, "title = …", 7),
+    Acceptance(1, DIGEST, 7),
 ]
 
 
