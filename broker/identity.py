@@ -121,7 +121,9 @@ def acl(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     print(
         f"first time: include_dir or copy {out / 'mosquitto.conf'}; the user mosquitto must be able to read the folder"
     )
-    print("after a change: systemctl reload mosquitto; one who was revoked stays connected until it is restarted")
+    print(
+        "after a change: systemctl reload mosquitto; one who was revoked and is connected is deaf and mute from then on"
+    )
     return 0
 
 

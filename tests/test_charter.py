@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -28,6 +29,7 @@ from edge.events import Answer, ModelStored, PlanSeen, PolicyChanged, StartTrain
 from edge.participant import Participant
 from edge.ring import Samples
 from edge.shop import Shop
+from edge.status import read_status
 from edge.store import State
 from models.errors import PeerError, UserError
 from tests.brokers import BrokerProcess
@@ -398,6 +400,55 @@ async def test_an_aggregator_takes_updates_of_those_alone_who_accepted(tmp_path:
             assert digests == [DIGEST.hex()] * 3 + [""]
             assert [body["charter"] for body in journal.bodies("opened")] == [DIGEST.hex()] * 2
             assert {body["reason"] for body in journal.bodies("refused")} == {"charter"}
+
+
+def gateway_files(folder: Path, root: str, url: str, policy: str) -> Path:
+    folder.mkdir()
+    (folder / "plc.csv").write_text("tag,address\na,a\n")
+    (folder / "plc.data.csv").write_text("a\n1\n")
+    file = folder / "gateway.toml"
+    file.write_text(
+        f'[gateway]\npath = "{root}/lyon/press/line4/cell2"\n[mqtt]\nurl = "{url}"\n'
+        '[[source]]\nname = "plc"\ndriver = "replay"\nurl = "plc.data.csv"\ntags = "plc.csv"\n'
+        f'[task.wear]\nsignals = {{ T = "plc/a" }}\n[policy]\ncharter = "{DIGEST.hex()}"\n{policy}'
+    )
+    return file
+
+
+async def test_enterprises_meet_in_one_federation_each_with_its_own_policy(tmp_path: Path) -> None:
+    policies = {"acme": "", "borealis": "min_gateways = 5\n", "corvid": ""}
+    paths = {root: f"{root}/lyon/press/line4/cell2" for root in policies}
+    with BrokerProcess("amqtt") as broker:
+        federation = Federation(tmp_path, broker.url, min_gateways=3)
+        (tmp_path / "charter.toml").write_text(CHARTER)
+        toml = federation.config.read_text().replace('["acme"]', '["acme", "borealis"]')
+        federation.config.write_text(toml.replace("[mqtt]", 'charter = "charter.toml"\n[mqtt]'))
+
+        def status() -> dict[str, Any]:
+            return federation.status() if federation.has_status() else {}
+
+        def answers() -> dict[str, Any]:
+            known = status().get("tasks", {}).get("wear", {}).get("gateways", {})
+            return {path: (one["verdict"], one["code"]) for path, one in known.items()}
+
+        children = []
+        async with gateways(broker.url, 1), federation.service():
+            try:
+                for root, policy in policies.items():
+                    file, state = gateway_files(tmp_path / root, root, broker.url, policy), tmp_path / root / "state"
+                    command = [sys.executable, "-m", "edge.cli", "edge", "run", "-c", str(file), "--state", str(state)]
+                    children.append(await asyncio.create_subprocess_exec(*command))
+                wanted = {paths["acme"]: ("joined", "ok"), paths["borealis"]: ("declined", "min-gateways")}
+                await until(lambda: wanted.items() <= answers().items())
+                await until(lambda: status()["refused"].get("root", 0) > 0)
+                # The third enterprise's gateway itself has read that it is no member.
+                await until(lambda: "no member corvid" in str(read_status(tmp_path / "corvid" / "state")))
+                assert paths["corvid"] not in answers()
+                assert status()["charter"]["accepted"] == [paths["acme"], paths["borealis"]]
+            finally:
+                for child in children:
+                    child.terminate()
+                    await child.wait()
 
 
 # -- both, as processes --------------------------------------------------------------------------------------------

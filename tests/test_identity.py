@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
@@ -69,6 +70,7 @@ class Operator:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         self.config, self.state = federation_toml(folder), folder / "state"
+        self.mosquitto: subprocess.Popen[bytes] | None = None
 
     def run(self, verb: str, *options: object) -> int:
         parser = argparse.ArgumentParser()
@@ -320,6 +322,7 @@ def broker(operator: Operator, tmp_path: Path) -> Iterator[tuple[Operator, int, 
     conf.write_text(conf.read_text() + more)
     log = (tmp_path / "mosquitto.log").open("wb")
     child = subprocess.Popen([mosquitto_path() or "mosquitto", "-c", str(conf)], stdout=log, stderr=log)
+    operator.mosquitto = child
     try:
         until(lambda: listening(port) or child.poll() is not None)
         assert child.poll() is None, (tmp_path / "mosquitto.log").read_text()
@@ -421,6 +424,38 @@ def test_who_has_no_right_to_connect_does_not(broker: tuple[Operator, int, Path]
     assert not thief.may_write(f"{HERE}/_raw/a")
     for party in (mute, owner, thief):
         party.close()
+
+
+def test_a_revoked_gateway_that_is_connected_is_deaf_and_mute_after_a_reload(
+    broker: tuple[Operator, int, Path],
+) -> None:
+    operator, port, folder = broker
+    pki = operator.state / "pki"
+
+    def party(cell: int) -> Party:
+        tls = folder / f"cell{cell}" / "state" / "tls"
+        return Party(port, pki / "ca.pem", tls / "cert.pem", tls / "key.pem")
+
+    stays, goes = party(0), party(1)
+    aggregator = Party(port, pki / "ca.pem", pki / "aggregator.pem", pki / "aggregator.key")
+    word, plan = f"{THERE}/_fl/wear/answer", f"_fl/{FEDERATION}/wear/round"
+    assert goes.may_write(word)
+    assert aggregator.may_write(f"_fl/{FEDERATION}/status")
+    until(lambda: f"_fl/{FEDERATION}/status" in stays.got & goes.got)
+    assert operator.run("enrol", "--path", THERE, "--revoke") == 0
+    assert operator.run("acl", "--out", folder / "mosquitto", "--port", port) == 0
+    assert operator.mosquitto
+    operator.mosquitto.send_signal(signal.SIGHUP)
+    until(lambda: not goes.may_write(word))
+    assert aggregator.may_write(plan)
+    until(lambda: plan in stays.got)
+    assert stays.may_write(f"{HERE}/_fl/wear/answer")
+    assert plan not in goes.got
+    # Once it has gone it doesn't come back.
+    goes.close()
+    assert not party(1).connected
+    for one in (stays, aggregator):
+        one.close()
 
 
 def test_gateway_and_aggregator_meet_over_it(
