@@ -46,6 +46,8 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     what.add_argument("--key", help="the gateway's Ed25519 public key, 64 hex digits")
     what.add_argument("--request", type=Path, metavar="FILE", help="what tundish edge export wrote on the gateway")
     what.add_argument("--revoke", action="store_true", help="take the gateway out, and its certificate back")
+    text = "(with --revoke, once the MQTT broker has reloaded) close its connection"
+    enrol.add_argument("--end-connection", action="store_true", help=text)
     enrol.add_argument("--out", type=Path, metavar="FILE", help="(with --request) the admission for the gateway")
     acl = _command(
         subparsers,

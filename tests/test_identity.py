@@ -451,9 +451,23 @@ def test_a_revoked_gateway_that_is_connected_is_deaf_and_mute_after_a_reload(
     until(lambda: plan in stays.got)
     assert stays.may_write(f"{HERE}/_fl/wear/answer")
     assert plan not in goes.got
-    # Once it has gone it doesn't come back.
+    # Its connection is ended by one of its name, and it doesn't come back, nor does that one.
+    assert goes.client.is_connected()
+    tls = f'ca = "{pki / "ca.pem"}"\ncert = "{pki / "aggregator.pem"}"\nkey = "{pki / "aggregator.key"}"\n'
+    url = f'url = "mqtts://localhost:{port}"\n'
+    operator.config.write_text(operator.config.read_text().replace('url = "mqtts://localhost"\n', url + tls))
+    assert operator.run("enrol", "--path", THERE, "--revoke", "--end-connection") == 0
+    until(lambda: not goes.client.is_connected())
     goes.close()
     assert not party(1).connected
+    issued = (pki / "issued" / f"{THERE.replace('/', '+')}.pem").read_bytes()
+    crl = x509.load_pem_x509_crl((pki / "crl.pem").read_bytes())
+    assert all(
+        crl.get_revoked_certificate_by_serial_number(c.serial_number) for c in x509.load_pem_x509_certificates(issued)
+    )
+    assert stays.may_write(f"{HERE}/_fl/wear/answer")
+    with pytest.raises(UserError, match="goes with --revoke"):
+        operator.run("enrol", "--path", HERE, "--end-connection")
     for one in (stays, aggregator):
         one.close()
 
