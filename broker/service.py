@@ -130,7 +130,7 @@ class Service:
                 status_at = time.monotonic() + STATUS_S
                 self._write_status()
                 if seen != (seen := self._journal.data_version()):
-                    # Somebody was enrolled: subscribing again brings the what is retained and was refused.
+                    # Somebody was enrolled: subscribing again brings what is retained and was refused.
                     self._link.unsubscribe(*_FROM_ALL)
                     self._link.subscribe(*_FROM_ALL)
             if self._inbox:
@@ -289,7 +289,8 @@ class Service:
                     log.info("%s round %d: open, from version %d%s", name, number, base, asked and f", for {asked}")
                     self._noted.clear()
                     self._journal.open_round(name, number, base, opened_ms, deadline_ms)
-                    more = {"asked": asked} if asked else {}
+                    more: dict[str, Any] = {"min_gateways": job.task.round.min_gateways}
+                    more |= {"asked": asked} if asked else {}
                     more |= {"charter": self._charters.digest.hex()} if self._charters.named else {}
                     self._journal.note(now_ms, "opened", {"task": name, "round": number, "base": base, **more})
                     job.deadline_ms = deadline_ms

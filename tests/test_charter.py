@@ -354,6 +354,22 @@ def accept(g: Gateway, digest: bytes, time_ms: int) -> None:
     g.link.publish(topic, g.signer.seal(Acceptance(1, digest, time_ms), topic), retain=True)
 
 
+def forge(g: Gateway) -> None:
+    """Say that a site accepts, as those may who are not that site."""
+    topic, stranger = topics.Accepted(g.path).topic, Signer.generate()
+    good = g.signer.seal(Acceptance(1, DIGEST, 10), topic)
+    for payload in (
+        stranger.seal(Acceptance(1, DIGEST, 10), topic),
+        g.signer.seal(Acceptance(1, DIGEST, 10), topic + "x"),
+        good[:-1],
+        bytes(100_000),
+    ):
+        g.link.publish(topic, payload)
+    for path in ("acme/lyon/press/line4/cell9", "corvid/lyon/press/line4/cell2"):
+        elsewhere = topics.Accepted(topics.GatewayPath.parse(path)).topic
+        g.link.publish(elsewhere, stranger.seal(Acceptance(1, DIGEST, 10), elsewhere))
+
+
 async def test_an_aggregator_takes_updates_of_those_alone_who_accepted(tmp_path: Path) -> None:
     with BrokerProcess("amqtt") as broker:
         federation = Federation(tmp_path, broker.url, rounds=2)
@@ -370,6 +386,10 @@ async def test_an_aggregator_takes_updates_of_those_alone_who_accepted(tmp_path:
                 assert m.open_envelope(there[0].heard[topic][-1], topic, there[0].key, CharterText).text == CHARTER
                 there[0].send(first, delta(0))
                 await until(lambda: there[0].outcomes() == ["refused-charter"])
+                forge(there[0])
+                reasons = {"signature": 2, "envelope": 2, "unknown-gateway": 1, "root": 1}
+                await until(lambda: reasons.items() <= service.status()["refused"].items())
+                assert service.status()["charter"]["accepted"] == []
                 for i, g in enumerate(there):
                     accept(g, DIGEST, 10)
                     g.send(first, delta(i))
