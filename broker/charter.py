@@ -5,15 +5,16 @@ what a plan names and a site accepts. The ledger is the only memory of who accep
 """
 
 import hashlib
+import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
 from broker import topics
-from broker.messages import MOST_CHARTER, VERSION, Acceptance, CharterText, Signer
+from broker.messages import VERSION, Message, Millis, Signer
 from models.errors import UserError
 from models.spec import Task
 from models.tomlfile import TomlFile
@@ -34,6 +35,7 @@ _KEYS: dict[str, list[str | int]] = {
     "max-epsilon": ["privacy", "max_epsilon"],
     "secure-aggregation": ["privacy", "mode"],
 }
+MOST_CHARTER = 60 * 1024  # bytes of its text, so that its message has 64 KiB at most
 _MOST_TITLE = 120
 _MOST_GATEWAYS = 10**6
 
@@ -71,6 +73,20 @@ class Charter(_Table, frozen=True, kw_only=True):
     contributions: str
     privacy: CharterPrivacy
     model: CharterModel
+
+
+class CharterText(Message, frozen=True, tag="charter"):
+    """Retained, signed: the charter in force as its file has it, empty for none any more; `time_ms` grows."""
+
+    text: Annotated[str, msgspec.Meta(max_length=MOST_CHARTER)]
+    time_ms: Millis
+
+
+class Acceptance(Message, frozen=True, tag="acceptance"):
+    """Retained: a gateway has accepted the charter of this SHA-256, or (empty) accepts none any more."""
+
+    digest: Annotated[bytes, msgspec.Meta(max_length=32)]
+    time_ms: Millis
 
 
 class Named(NamedTuple):
@@ -160,6 +176,13 @@ def check_tasks(name: str, named: Named, tasks: Iterable[Task], roots: Iterable[
             raise file.error(_KEYS[against[0]], f"task {task.name}: {against[1]}", remedy)
 
 
+def bodies(lines: Iterable[str], kind: str) -> Iterator[dict[str, Any]]:
+    """Give the bodies of a ledger's entries of a kind, oldest first."""
+    for line in lines:
+        if f'"kind":"{kind}"' in line and (entry := json.loads(line))["kind"] == kind:
+            yield entry["body"]
+
+
 class Charters:
     """The aggregator's part: publishes the charter in force, and knows who has accepted it.
 
@@ -169,8 +192,10 @@ class Charters:
     def __init__(self, named: Named | None, journal: "Journal", time_ms: int) -> None:
         """Take up what the ledger says; where another charter is in force than before, note that there."""
         self.named, self._journal, self._time_ms = named, journal, time_ms
-        self._said: dict[str, dict[str, Any]] = {body["path"]: body for body in journal.bodies(ACCEPTANCE)}
-        before = list(journal.bodies(CHARTER))
+        self._said: dict[str, dict[str, Any]] = {
+            body["path"]: body for body in bodies(journal.ledger_lines(), ACCEPTANCE)
+        }
+        before = list(bodies(journal.ledger_lines(), CHARTER))
         self._silent = named is None and not before
         if self.digest.hex() != (before[-1]["digest"] if before else ""):
             title = named.charter.title if named else ""

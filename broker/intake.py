@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from broker import topics
+from broker.charter import Acceptance
 from broker.config import FederationConfig
 from broker.journal import Journal
 from broker.link import Inbound
-from broker.messages import Acceptance, Answer, Birth, Death, Message, Update, open_envelope, peek
+from broker.messages import Answer, Birth, Death, Message, Update, open_envelope, peek
 from models import codec, ringcode
 from models.errors import PeerError
 from models.ringcode import Ring
@@ -108,7 +109,15 @@ Heard = HeardBirth | HeardDeath | HeardAcceptance | HeardAnswer | HeardUpdate | 
 class Intake:
     """Reads inbound messages; pins first births in the journal, so it belongs inside a transaction."""
 
-    def __init__(self, config: FederationConfig, journal: Journal, wanted: Mapping[str, Wanted]) -> None:
+    def __init__(
+        self,
+        config: FederationConfig,
+        journal: Journal,
+        wanted: Mapping[str, Wanted],
+        covers: Callable[[str, bytes], bool] = lambda _path, _key: True,
+    ) -> None:
+        """`covers` says whether a gateway (path and key) has accepted the charter in force."""
+        self._covers = covers
         self._config = config
         self._journal = journal
         self._wanted = wanted
@@ -204,10 +213,15 @@ class Intake:
         if not isinstance(message, Update):
             raise PeerError("schema", type(message).__name__)
         try:
+            self._check_accepted(name, key)
             check_update(message, wanted)
         except PeerError as error:
             return Refused(name, task, message.round, digest, error.reason, error.detail)
         return HeardUpdate(name, task, message, digest)
+
+    def _check_accepted(self, name: str, key: bytes) -> None:
+        if not self._covers(name, key):
+            raise PeerError("charter", "this gateway has not accepted the charter in force")
 
     def _check_root(self, path: topics.GatewayPath) -> None:
         if path.enterprise not in self._config.roots:

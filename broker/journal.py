@@ -7,7 +7,6 @@ for. The folder is 0700 and the file 0600, because the aggregator's private key 
 
 import contextlib
 import fcntl
-import json
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -340,12 +339,6 @@ class Journal:
         last = self._one("SELECT seq, hash FROM ledger ORDER BY seq DESC LIMIT 1")
         if last:
             self.note(now_ms, ledger.CHECKPOINT, ledger.checkpoint(last[1], last[0] + 1, signer))
-
-    def bodies(self, kind: str) -> Iterator[dict[str, Any]]:
-        """Give the bodies of the ledger's entries of a kind, oldest first."""
-        for (line,) in self._rows("SELECT line FROM ledger WHERE line LIKE ? ORDER BY seq", f'%"kind":"{kind}"%'):
-            if (entry := json.loads(line))["kind"] == kind:
-                yield entry["body"]
 
     def ledger_lines(self) -> Iterator[str]:
         """Every entry from the first, without newlines: what `ledger.verify` takes."""

@@ -23,7 +23,6 @@ MAX_PAYLOAD = 256 * 1024
 CHUNK_BYTES = 192 * 1024
 VERSION = 1
 KEY_BYTES = 32
-MOST_CHARTER = 60 * 1024  # bytes of its text, so that its message has 64 KiB at most
 # Names of the objects of a model, in its chunks' topics.
 TERMS, GRAPH, WEIGHTS, STEP = "terms", "graph", "weights", "step"
 # Versions that a manifest leads on from: a gateway that missed more rounds takes the whole model.
@@ -40,7 +39,6 @@ _BYTES, _TEXT, _MAP, _TAG = 2, 3, 5, 6  # CBOR's major types
 _ONE_BYTE, _EIGHT_BYTES, _INDEFINITE = 24, 27, 31  # additional information: how the argument follows
 
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-CharterDigest = Annotated[bytes, msgspec.Meta(max_length=32)]  # empty: none
 StepDigest = Annotated[bytes, msgspec.Meta(min_length=STEP_DIGEST, max_length=STEP_DIGEST)]
 PublicKey = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Text = Annotated[str, msgspec.Meta(max_length=512)]
@@ -135,7 +133,7 @@ class Plan(Message, frozen=True, tag="plan"):
     keep_ppm: Share = 1_000_000
     stalest: Count = 0
     ring: Annotated[bytes, msgspec.Meta(max_length=MAX_PAYLOAD)] = b""
-    charter: CharterDigest = b""
+    charter: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
 
 
 class Receipt(Message, frozen=True, tag="receipt"):
@@ -204,20 +202,6 @@ class ModelManifest(Message, frozen=True, tag="manifest"):
     steps: Annotated[tuple[StepDigest, ...], msgspec.Meta(max_length=MAX_STEPS)] = ()
 
 
-class CharterText(Message, frozen=True, tag="charter"):
-    """Retained, signed: the charter in force as its file has it, empty for none any more; `time_ms` grows."""
-
-    text: Annotated[str, msgspec.Meta(max_length=MOST_CHARTER)]
-    time_ms: Millis
-
-
-class Acceptance(Message, frozen=True, tag="acceptance"):
-    """Retained: a gateway has accepted the charter of this SHA-256, or (empty) accepts none any more."""
-
-    digest: CharterDigest
-    time_ms: Millis
-
-
 class Request(Message, frozen=True, tag="request"):
     """A gateway's file for the operator: its path, its Ed25519 key, and a certificate request (DER) for TLS."""
 
@@ -237,9 +221,8 @@ class Admission(Message, frozen=True, tag="admission"):
 
 
 AnyMessage = (
-    Birth | Death | Answer | Update | FederationBirth | Plan | Receipt | Terms | ModelManifest | CharterText
-    | Acceptance | Request | Admission
-)  # fmt: skip
+    Birth | Death | Answer | Update | FederationBirth | Plan | Receipt | Terms | ModelManifest | Request | Admission
+)
 M = TypeVar("M", bound=Message)
 
 

@@ -92,7 +92,7 @@ class Service:
             name: intake.Wanted(job.task, int(job.shared.sum()), job.ring_in, job.slices)
             for name, job in self._jobs.items()
         }
-        self._intake = intake.Intake(self._config, self._journal, wanted)
+        self._intake = intake.Intake(self._config, self._journal, wanted, self._charters.covers)
         for job in self._jobs.values():
             self._put_model(job)  # also proves, before anybody connects, that the manifest fits into a message
         self._link = Link(
@@ -214,7 +214,7 @@ class Service:
                 event = federation.Answered(path, answer.round, joined, answer.code, answer.reason)
                 self._tell(self._jobs[task], event, now_ms)
             case intake.HeardUpdate():
-                self._hear_update(heard, inbound.topic, now_ms)
+                self._hear_update(heard, now_ms)
             case intake.Refused():
                 self._hear_refused(heard, inbound.topic, now_ms)
 
@@ -238,12 +238,8 @@ class Service:
             self._receipt(heard.task, heard.path, receipt)
             self._tell(self._jobs[heard.task], federation.Refused(heard.path, heard.round), now_ms)
 
-    def _hear_update(self, heard: intake.HeardUpdate, topic: str, now_ms: int) -> None:
+    def _hear_update(self, heard: intake.HeardUpdate, now_ms: int) -> None:
         update = heard.update
-        if not self._charters.covers(heard.path, self._journal.key_of(heard.path)):
-            why = "charter", "this gateway has not accepted the charter in force"
-            self._hear_refused(intake.Refused(heard.path, heard.task, update.round, heard.digest, *why), topic, now_ms)
-            return
         known = self._journal.was_counted(heard.task, update.round, heard.path)
         event = federation.Submitted(heard.path, update.round, update.base, heard.digest, known)
         job = self._jobs[heard.task]

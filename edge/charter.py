@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from broker import messages as m
-from broker.charter import ACCEPTANCE, CHARTER, Charter, Named, outside, parse_charter
+from broker.charter import ACCEPTANCE, CHARTER, Acceptance, Charter, CharterText, Named, outside, parse_charter
 from broker.link import Inbound
 from broker.topics import Accepted
 from edge.config import Policy
@@ -79,7 +79,7 @@ class Keeper:
             return  # unsigned: nobody can take a charter away so
         if len(inbound.payload) > _MOST_ENVELOPE:
             raise PeerError("size", f"a charter of {len(inbound.payload)} bytes, at most {_MOST_ENVELOPE}")
-        said = m.open_envelope(inbound.payload, inbound.topic, self._shop.federation_key, m.CharterText)
+        said = m.open_envelope(inbound.payload, inbound.topic, self._shop.federation_key, CharterText)
         try:
             named = parse_charter(said.text, FILE) if said.text else None
         except UserError as error:
@@ -121,9 +121,9 @@ class Keeper:
         shop = self._shop
         async with self._saying:
             digest = accepted(shop)
-            said = m.peek(self._said, m.Acceptance).digest if self._said else b""
+            said = m.peek(self._said, Acceptance).digest if self._said else b""
             if digest != said:
-                word = m.Acceptance(m.VERSION, digest, int(time.time() * 1000))
+                word = Acceptance(m.VERSION, digest, int(time.time() * 1000))
                 envelope = shop.signer.seal(word, self._topic)
                 title = shop.charter.charter.title if shop.charter and digest else ""
                 body: dict[str, object] = {

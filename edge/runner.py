@@ -14,7 +14,7 @@ from broker import messages as m
 from broker.topics import Uplink
 from edge import events
 from edge import participant as p
-from edge.charter import clauses, terms_of, under_charter
+from edge.charter import clauses, terms_of
 from edge.config import TaskTable
 from edge.handback import Fetch, Model, probe
 from edge.infer import Scorer
@@ -54,9 +54,10 @@ class Runner:
         self._trainer = Trainer()
         self._said: events.Answer | None = None
         self._training: asyncio.Task[None] | None = None
-        self.participant = p.Participant(shop.config.policy, 1, handled=self.memory.handled())
+        self.participant = p.Participant(
+            shop.config.policy, 1, handled=self.memory.handled(), clauses=clauses(shop, name)
+        )
         self.participant.handle(shop.may_train())
-        self.participant.clauses = clauses(shop, name)
         self.guard("start", self._load)
 
     def _load(self) -> None:
@@ -228,17 +229,16 @@ class Runner:
 
     async def _say(self, answer: events.Answer) -> None:
         """Send an answer, once the ledger has it; one that is said again is one entry."""
-        topic = Uplink(self.shop.config.path, self.name, "answer").topic
+        topic, plan = Uplink(self.shop.config.path, self.name, "answer").topic, self.participant.plan
         word = m.Answer(
             m.VERSION, answer.round, answer.verdict, answer.code, answer.reason[:512], int(time.time() * 1000)
         )
         envelope = self.shop.signer.seal(word, topic)
-        terms = terms_of(self.participant.plan)
 
         def work() -> None:
             if answer != self._said:
                 body: dict[str, object] = {"task": self.name, "round": answer.round, "reason": word.reason}
-                body |= {"code": answer.code, "message_bytes": len(envelope)} | terms
+                body |= {"code": answer.code, "message_bytes": len(envelope)} | terms_of(plan)
                 self.shop.state.record(answer.verdict, body)
                 self._said = answer
 
@@ -279,7 +279,7 @@ class Runner:
     async def _send(self, action: events.StartTraining, model: Model, result: Result, width: float) -> None:
         """Put what was learnt into the outbox, with the state that belongs to it, in one commit; then send it."""
         residual = await self.shop.state.commit(lambda: self.memory.vector("residual"))
-        personal, under = self.scoring.personal, under_charter(self.shop)
+        personal = self.scoring.personal
         out = await asyncio.to_thread(seal_update, self.shop, action, model, result, residual, personal, width=width)
         keeps = not model.layout.mask(model.task.personal).all()
 
@@ -287,7 +287,7 @@ class Runner:
             self.shop.state.send(Outgoing(out.digest, self.name, action.round, out.envelope))
             self.memory.keep_handled(action.round, action.opened_ms)
             self.memory.keep_result(result, out.residual, personal=keeps)
-            self.shop.state.record("update", out.body | under)
+            self.shop.state.record("update", out.body)
 
         await self.shop.state.commit(work)
         self.problem = ""

@@ -17,11 +17,11 @@ import pytest
 
 from broker import messages as m
 from broker import topics
-from broker.charter import load_charter, parse_charter
+from broker.charter import Acceptance, CharterText, bodies, load_charter, parse_charter
 from broker.config import load_federation
 from broker.journal import Journal
 from broker.link import Inbound
-from broker.messages import Acceptance, CharterText, Plan, Signer
+from broker.messages import Plan, Signer
 from edge.charter import Clauses, Keeper, breach
 from edge.cli import main
 from edge.config import Policy, load_config
@@ -415,11 +415,11 @@ async def test_an_aggregator_takes_updates_of_those_alone_who_accepted(tmp_path:
                 assert plan.charter == b""
                 assert m.open_envelope(there[0].heard[topic][-1], topic, there[0].key, CharterText).text == ""
         with closing(Journal(federation.state)) as journal:
-            assert [body["digest"] for body in journal.bodies("charter")] == [DIGEST.hex(), ""]
-            digests = [body["digest"] for body in journal.bodies("acceptance")]
+            assert [body["digest"] for body in bodies(journal.ledger_lines(), "charter")] == [DIGEST.hex(), ""]
+            digests = [body["digest"] for body in bodies(journal.ledger_lines(), "acceptance")]
             assert digests == [DIGEST.hex()] * 3 + [""]
-            assert [body["charter"] for body in journal.bodies("opened")] == [DIGEST.hex()] * 2
-            assert {body["reason"] for body in journal.bodies("refused")} == {"charter"}
+            assert [body["charter"] for body in bodies(journal.ledger_lines(), "opened")] == [DIGEST.hex()] * 2
+            assert {body["reason"] for body in bodies(journal.ledger_lines(), "refused")} == {"charter"}
 
 
 def gateway_files(folder: Path, root: str, url: str, policy: str) -> Path:
@@ -523,5 +523,5 @@ def test_no_update_leaves_a_site_before_it_has_accepted_the_charter(
     declined = next(line["body"] for line in lines if line["kind"] == "declined")
     assert (declined["code"], declined["charter"], declined["min_gateways"]) == ("charter", digest, 1)
     with closing(Journal(p.stage.aggregator_state)) as journal:
-        assert [body["digest"] for body in journal.bodies("acceptance")] == [digest]
-        assert [body["charter"] for body in journal.bodies("opened")] == [digest]
+        assert [body["digest"] for body in bodies(journal.ledger_lines(), "acceptance")] == [digest]
+        assert [body["charter"] for body in bodies(journal.ledger_lines(), "opened")] == [digest]
