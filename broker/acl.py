@@ -29,6 +29,7 @@ def acl(federation: str, gateways: Iterable[str], operators: Iterable[str] = ())
             f"topic read {path}/_feedback/#",
             f"topic read {tree}/status",
             f"topic read {tree}/{RELEASE}/#",
+            f"topic read {tree}/charter",
             f"topic read {tree}/+/round",
             f"topic read {tree}/+/model/#",
             f"topic read {tree}/+/receipt/{path}",

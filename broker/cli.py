@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from broker.config import FederationConfig, load_federation
+from broker.status import STATUS_FILE
 from models.errors import LocalError, TundishError, UserError
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     what.add_argument("--key", help="the gateway's Ed25519 public key, 64 hex digits")
     what.add_argument("--request", type=Path, metavar="FILE", help="what tundish edge export wrote on the gateway")
     what.add_argument("--revoke", action="store_true", help="take the gateway out, and its certificate back")
+    text = "(with --revoke, once the MQTT broker has reloaded) close its connection"
+    enrol.add_argument("--end-connection", action="store_true", help=text)
     enrol.add_argument("--out", type=Path, metavar="FILE", help="(with --request) the admission for the gateway")
     acl = _command(
         subparsers,
@@ -128,7 +131,7 @@ def run_command(args: argparse.Namespace) -> int:
 def status_command(args: argparse.Namespace) -> int:
     """Show the status file of the state folder; exit code 1 when the aggregator does not run."""
     folder = args.state or _state(args, load_federation(_config_path(args)))
-    path = folder / "status.json"
+    path = folder / STATUS_FILE
     try:
         status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -201,6 +204,9 @@ def _report(status: dict[str, Any], age_s: float, *, running: bool) -> list[str]
     head = f"{status['federation']}: {'running' if running else f'not running since {age_s:.0f} s'}"
     lines = [f"{head}, {'connected' if status['connected'] else mqtt['error'] or 'not connected'}"]
     lines.append(f"  public key {status['public_key']}")
+    if charter := status.get("charter"):
+        lines.append(f"  charter {charter['title']!r} {charter['digest']}, accepted by {len(charter['accepted'])}")
+        lines += [f"    NOT ACCEPTED by {path}" for path in charter["not_accepted"]]
     for name, task in status["tasks"].items():
         lines.append(f"  {name}: round {task['round']} {task['state']}, model version {task['version']}")
         if task["state"] == "open":

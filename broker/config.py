@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from broker.aggregate import strategy_names
+from broker.charter import Named, check_tasks, load_charter
 from broker.est import is_host, listen_address
 from broker.settings import MqttSettings, check_mqtt
 from broker.topics import GatewayPath, segment
@@ -22,11 +23,13 @@ class FederationTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """`[federation]`: `roots` are the enterprises whose gateways may take part.
 
     `join` "enrolled" takes keys from the roster only; "first-seen" pins a gateway's key when it is first seen.
+    `charter` is a file, relative to this one.
     """
 
     name: str
     roots: tuple[str, ...]
     join: Literal["enrolled", "first-seen"] = "enrolled"
+    charter: str | None = None
 
 
 class TaskTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -85,6 +88,7 @@ class FederationConfig:
     tasks: tuple[TaskFile, ...]
     enrolment: EnrolmentTable | None = None
     release: ReleaseTable | None = None
+    charter: Named | None = None
 
 
 def load_federation(path: Path) -> FederationConfig:
@@ -105,15 +109,28 @@ def load_federation(path: Path) -> FederationConfig:
         _check_enrolment(file, raw.enrolment)
     if raw.release is not None:
         _check_release(file, raw.release)
+    tasks = _tasks(file, raw.task, path)
     return FederationConfig(
         raw.federation.name,
         raw.federation.roots,
         raw.federation.join,
         mqtt,
-        _tasks(file, raw.task, path),
+        tasks,
         raw.enrolment,
         raw.release,
+        _charter(file, raw.federation, tasks, path),
     )
+
+
+def _charter(file: TomlFile, table: FederationTable, tasks: tuple[TaskFile, ...], path: Path) -> Named | None:
+    if table.charter is None:
+        return None
+    where = path.absolute().parent / table.charter
+    if not where.is_file():
+        raise file.error(["federation", "charter"], f"no file {where}", "write a path relative to this file")
+    named = load_charter(where)
+    check_tasks(str(where), named, [one.task for one in tasks], table.roots)
+    return named
 
 
 def _check_enrolment(file: TomlFile, table: EnrolmentTable) -> None:

@@ -211,8 +211,12 @@ def plan_of(
     deadline_ms: int,
     keep: float,
     ring: Ring | None = None,
+    charter: bytes = b"",
 ) -> Plan:
-    """Make the plan of a federation's latest round, whose updates keep the share `keep`, or are a ring's."""
+    """Make the plan of a federation's latest round, whose updates keep the share `keep`, or are a ring's.
+
+    `charter` is the digest of the one in force.
+    """
     current = federation.round
     state = "open" if federation.state is State.OPEN else "done" if federation.state is State.DONE else "closed"
     return Plan(
@@ -230,6 +234,7 @@ def plan_of(
         keep_ppm=max(1, round(1e6 * keep)),
         stalest=0 if task.round.full is None else STALEST,
         ring=ring.data if ring else b"",
+        charter=charter,
     )
 
 

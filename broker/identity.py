@@ -16,6 +16,7 @@ from broker.est import VALID_S
 from broker.journal import Journal
 from broker.messages import KEY_BYTES, Request
 from broker.pki import AGGREGATOR, ENROLMENT, MOST_NAME, OPERATORS, Authority
+from broker.settings import MqttSettings
 from broker.topics import GatewayPath, segment
 from models.errors import LocalError, PeerError, UserError
 
@@ -42,6 +43,9 @@ def init(args: argparse.Namespace, config: FederationConfig, state: Path) -> int
 def enrol(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     """Put a gateway into the roster by its key or its request, or take it out."""
     path = _path(args.path, config)
+    if args.end_connection and not args.revoke:
+        remedy = "it goes with --revoke, after tundish broker acl and a reload of the MQTT broker"
+        raise UserError("--end-connection", 0, "", "of one who may come back at once", remedy)
     if args.request is not None and args.out is None:
         raise UserError("--out", 0, "", "missing", "name the file that goes back to the gateway")
     if not state.is_dir():
@@ -51,7 +55,7 @@ def enrol(args: argparse.Namespace, config: FederationConfig, state: Path) -> in
             remedy = 'write join = "enrolled" first, or its key is taken when it is next seen'
             raise UserError("--revoke", 0, "", f'join = "{config.join}" lets anybody in', remedy)
         if args.revoke:
-            return _revoke(journal, str(path), state)
+            return _revoke(journal, str(path), state, config.mqtt if args.end_connection else None)
         if args.key is not None:
             return _admit(journal, str(path), _key(args.key), "key", state)
         if args.request is None:
@@ -121,7 +125,9 @@ def acl(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     print(
         f"first time: include_dir or copy {out / 'mosquitto.conf'}; the user mosquitto must be able to read the folder"
     )
-    print("after a change: systemctl reload mosquitto; one who was revoked stays connected until it is restarted")
+    print(
+        "after a change: systemctl reload mosquitto; one who was revoked and is connected is deaf and mute from then on"
+    )
     return 0
 
 
@@ -183,8 +189,11 @@ def _admit(journal: Journal, path: str, key: bytes, how: str, state: Path) -> in
     return 0
 
 
-def _revoke(journal: Journal, path: str, state: Path) -> int:
-    """Out of the roster at once, which ends what it may say; and its certificate onto the list, if it has one."""
+def _revoke(journal: Journal, path: str, state: Path, ends: MqttSettings | None) -> int:
+    """Out of the roster at once, which ends what it may say; and its certificate onto the list, if it has one.
+
+    With `ends`, its connection is closed too, by these settings.
+    """
     key, certificates = journal.key_of(path), 0
     with journal.transaction():
         journal.remove_from_roster(path)
@@ -200,6 +209,11 @@ def _revoke(journal: Journal, path: str, state: Path) -> int:
             print(error)
         else:
             print(f"{certificates} certificates of it are revoked; tundish broker acl tells the MQTT broker")
+    if ends is not None:
+        from broker.kick import end_connection  # noqa: PLC0415 - no other command connects
+
+        end_connection(ends, Authority(folder(state)), path)
+        print(f"{path} is connected no more; it comes back if the MQTT broker has not been reloaded after broker acl")
     if key is None and not certificates:
         raise LocalError(f"{path} is not in the roster, and has no certificate; a token of it is no good any more")
     return 0

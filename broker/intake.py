@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from broker import topics
+from broker.charter import Acceptance
 from broker.config import FederationConfig
 from broker.journal import Journal
 from broker.link import Inbound
@@ -63,6 +64,15 @@ class HeardDeath:
 
 
 @dataclass(frozen=True)
+class HeardAcceptance:
+    """A gateway's word on the charter, and the key that signed it."""
+
+    path: str
+    key: bytes
+    word: Acceptance
+
+
+@dataclass(frozen=True)
 class HeardAnswer:
     """A gateway's word on a round."""
 
@@ -102,14 +112,22 @@ class Refused:
     detail: str
 
 
-Heard = HeardBirth | HeardDeath | HeardAnswer | HeardVote | HeardUpdate | Refused
+Heard = HeardBirth | HeardDeath | HeardAcceptance | HeardAnswer | HeardVote | HeardUpdate | Refused
 _UPLINK: dict[str, type[Message]] = {"update": Update, "answer": Answer, "vote": Vote}
 
 
 class Intake:
     """Reads inbound messages; pins first births in the journal, so it belongs inside a transaction."""
 
-    def __init__(self, config: FederationConfig, journal: Journal, wanted: Mapping[str, Wanted]) -> None:
+    def __init__(
+        self,
+        config: FederationConfig,
+        journal: Journal,
+        wanted: Mapping[str, Wanted],
+        covers: Callable[[str, bytes], bool] = lambda _path, _key: True,
+    ) -> None:
+        """`covers` says whether a gateway (path and key) has accepted the charter in force."""
+        self._covers = covers
         self._config = config
         self._journal = journal
         self._wanted = wanted
@@ -122,6 +140,8 @@ class Intake:
         match topic:
             case topics.Status(path):
                 return self._status(path, inbound, now_ms)
+            case topics.Accepted(path):
+                return self._acceptance(path, inbound)
             case topics.Uplink(path, task, what):
                 return self._uplink(path, task, what, inbound)
         raise PeerError("topic", f"{inbound.topic} is not for the aggregator")
@@ -168,6 +188,13 @@ class Intake:
         self._journal.add_to_roster(path, offered, now_ms, "first-seen")
         return birth
 
+    def _acceptance(self, path: topics.GatewayPath, inbound: Inbound) -> Heard:
+        self._check_root(path)
+        key = self._journal.key_of(str(path))
+        if key is None:
+            raise PeerError("unknown-gateway", f"{path} is not in the roster, or its birth was not seen")
+        return HeardAcceptance(str(path), key, open_envelope(inbound.payload, inbound.topic, key, Acceptance))
+
     def _uplink(self, path: topics.GatewayPath, task: str, what: str, inbound: Inbound) -> Heard:
         self._check_root(path)
         name, data = str(path), inbound.payload
@@ -189,21 +216,30 @@ class Intake:
         if isinstance(message, Answer):
             return HeardAnswer(name, task, message)
         if isinstance(message, Vote):
-            return self._vote(name, task, message, digest)
+            return self._vote(name, task, message, digest, key)
         if not isinstance(message, Update):
             raise PeerError("schema", type(message).__name__)
         try:
+            self._check_accepted(name, key)
             check_update(message, wanted)
         except PeerError as error:
             return Refused(name, task, message.round, digest, error.reason, error.detail)
         return HeardUpdate(name, task, message, digest)
 
-    def _vote(self, path: str, task: str, vote: Vote, digest: bytes) -> Heard:
+    def _vote(self, path: str, task: str, vote: Vote, digest: bytes, key: bytes) -> Heard:
+        try:
+            self._check_accepted(path, key)
+        except PeerError as error:
+            return Refused(path, task, None, digest, error.reason, error.detail)
         model = self._journal.model(task, vote.version)
         if model is None or model.digest != vote.digest:
             detail = f"a vote on version {vote.version}, which is none of ours"
             return Refused(path, task, None, digest, "unknown-model", detail)
         return HeardVote(path, task, vote)
+
+    def _check_accepted(self, name: str, key: bytes) -> None:
+        if not self._covers(name, key):
+            raise PeerError("charter", "this gateway has not accepted the charter in force")
 
     def _check_root(self, path: topics.GatewayPath) -> None:
         if path.enterprise not in self._config.roots:

@@ -134,7 +134,7 @@ class Plan(Message, frozen=True, tag="plan"):
     `base` is the model version to train from and `base_digest` its weights'; `deadline_ms` is on the aggregator's
     clock and is a hint to the gateway. `bits` is the codec's coding, `keep_ppm` what a sparse one keeps of a million.
     `ring` is what updates of a ring share (`models.ringcode`), else empty.
-    In an asynchronous federation, an update still counts `stalest` rounds later.
+    In an asynchronous federation, an update still counts `stalest` rounds later. `charter` is that in force.
     """
 
     task_digest: Digest
@@ -150,6 +150,7 @@ class Plan(Message, frozen=True, tag="plan"):
     keep_ppm: Share = 1_000_000
     stalest: Count = 0
     ring: Annotated[bytes, msgspec.Meta(max_length=MAX_PAYLOAD)] = b""
+    charter: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
 
 
 class Receipt(Message, frozen=True, tag="receipt"):

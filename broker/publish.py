@@ -37,8 +37,8 @@ def put_model(
     downlink.clear(name, {key: data for key, data in older.items() if key not in kept})
 
 
-def put_plan(downlink: Downlink, job: Job) -> None:
-    """Put the plan of the latest round, if there was one."""
+def put_plan(downlink: Downlink, job: Job, charter: bytes) -> None:
+    """Put the plan of the latest round, if there was one, under the charter in force (its SHA-256, or b"")."""
     if not job.federation.number:
         return
     digest, deadline_ms = job.model.digest, job.deadline_ms
@@ -50,5 +50,6 @@ def put_plan(downlink: Downlink, job: Job) -> None:
         deadline_ms=deadline_ms,
         keep=job.keep,
         ring=job.ring,
+        charter=charter,
     )
     downlink.put_plan(job.task.name, plan)

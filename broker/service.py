@@ -7,7 +7,6 @@ then ahead of the disk, and a restart begins again from the disk.
 """
 
 import asyncio
-import json
 import logging
 import os
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 from broker import ballot, federation, intake, stick, topics
 from broker import round as rounds
+from broker.charter import Charters
 from broker.closing import close_round, end_vote
 from broker.config import FederationConfig
 from broker.database import blame_disk
@@ -30,6 +30,7 @@ from broker.link import Inbound, Link
 from broker.messages import VERSION, Receipt
 from broker.publish import put_model, put_plan
 from broker.releasing import Releasing
+from broker.status import write_status
 from models.errors import LocalError, PeerError, UserError
 
 log = logging.getLogger(__name__)
@@ -37,10 +38,10 @@ log = logging.getLogger(__name__)
 TICK_S = 0.25
 BATCH = 256
 STATUS_S = 1.0
-STATUS_FILE = "status.json"
 # Refusals of one gateway that enter the ledger between two openings; a counter knows the rest.
 _NOTED_REFUSALS = 16
 _LOUD = 10
+_FROM_ALL = topics.ALL_STATUS, topics.ALL_ACCEPTED
 
 
 def wall_ms() -> int:
@@ -92,11 +93,12 @@ class Service:
         self._downlink = Downlink(self._config.name, signer, self._clock())
         table = self._config.release
         self._releasing = None if table is None else Releasing(self._journal, self._downlink, table)
+        self._charters = Charters(self._config.charter, self._journal, self._clock())
         wanted = {
             name: intake.Wanted(job.task, int(job.shared.sum()), job.ring_in, job.slices)
             for name, job in self._jobs.items()
         }
-        self._intake = intake.Intake(self._config, self._journal, wanted)
+        self._intake = intake.Intake(self._config, self._journal, wanted, self._charters.covers)
         for job in self._jobs.values():
             self._put_model(job)  # also proves, before anybody connects, that the manifest fits into a message
         self._link = Link(
@@ -108,7 +110,7 @@ class Service:
             on_down=self._on_down,
             manual_ack=True,
         )
-        self._link.subscribe(topics.ALL_STATUS, *(topics.uplink_filter(name) for name in self._jobs))
+        self._link.subscribe(*_FROM_ALL, *(topics.uplink_filter(name) for name in self._jobs))
         self._link.start()
         try:
             async with self._enrolment():
@@ -116,7 +118,7 @@ class Service:
             self._link.publish(self._downlink.status_topic, self._downlink.status("down"), retain=True)
         finally:
             await self._link.stop()
-            self._write_status()
+            write_status(self._state, self.status())
 
     def _enrolment(self) -> AbstractAsyncContextManager[None]:
         """Enrolment over the network, where it was asked for; without it, no port is open and no X.509 is loaded."""
@@ -133,11 +135,11 @@ class Service:
             self._take_files()
             if time.monotonic() >= status_at:
                 status_at = time.monotonic() + STATUS_S
-                self._write_status()
+                write_status(self._state, self.status())
                 if seen != (seen := self._journal.data_version()):
-                    # Somebody was enrolled: subscribing again brings the retained births that were refused.
-                    self._link.unsubscribe(topics.ALL_STATUS)
-                    self._link.subscribe(topics.ALL_STATUS)
+                    # Somebody was enrolled: subscribing again brings what is retained and was refused.
+                    self._link.unsubscribe(*_FROM_ALL)
+                    self._link.subscribe(*_FROM_ALL)
                     self._put_releases()  # or something was released
                 if self._releasing:
                     self._releasing.freshen(self._jobs, self._clock())
@@ -158,9 +160,11 @@ class Service:
         self._connection.append(federation.Connected())
         self._downlink.forget()
         self._downlink.put(self._downlink.status_topic, self._downlink.status("up"))
+        if said := self._charters.message(self._config.name, self._signer):
+            self._downlink.put(*said)
         for job in self._jobs.values():
             self._put_model(job)
-            put_plan(self._downlink, job)
+            put_plan(self._downlink, job, self._charters.digest)
         self._put_releases()
         self._wake.set()
 
@@ -228,6 +232,8 @@ class Service:
                 self._hear_birth(heard, now_ms)
             case intake.HeardDeath(path, death):
                 self._tell_all(federation.Died(path, death.session), now_ms)
+            case intake.HeardAcceptance(path, key, word):
+                self._charters.take(path, key, word, now_ms)
             case intake.HeardAnswer(path, task, answer) if answer.verdict == "asks":
                 self._tell(self._jobs[task], federation.Asked(path, answer.round), now_ms)
             case intake.HeardAnswer(path, task, answer):
@@ -317,16 +323,18 @@ class Service:
                     log.info("%s round %d: open, from version %d%s", name, number, base, asked and f", for {asked}")
                     self._noted.clear()
                     self._journal.open_round(name, number, base, opened_ms, deadline_ms)
-                    early = {"asked": asked} if asked else {}
-                    self._journal.note(now_ms, "opened", {"task": name, "round": number, "base": base, **early})
+                    more: dict[str, Any] = {"min_gateways": job.task.round.min_gateways}
+                    more |= {"asked": asked} if asked else {}
+                    more |= {"charter": self._charters.digest.hex()} if self._charters.named else {}
+                    self._journal.note(now_ms, "opened", {"task": name, "round": number, "base": base, **more})
                     job.deadline_ms = deadline_ms
-                    put_plan(self._downlink, job)
+                    put_plan(self._downlink, job, self._charters.digest)
                 case rounds.Extend(number, deadline_ms):
                     log.info("%s round %d: too few updates, the deadline moves on", name, number)
                     self._journal.extend_round(name, number, deadline_ms)
                     self._journal.note(now_ms, "extended", {"task": name, "round": number, "deadline_ms": deadline_ms})
                     job.deadline_ms = deadline_ms
-                    put_plan(self._downlink, job)
+                    put_plan(self._downlink, job, self._charters.digest)
                 case rounds.Close(number, base):
                     if close_round(self._journal, job, number, base, now_ms):
                         self._put_model(job, new=True)
@@ -335,14 +343,14 @@ class Service:
                     job.rate = job.rate.after(losses)
                     # The last plan of the round goes out before the next round's, in the same order as it came to be.
                     follow = job.federation.handle(federation.Aggregated(job.model.version, frozenset(losses)), now_ms)
-                    put_plan(self._downlink, job)
+                    put_plan(self._downlink, job, self._charters.digest)
                     self._act(job, follow, now_ms)
                 case ballot.Decided():
                     self._decided(job, action, now_ms)
                 case federation.Finish():
                     log.info("%s: the last round is over", name)
                     self._journal.note(now_ms, "done", {"task": name, "version": job.model.version})
-                    put_plan(self._downlink, job)
+                    put_plan(self._downlink, job, self._charters.digest)
 
     def _decided(self, job: Job, vote: ballot.Decided, now_ms: int) -> None:
         """End the vote on a model; one that was voted down makes way for the one before."""
@@ -350,7 +358,7 @@ class Service:
             return
         self._put_model(job, new=True)
         follow = job.federation.handle(federation.Aggregated(job.model.version), now_ms)
-        put_plan(self._downlink, job)
+        put_plan(self._downlink, job, self._charters.digest)
         self._act(job, follow, now_ms)
 
     def _receipt(self, task: str, path: str, receipt: Receipt) -> None:
@@ -366,16 +374,6 @@ class Service:
     def _put_releases(self) -> None:
         if self._releasing:
             self._releasing.put(self._jobs)
-
-    def _write_status(self) -> None:
-        """Replace `status.json`, so that a reader sees the old one or the new one."""
-        path = self._state / STATUS_FILE
-        part = path.with_suffix(".part")
-        try:
-            part.write_text(json.dumps(self.status(), indent=1), encoding="utf-8")
-            os.replace(part, path)  # noqa: PTH105 - says that it is atomic
-        except OSError as error:
-            log.warning("no status file: %s: %s", path, error.strerror)
 
     def _strangers(self) -> dict[str, str]:
         """Gateways that ask to take part and are not in the roster: path -> key."""
@@ -393,6 +391,7 @@ class Service:
             "mqtt": {"version": self._link.version, "error": self._link.error, "counters": dict(self._link.counters)},
             "refused": dict(self._refusals),
             "outcomes": dict(self._outcomes),
+            "charter": self._charters.status(),
             "tasks": {name: job.status() for name, job in self._jobs.items()},
             "released": {name: self._releasing.status(name) for name in self._jobs} if self._releasing else {},
         }

@@ -52,7 +52,7 @@ def export_file(args: argparse.Namespace, config: FederationConfig, state: Path)
         jobs = _jobs(journal, config)
         for job in jobs.values():
             put_model(downlink, journal, job)
-            put_plan(downlink, job)
+            put_plan(downlink, job, config.charter.digest if config.charter else b"")
         if config.release:
             Releasing(journal, downlink, config.release).put(jobs)
         said = [(topic, payload) for topic, payload in downlink.waiting if payload]

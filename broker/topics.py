@@ -68,6 +68,18 @@ class Status:
 
 
 @dataclass(frozen=True)
+class Accepted:
+    """A gateway's retained word on the federation's charter."""
+
+    path: GatewayPath
+
+    @property
+    def topic(self) -> str:
+        """`…/_fl/charter`."""
+        return f"{self.path}/{FL}/charter"
+
+
+@dataclass(frozen=True)
 class Uplink:
     """A signed message of a gateway for one task; `what` is `update`, `answer` or `vote`.
 
@@ -108,6 +120,18 @@ class FederationStatus:
     def topic(self) -> str:
         """`_fl/{federation}/status`."""
         return f"{FL}/{self.federation}/status"
+
+
+@dataclass(frozen=True)
+class CharterInForce:
+    """The federation's retained, signed charter."""
+
+    federation: str
+
+    @property
+    def topic(self) -> str:
+        """`_fl/{federation}/charter`."""
+        return f"{FL}/{self.federation}/charter"
 
 
 @dataclass(frozen=True)
@@ -179,11 +203,24 @@ class ReceiptFor:
         return f"{FL}/{self.federation}/{self.task}/receipt/{self.path}"
 
 
-Topic = Status | Uplink | Local | FederationStatus | ReleaseFile | RoundPlan | Manifest | Chunk | ReceiptFor
+Topic = (
+    Status
+    | Accepted
+    | Uplink
+    | Local
+    | FederationStatus
+    | CharterInForce
+    | ReleaseFile
+    | RoundPlan
+    | Manifest
+    | Chunk
+    | ReceiptFor
+)
 
 _MANIFESTS = ("manifest", "stable", "canary")
 # What an aggregator, a gateway and a site bridge subscribe to.
 ALL_STATUS = f"+/+/+/+/+/{FL}/status"
+ALL_ACCEPTED = f"+/+/+/+/+/{FL}/charter"
 
 
 def uplink_filter(task: str) -> str:
@@ -210,8 +247,8 @@ def parse(topic: str) -> Topic:
 
 def _of_federation(levels: list[str]) -> Topic | None:
     match levels:
-        case ["_fl", federation, "status"]:
-            return FederationStatus(federation)
+        case ["_fl", federation, "status" | "charter" as what]:
+            return FederationStatus(federation) if what == "status" else CharterInForce(federation)
         case ["_fl", federation, "_release", name]:
             return ReleaseFile(federation, name)
         case ["_fl", federation, task, "round"]:
@@ -227,8 +264,8 @@ def _of_federation(levels: list[str]) -> Topic | None:
 
 def _of_gateway(levels: list[str]) -> Topic | None:
     match levels:
-        case [_, _, _, _, _, "_fl", "status"]:
-            return Status(GatewayPath.parse("/".join(levels[:LEVELS])))
+        case [_, _, _, _, _, "_fl", "status" | "charter" as what]:
+            return (Status if what == "status" else Accepted)(GatewayPath.parse("/".join(levels[:LEVELS])))
         case [_, _, _, _, _, "_fl", task, what]:
             return Uplink(GatewayPath.parse("/".join(levels[:LEVELS])), task, what)
         case [_, _, _, _, _, "_raw" | "_inference" | "_drift" | "_feedback" | "_health" as what, name]:

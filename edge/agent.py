@@ -18,6 +18,7 @@ import msgspec
 from broker import messages as m
 from broker.link import Inbound, Link
 from broker.topics import (
+    CharterInForce,
     Chunk,
     FederationStatus,
     Local,
@@ -26,15 +27,16 @@ from broker.topics import (
     ReleaseFile,
     RoundPlan,
     Status,
-    Uplink,
     downlink_filters,
     parse,
 )
+from edge.charter import Keeper
 from edge.config import Config, Policy
 from edge.health import Watch
 from edge.identity import own_signer, with_own_tls
 from edge.reload import Plan, plan
 from edge.renewal import Renewal
+from edge.resend import Resender
 from edge.ring import Samples
 from edge.runner import Runner
 from edge.shop import Shop
@@ -53,7 +55,6 @@ log = logging.getLogger(__name__)
 SOFTWARE = "tundish 0.1.0"
 _TICK_S = 0.5
 _HEALTH_S = 10.0
-_RESEND_S = (5.0, 60.0)
 
 
 class Agent:
@@ -71,7 +72,7 @@ class Agent:
         self.samples.retag(config.meanings)
         self.stopped, self._hangup = asyncio.Event(), asyncio.Event()
         signer = own_signer(self.state)
-        self.session = self._next_session()
+        self.session = self.state.next_session()
         self._enter(signer)
         self.status = Status(config.path).topic
         will = signer.seal(m.Death(m.VERSION, self.session), self.status)
@@ -86,20 +87,14 @@ class Agent:
             self.link.publish, self.stick.subscribe, self.link.unsubscribe,
         )  # fmt: skip
         self.trust = Trust(self.shop)
+        self.charter = Keeper(self.shop, self._rechartered)
         self.runners = {name: Runner(name, table, self.shop) for name, table in config.tasks.items()}
         self.renewal = Renewal(self.shop)
         self.sources = Sources(folder / "pki", self._sink)
         self._unread, self._restart = "", tuple[str, ...]()
         self._told: tuple[str, ...] | None = None
         self._health_at, self._tags = 0.0, dict[str, dict[str, dict[str, object]]]()
-        self._resend_at, self._resend_s = 0.0, _RESEND_S[0]
-
-    def _next_session(self) -> int:
-        """A number that grows with every start, even if the clock was set back."""
-        last = int.from_bytes(self.state.get("session") or b"", "big")
-        session = max(int(time.time() * 1000), last + 1)
-        self.state.put("session", session.to_bytes(8, "big"))
-        return session
+        self.resender = Resender(self.state, self.link, config.path)
 
     def _enter(self, signer: m.Signer) -> None:
         """Let the ledger say who begins here."""
@@ -194,6 +189,7 @@ class Agent:
             runner = await self.state.commit(partial(Runner, name, new.config.tasks[name], self.shop))
             self.runners[name] = runner
             runner.guard("start", runner.start)
+        await self.charter.say()
         for name, runner in self.runners.items():
             runner.reconfigure(rewire=name in new.rewire)
         if self.shop.federation:
@@ -211,6 +207,11 @@ class Agent:
             body: dict[str, object] = {"policy": msgspec.to_builtins(policy)}
             log.info("reload: the policy from now on: %s", body["policy"])
             await self.state.commit(lambda: self.state.record("policy", body))
+
+    def _rechartered(self) -> None:
+        """Let every task's participant look at its plan anew."""
+        for runner in self.runners.values():
+            runner.reconfigure(rewire=False)
 
     def _sink(self, samples: Sequence[Sample], /) -> None:
         """Every batch of every driver: to the store's queue, and at once to the windows."""
@@ -259,21 +260,8 @@ class Agent:
                     runner.guard("release", partial(runner.installer.on_release, release, runner.model))
             for runner in self.runners.values():
                 runner.guard("scoring", runner.tick)
-            self._resend()
+            self.resender.tick(self.runners)
             await asyncio.to_thread(write_status, self.folder, self.snapshot() | {"running": True})
-
-    def _resend(self) -> None:
-        """Send again what has no receipt: at once after a connection, then less and less often."""
-        now = time.monotonic()
-        if not self.link.connected or now < self._resend_at:
-            return
-        waiting = self.state.waiting
-        if waiting and self._resend_at:
-            for out in waiting:
-                if out.task in self.runners:
-                    self.link.publish(Uplink(self.config.path, out.task, "update").topic, out.envelope)
-            self._resend_s = min(2 * self._resend_s, _RESEND_S[1])
-        self._resend_at = now + self._resend_s
 
     # -- the link ---------------------------------------------------------------------------------------------------
 
@@ -283,7 +271,7 @@ class Agent:
         self._born()
         for runner in self.runners.values():
             runner.reconnected()
-        self._hurry()
+        self.resender.hurry()
 
     def _born(self) -> None:
         self._announcing = asyncio.ensure_future(self._announce())
@@ -302,17 +290,15 @@ class Agent:
 
         await self.state.commit(work)
         self.link.publish(self.status, envelope, retain=True)
+        await self.charter.say()
 
     def _down(self, reason: str) -> None:
         log.warning("mqtt: %s; scoring goes on, updates wait in the outbox", reason)
 
-    def _hurry(self) -> None:
-        self._resend_s = _RESEND_S[0]
-        self._resend_at = time.monotonic() + 0.2
-
     def _follow(self, tasks: Iterable[str]) -> None:
-        """Read what the pinned federation says of our tasks, and of releases."""
-        self.link.subscribe(ReleaseFile(self.shop.federation, "+").topic)
+        """Read what the pinned federation says to all, of releases, and of our tasks."""
+        common = CharterInForce(self.shop.federation), ReleaseFile(self.shop.federation, "+")
+        self.link.subscribe(*(one.topic for one in common))
         for task in tasks:
             self.link.subscribe(*downlink_filters(self.shop.federation, task, self.config.path))
 
@@ -332,8 +318,8 @@ class Agent:
         if isinstance(topic, FederationStatus):
             self._federation(topic, inbound)
             return
-        if isinstance(topic, ReleaseFile) and topic.federation == self.shop.federation:
-            self.shop.releases.hear(topic.name, inbound, self.shop.federation_key)
+        if isinstance(topic, CharterInForce | ReleaseFile) and topic.federation == self.shop.federation:
+            self._to_all(topic, inbound)
             return
         if isinstance(topic, Local) and topic.what == "feedback" and topic.name in self.runners:
             self.runners[topic.name].on_feedback(inbound.payload)
@@ -355,6 +341,13 @@ class Agent:
             case ReceiptFor():
                 runner.on_receipt(m.open_envelope(inbound.payload, inbound.topic, key, m.Receipt))
 
+    def _to_all(self, topic: CharterInForce | ReleaseFile, inbound: Inbound) -> None:
+        """What the pinned federation says to all of its gateways."""
+        if isinstance(topic, ReleaseFile):
+            self.shop.releases.hear(topic.name, inbound, self.shop.federation_key)
+        else:
+            self.charter.hear(inbound)
+
     def _federation(self, topic: FederationStatus, inbound: Inbound) -> None:
         """The aggregator's birth or death. The first one seen is pinned; a later one must have the same key."""
         if not inbound.payload:
@@ -365,9 +358,10 @@ class Agent:
         elif topic.federation != self.shop.federation:
             return
         if self.trust.birth(inbound):
+            self.charter.repeat()
             for runner in self.runners.values():
                 runner.reconnected()
-            self._hurry()
+            self.resender.hurry()
 
     # -- status -----------------------------------------------------------------------------------------------------
 
@@ -384,6 +378,7 @@ class Agent:
             "problem": self._unread or self.trust.problem or self.shop.releases.problem,
             "restart": self._restart,
             "federation": {"name": self.shop.federation, "key": self.shop.federation_key.hex()},
+            "charter": self.charter.status(),
             "sources": sources_status(self.sources.drivers, self._tags),
             "tasks": {name: runner.status() for name, runner in self.runners.items()},
             "outbox": len(self.state.waiting),

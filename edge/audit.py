@@ -17,7 +17,7 @@ from models.errors import UserError
 MOST_LINE = 1 << 20  # characters of an entry in a file
 COLUMNS = (
     "entry", "time_utc", "what", "task", "round", "windows", "payload_bytes", "message_bytes", "digest", "answered",
-    "detail",
+    "charter", "detail",
 )  # fmt: skip
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1f2937}
@@ -32,13 +32,15 @@ _WORDS = {
     "asks": "answer: it asks for a round, since signals have drifted",
     "vote": "vote: for or against a new model, with what it and the one before are worth on this gateway's own holdout",
     "update": "update: a weight delta (the same one again until it is answered)",
+    "acceptance": "acceptance: which charter this site accepts (again at each connection)",
     "request-made": "request for enrolment, written to a file or sent with a token",
 }
 
-
+_UNDER = ("update", "acceptance")  # kinds that name the charter
 _WHAT_IT_MEANS = (
     "Entry: its number in the ledger. Payload: the weight delta alone, in bytes; message: with signature and header. "
-    "Digest: SHA-256 of the message. Answered: what the aggregator said of it; counted: it is part of a model. From a "
+    "Digest: SHA-256 of the message. Charter: what it left under, by title and SHA-256 of its file. Answered: what the "
+    "aggregator said of it; counted: it is part of a model. From a "
     "weight delta something of the data that it was learnt from can be inferred. Whoever runs tundish edge doctor also "
     "publishes one empty message, to _fl/doctor/probe, which is not in the ledger."
 )
@@ -57,6 +59,7 @@ class Left(NamedTuple):
     message_bytes: str = ""
     digest: str = ""
     answered: str = ""
+    charter: str = ""
     detail: str = ""
 
 
@@ -163,8 +166,14 @@ def left(entries: list[dict[str, Any]]) -> Iterator[Left]:
             str(body.get("message_bytes", "")),
             digest,
             answers.get(digest, "not answered yet") if kind == "update" else "",
+            _clause(body) if kind in _UNDER else "",
             str(detail),
         )
+
+
+def _clause(body: dict[str, Any]) -> str:
+    """The charter that something left under: its title, and the SHA-256 of its file."""
+    return f"{body.get('title', '')} {body['charter']}".strip() if body.get("charter") else "none"
 
 
 def _time(time_ms: int) -> str:
@@ -189,6 +198,7 @@ def _page(path: str, head: ledger.Head, entries: list[dict[str, Any]], found: li
     )
     trusted = [e["body"] for e in entries if e["kind"] == "federation-pinned"]
     policy = next((e["body"]["policy"] for e in reversed(entries) if "policy" in e["body"]), "none")
+    charters = dict.fromkeys(one.charter for one in found if one.what == "acceptance")
     facts = [
         ("Gateway", path),
         ("Written", f"{_time(head.first_ms)} to {_time(head.last_ms)}, {head.entries} entries"),
@@ -196,6 +206,7 @@ def _page(path: str, head: ledger.Head, entries: list[dict[str, Any]], found: li
         ("Signed", f"by {head.key} up to entry {head.signed}" if head.signed else "not signed"),
         ("Federation", ", ".join(f"{one.get('federation')} (key {one.get('key')})" for one in trusted) or "none yet"),
         ("Policy in force", _plain(policy)),
+        ("Charters accepted, oldest first", "; ".join(one for one in charters if one != "none") or "none"),
         ("Updates", f"{len(updates)}: {payload:,} bytes of weight deltas, {message:,} with signatures"),
     ]  # fmt: skip
     summary = "".join(f"<tr><th>{_text(name)}</th><td><code>{_text(value)}</code></td></tr>" for name, value in facts)

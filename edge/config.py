@@ -61,12 +61,16 @@ class TaskTable(_Struct, frozen=True, kw_only=True):
 
 
 class Policy(_Struct, frozen=True, kw_only=True):
-    """What this gateway allows; a plan that asks for less protection is declined, and scoring goes on."""
+    """What this gateway allows; a plan that asks for less protection is declined, and scoring goes on.
+
+    `charter` is the SHA-256 of the federation's charter, once this site has accepted it.
+    """
 
     federate: bool = True
     min_gateways: int = 1
     secure_aggregation: Literal["required", "allowed"] = "allowed"
     max_epsilon: float | None = None
+    charter: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")] | None = None
 
 
 class StoreTable(_Struct, frozen=True, kw_only=True):

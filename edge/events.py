@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from broker.messages import Plan, Vote
+from edge.charter import Clauses
 from edge.config import Policy
 
 
@@ -91,9 +92,10 @@ class Reconnected:
 
 @dataclass(frozen=True)
 class PolicyChanged:
-    """What this gateway allows from now on."""
+    """What this gateway allows from now on, and what the charter that it holds says of the task."""
 
     policy: Policy
+    clauses: Clauses | None = None
 
 
 Event = (

@@ -19,6 +19,7 @@ from enum import Enum, auto
 from typing import Any
 
 from broker.messages import Plan, Vote
+from edge.charter import Clauses, breach
 from edge.config import Policy
 from edge.events import (
     Action,
@@ -54,7 +55,9 @@ class State(Enum):
     SENT = auto()
 
 
-_OF_POLICY = frozenset({"federate", "min-gateways", "max-epsilon", "secure-aggregation"})
+_OF_POLICY = frozenset({
+    "federate", "min-gateways", "max-epsilon", "secure-aggregation", "charter", "task", "members",
+})  # fmt: skip
 
 
 def objection(policy: Policy, plan: Plan) -> tuple[str, str] | None:
@@ -105,12 +108,17 @@ class Participant:
     wish: str = ""
     vote: Vote | None = None
     may_train: MayTrain = field(default_factory=MayTrain)
+    clauses: Clauses | None = None
     _due: int = field(default=0, repr=False)
 
     def handle(self, event: Event) -> list[Action]:
         """Take one event; return what to do, in order."""
         step = TRANSITIONS.get((self.state, type(event)))
         return step(self, event) if step else []
+
+    def _objection(self, plan: Plan) -> tuple[str, str] | None:
+        """Say what of this gateway's policy, or of the charter, a plan breaks; None if nothing."""
+        return objection(self.policy, plan) or breach(self.policy, self.clauses, plan)
 
     # -- transitions; each takes the event of its row in the table ---------------------------------------------------
 
@@ -130,7 +138,7 @@ class Participant:
             stop = [StopTraining()]
         if same and plan.state == "open" and self.state is not State.IDLE:
             self.plan = plan
-            return self._begin() if self.state is State.WAITING else []
+            return self._leave() or (self._begin() if self.state is State.WAITING else [])
         told = same and self.plan is not None and self.plan.state == plan.state
         self.plan, self.failures, self._due = plan, 0, 0
         if plan.state != "open" or not _newer(plan, self.handled):
@@ -141,7 +149,7 @@ class Participant:
 
     def _goes_on(self, plan: Plan) -> bool:
         """Whether what is being trained still counts under this plan of an asynchronous federation."""
-        allowed = plan.state != "done" and objection(self.policy, plan) is None
+        allowed = plan.state != "done" and self._objection(plan) is None
         return bool(plan.stalest) and allowed and 0 <= plan.round - self.started[0] <= plan.stalest
 
     def _next(self) -> list[Action]:
@@ -153,7 +161,7 @@ class Participant:
         return self._join(plan)
 
     def _join(self, plan: Plan) -> list[Action]:
-        against = objection(self.policy, plan)
+        against = self._objection(plan)
         if against is None and self.can_train:
             against = "training", self.can_train
         if against:
@@ -278,7 +286,7 @@ class Participant:
     def _ask(self) -> list[Action]:
         """Say the wish, between two rounds that this gateway may take part in."""
         plan = self.plan
-        if not self.wish or plan is None or plan.state != "closed" or self.can_train or objection(self.policy, plan):
+        if not self.wish or plan is None or plan.state != "closed" or self.can_train or self._objection(plan):
             return []
         return [Answer(plan.round, "asks", "drift", self.wish)]
 
@@ -291,10 +299,14 @@ class Participant:
 
     def on_policy(self, event: PolicyChanged) -> list[Action]:
         """Leave a round that is no longer allowed, unless its update is already sent; join one that now is."""
-        self.policy, plan = event.policy, self.plan
-        against = objection(event.policy, plan) if plan else None
-        if plan and against is None and self._declined_by_policy(plan):
+        self.policy, self.clauses, plan = event.policy, event.clauses, self.plan
+        if plan and self._objection(plan) is None and self._declined_by_policy(plan):
             return self._join(plan)
+        return self._leave()
+
+    def _leave(self) -> list[Action]:
+        """Decline after all, where the round is no longer allowed and its update not yet sent."""
+        against = self._objection(self.plan) if self.plan else None
         if against is None or self.state not in {State.FETCHING, State.WAITING, State.TRAINING}:
             return []
         stop: list[Action] = [StopTraining()] if self.state is State.TRAINING else []

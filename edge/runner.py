@@ -15,6 +15,7 @@ from broker.topics import Uplink
 from edge import events
 from edge import participant as p
 from edge import vote as votes
+from edge.charter import clauses, terms_of
 from edge.config import TaskTable
 from edge.handback import Fetch, Model, probe
 from edge.infer import Scorer
@@ -57,7 +58,8 @@ class Runner:
         self._trainer = Trainer()
         self._said: events.Answer | None = None
         self._training: asyncio.Task[None] | None = None
-        self.participant = p.Participant(shop.config.policy, 1, handled=self.memory.handled(), vote=self.memory.vote())
+        handled, vote = self.memory.handled(), self.memory.vote()
+        self.participant = p.Participant(shop.config.policy, 1, handled=handled, vote=vote, clauses=clauses(shop, name))
         self.participant.handle(shop.may_train())
         self.guard("start", self._load)
 
@@ -91,7 +93,7 @@ class Runner:
 
     def reconfigure(self, *, rewire: bool) -> None:
         """Take up a new configuration; with `rewire` the windows begin again."""
-        self._do(self.participant.handle(events.PolicyChanged(self.shop.config.policy)))
+        self._do(self.participant.handle(events.PolicyChanged(self.shop.config.policy, clauses(self.shop, self.name))))
         if not rewire:
             return
         self.table = self.shop.config.tasks[self.name]
@@ -239,7 +241,7 @@ class Runner:
 
     async def _say(self, answer: events.Answer) -> None:
         """Send an answer, once the ledger has it; one that is said again is one entry."""
-        topic = Uplink(self.shop.config.path, self.name, "answer").topic
+        topic, plan = Uplink(self.shop.config.path, self.name, "answer").topic, self.participant.plan
         word = m.Answer(
             m.VERSION, answer.round, answer.verdict, answer.code, answer.reason[:512], int(time.time() * 1000)
         )
@@ -248,7 +250,7 @@ class Runner:
         def work() -> None:
             if answer != self._said:
                 body: dict[str, object] = {"task": self.name, "round": answer.round, "reason": word.reason}
-                body |= {"code": answer.code, "message_bytes": len(envelope)}
+                body |= {"code": answer.code, "message_bytes": len(envelope)} | terms_of(plan)
                 self.shop.state.record(answer.verdict, body)
                 self._said = answer
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from broker.charter import Named
 from broker.messages import Signer
 from broker.round import FOREVER_MS
 from edge.config import Config
@@ -90,6 +91,7 @@ class Shop:
     releases: Releases = field(init=False)
     federation: str = ""
     federation_key: bytes = b""
+    charter: Named | None = None
 
     def __post_init__(self) -> None:
         self.releases = Releases(self.state, self.folder / "releases", str(self.config.path))

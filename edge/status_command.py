@@ -38,6 +38,7 @@ def _print_status(status: dict[str, Any], *, alive: bool, tags: bool) -> None:
     if status.get("restart"):
         print(f"  RESTART  to take up {', '.join(status['restart'])}")
     _print_certificate(status.get("certificate"))
+    _print_charter(status.get("charter"))
     _print_stranger(status)
     for name, health in status["sources"].items():
         _print_source(name, health)
@@ -96,6 +97,15 @@ def _print_certificate(certificate: dict[str, Any] | None) -> None:
     print(f"  cert     until {until}, {how}")
     if certificate["problem"]:
         print(f"  RENEWAL  {certificate['problem']}")
+
+
+def _print_charter(charter: dict[str, Any] | None) -> None:
+    """Say what the federation agreed on, and what is to do where this site has not accepted it."""
+    if charter is None:
+        return
+    print(f"  charter  {charter['title']!r} {charter['digest']}")
+    if not charter["accepted"]:
+        print(f'  CHARTER  waits for acceptance: read {charter["file"]}, then [policy] charter = "{charter["digest"]}"')
 
 
 def _print_stranger(status: dict[str, Any]) -> None:

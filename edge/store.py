@@ -22,6 +22,7 @@ T = TypeVar("T")
 _FEDERATIONS = (
     "manifest", "terms", "graph", "weights", "scoring", "residual", "personal", "average", "handled", "answered",
     "vote", "release-root", "released", "released-manifest", "released-terms", "released-graph",
+    "charter",
 )  # fmt: skip
 # Of each file; 2,000 as it comes. What is written once and read by another process gains nothing from more.
 _CACHE_KIB = 256
@@ -159,6 +160,13 @@ class State:
     def put(self, key: str, value: bytes) -> None:
         """Set a value."""
         self._db.execute("INSERT OR REPLACE INTO state VALUES (?, ?)", (key, value))
+
+    def next_session(self) -> int:
+        """A number that grows with every start (milliseconds since 1970), even if the clock was set back."""
+        last = int.from_bytes(self.get("session") or b"", "big")
+        session = max(int(time.time() * 1000), last + 1)
+        self.put("session", session.to_bytes(8, "big"))
+        return session
 
     def send(self, out: Outgoing) -> None:
         """Put an update into the outbox; only its receipt takes it out again."""

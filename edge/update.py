@@ -7,6 +7,7 @@ from typing import NamedTuple
 from broker import messages as m
 from broker.topics import Uplink
 from edge.candidates import build
+from edge.charter import under_charter
 from edge.events import StartTraining
 from edge.handback import Model
 from edge.shop import Shop
@@ -62,7 +63,7 @@ def seal_update(
         "task": name, "round": action.round, "base": action.base, "samples": result.samples,
         "digest": digest.hex(), "bytes": len(encoded.data), "message_bytes": len(envelope),
         "metric": update.metric, "base_loss": update.base_loss, "steps": result.steps, "device": result.device,
-        "seconds": round(result.seconds, 3),
+        "seconds": round(result.seconds, 3), **under_charter(shop),
     }  # fmt: skip
     return Sealed(topic, envelope, digest, delta - encoded.decoded, body)
 

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from broker import config as federation
+from broker.charter import CharterModel, CharterPrivacy
 from broker.settings import MqttSettings
 from edge import config
 from edge.cli import build_parser, main
@@ -89,6 +90,8 @@ def test_every_command_has_help_with_an_example(path: str, capsys: pytest.Captur
         ("training", spec.Training),
         ("round", spec.Round),
         ("privacy", spec.Privacy),
+        ("privacy", CharterPrivacy),
+        ("model", CharterModel),
     ],
 )
 def test_every_key_is_in_the_reference(table: str, type_: type[msgspec.Struct]) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
@@ -69,6 +70,7 @@ class Operator:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         self.config, self.state = federation_toml(folder), folder / "state"
+        self.mosquitto: subprocess.Popen[bytes] | None = None
 
     def run(self, verb: str, *options: object) -> int:
         parser = argparse.ArgumentParser()
@@ -320,6 +322,7 @@ def broker(operator: Operator, tmp_path: Path) -> Iterator[tuple[Operator, int, 
     conf.write_text(conf.read_text() + more)
     log = (tmp_path / "mosquitto.log").open("wb")
     child = subprocess.Popen([mosquitto_path() or "mosquitto", "-c", str(conf)], stdout=log, stderr=log)
+    operator.mosquitto = child
     try:
         until(lambda: listening(port) or child.poll() is not None)
         assert child.poll() is None, (tmp_path / "mosquitto.log").read_text()
@@ -343,6 +346,7 @@ TOPICS = (
     f"{HERE}/_fl/status", f"{HERE}/_fl/wear/update", f"{HERE}/_inference/wear", f"{HERE}/_health/plc",
     f"{HERE}/_drift/wear", f"{HERE}/_raw/a", f"{HERE}/_feedback/wear",
     f"{THERE}/_fl/wear/update", f"{THERE}/_inference/wear",
+    f"{HERE}/_fl/charter", f"_fl/{FEDERATION}/charter",
     f"_fl/{FEDERATION}/status", f"_fl/{FEDERATION}/wear/round", f"_fl/{FEDERATION}/wear/model/manifest",
     f"_fl/{FEDERATION}/_release/timestamp", f"_fl/{FEDERATION}/wear/model/stable",
     f"_fl/{FEDERATION}/wear/model/7/step0", f"_fl/{FEDERATION}/wear/receipt/{HERE}",
@@ -421,6 +425,52 @@ def test_who_has_no_right_to_connect_does_not(broker: tuple[Operator, int, Path]
     assert not thief.may_write(f"{HERE}/_raw/a")
     for party in (mute, owner, thief):
         party.close()
+
+
+def test_a_revoked_gateway_that_is_connected_is_deaf_and_mute_after_a_reload(
+    broker: tuple[Operator, int, Path],
+) -> None:
+    operator, port, folder = broker
+    pki = operator.state / "pki"
+
+    def party(cell: int) -> Party:
+        tls = folder / f"cell{cell}" / "state" / "tls"
+        return Party(port, pki / "ca.pem", tls / "cert.pem", tls / "key.pem")
+
+    stays, goes = party(0), party(1)
+    aggregator = Party(port, pki / "ca.pem", pki / "aggregator.pem", pki / "aggregator.key")
+    word, plan = f"{THERE}/_fl/wear/answer", f"_fl/{FEDERATION}/wear/round"
+    assert goes.may_write(word)
+    assert aggregator.may_write(f"_fl/{FEDERATION}/status")
+    until(lambda: f"_fl/{FEDERATION}/status" in stays.got & goes.got)
+    assert operator.run("enrol", "--path", THERE, "--revoke") == 0
+    assert operator.run("acl", "--out", folder / "mosquitto", "--port", port) == 0
+    assert operator.mosquitto
+    operator.mosquitto.send_signal(signal.SIGHUP)
+    until(lambda: not goes.may_write(word))
+    assert aggregator.may_write(plan)
+    until(lambda: plan in stays.got)
+    assert stays.may_write(f"{HERE}/_fl/wear/answer")
+    assert plan not in goes.got
+    # Its connection is ended by one of its name, and it doesn't come back, nor does that one.
+    assert goes.client.is_connected()
+    tls = f'ca = "{pki / "ca.pem"}"\ncert = "{pki / "aggregator.pem"}"\nkey = "{pki / "aggregator.key"}"\n'
+    url = f'url = "mqtts://localhost:{port}"\n'
+    operator.config.write_text(operator.config.read_text().replace('url = "mqtts://localhost"\n', url + tls))
+    assert operator.run("enrol", "--path", THERE, "--revoke", "--end-connection") == 0
+    until(lambda: not goes.client.is_connected())
+    goes.close()
+    assert not party(1).connected
+    issued = (pki / "issued" / f"{THERE.replace('/', '+')}.pem").read_bytes()
+    crl = x509.load_pem_x509_crl((pki / "crl.pem").read_bytes())
+    assert all(
+        crl.get_revoked_certificate_by_serial_number(c.serial_number) for c in x509.load_pem_x509_certificates(issued)
+    )
+    assert stays.may_write(f"{HERE}/_fl/wear/answer")
+    with pytest.raises(UserError, match="goes with --revoke"):
+        operator.run("enrol", "--path", HERE, "--end-connection")
+    for one in (stays, aggregator):
+        one.close()
 
 
 def test_gateway_and_aggregator_meet_over_it(

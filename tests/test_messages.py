@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from broker.charter import Acceptance, CharterText
 from broker.messages import (
     MAX_PAYLOAD,
     Answer,
@@ -39,7 +40,7 @@ ENVELOPE = (
 )
 DIGEST = bytes(32)
 OBJECT = Object("weights", 3, 12, DIGEST, (DIGEST,))
-MESSAGES: list[AnyMessage] = [
+MESSAGES: list[AnyMessage | CharterText | Acceptance] = [
     Birth(1, 5, 6, DIGEST, "tundish 0.1.0", ("wear",)),
     Death(1, 1_700_000_000_000),
     Answer(1, 3, "declined", "too-few", "12 windows, 64 are needed", 9),
@@ -50,6 +51,8 @@ MESSAGES: list[AnyMessage] = [
     Receipt(1, 7, DIGEST, "refused-codec", "why", 1),
     Terms(1, "text", (("a", (1, 3)), ("steps", None)), OBJECT),
     ModelManifest(1, 3, 3, 1, 3, 600, DIGEST, DIGEST, Whole(2, (DIGEST,)), (bytes(8),)),
+    CharterText(1, "title = …", 7),
+    Acceptance(1, DIGEST, 7),
 ]
 
 
@@ -62,7 +65,7 @@ def sealed(payload: object, topic: str = TOPIC) -> bytes:
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
-def test_round_trip(message: AnyMessage) -> None:
+def test_round_trip(message: Message) -> None:
     envelope = SIGNER.seal(message, TOPIC)
     assert open_envelope(envelope, TOPIC, SIGNER.public_key, type(message)) == message
     assert peek(envelope, type(message)) == message

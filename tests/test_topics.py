@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from broker import topics
 from broker.topics import (
+    Accepted,
+    CharterInForce,
     Chunk,
     FederationStatus,
     GatewayPath,
@@ -31,6 +33,8 @@ any_topic: st.SearchStrategy[Topic] = st.one_of(
     st.builds(Uplink, paths, segments, segments),
     st.builds(Local, paths, st.sampled_from(["raw", "inference", "drift", "feedback", "health"]), segments),
     st.builds(FederationStatus, segments),
+    st.builds(CharterInForce, segments),
+    st.builds(Accepted, paths),
     st.builds(RoundPlan, segments, segments),
     st.builds(Manifest, segments, segments),
     st.builds(Chunk, segments, segments, st.integers(0, 10**18 - 1), segments),

@@ -1,0 +1,23 @@
+"""What the aggregator last said of itself, in a file of its state folder."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+STATUS_FILE = "status.json"
+
+
+def write_status(state: Path, status: Mapping[str, Any]) -> None:
+    """Replace the file, so that a reader sees the old one or the new one; what can't be written is logged."""
+    path = state / STATUS_FILE
+    part = path.with_suffix(".part")
+    try:
+        part.write_text(json.dumps(status, indent=1), encoding="utf-8")
+        os.replace(part, path)  # noqa: PTH105 - says that it is atomic
+    except OSError as error:
+        log.warning("no status file: %s: %s", path, error.strerror)

@@ -1,0 +1,188 @@
+"""The federation's charter as this gateway holds it: what it binds, and this site's word on it.
+
+The word is a line that a person wrote: `[policy] charter` in gateway.toml, the SHA-256 of the charter's file. The
+charter itself comes over MQTT and lies in the state folder as `charter.toml`, for people to read.
+"""
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from broker import messages as m
+from broker.charter import ACCEPTANCE, CHARTER, Acceptance, Charter, CharterText, Named, outside, parse_charter
+from broker.link import Inbound
+from broker.topics import Accepted
+from edge.config import Policy
+from models.errors import LocalError, PeerError, UserError
+
+if TYPE_CHECKING:
+    from edge.shop import Shop
+
+log = logging.getLogger(__name__)
+
+FILE = "charter.toml"
+# Keys of the state, both of the federation that gave the charter.
+_HELD, _SAID = "charter/held", "charter/said"
+_MOST_ENVELOPE = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Clauses:
+    """What a charter, named by its SHA-256, says of one task of a gateway below one root."""
+
+    digest: bytes
+    charter: Charter
+    task: str
+    root: str
+
+
+def breach(policy: Policy, clauses: Clauses | None, plan: m.Plan) -> tuple[str, str] | None:
+    """Say why a plan is not under the charter that was accepted, as (code, sentence); None if nothing is wrong.
+
+    A federation without a charter is one to a gateway that accepted none.
+    """
+    accepted, named = policy.charter or "", plan.charter.hex()
+    if named != accepted:
+        missing = f"charter {named} waits for acceptance" if named else "the plan is under no charter"
+        return "charter", f"{missing}; accepted is {accepted or 'none'}"
+    if not named:
+        return None
+    if clauses is None or clauses.digest != plan.charter:
+        return "charter", f"charter {named} has not come yet"
+    return outside(
+        clauses.charter, clauses.task, [clauses.root],
+        min_gateways=plan.min_gateways, secure=plan.secure_aggregation,
+    )  # fmt: skip
+
+
+class Keeper:
+    """Keeps `shop.charter`, and says this gateway's word on it. `changed` is called when another charter is here."""
+
+    def __init__(self, shop: "Shop", changed: Callable[[], None]) -> None:
+        """Take up what an earlier run stored; before the event loop."""
+        self._shop, self._changed = shop, changed
+        self._topic = Accepted(shop.config.path).topic
+        self._time_ms = -1
+        self._saying = asyncio.Lock()
+        self._keeping: asyncio.Task[None] | None = None
+        self._said = shop.state.get(_SAID) or b""
+        held = shop.state.get(_HELD)
+        shop.charter = parse_charter(held.decode(), FILE) if held else None
+
+    def hear(self, inbound: Inbound) -> None:
+        """Take the charter in force, where it is newer than what was heard before; PeerError."""
+        if not inbound.payload:
+            return  # unsigned: nobody can take a charter away so
+        if len(inbound.payload) > _MOST_ENVELOPE:
+            raise PeerError("size", f"a charter of {len(inbound.payload)} bytes, at most {_MOST_ENVELOPE}")
+        said = m.open_envelope(inbound.payload, inbound.topic, self._shop.federation_key, CharterText)
+        try:
+            named = parse_charter(said.text, FILE) if said.text else None
+        except UserError as error:
+            raise PeerError("charter", str(error)) from error
+        if said.time_ms > self._time_ms:
+            before, self._time_ms = self._keeping, said.time_ms
+            self._keeping = asyncio.get_running_loop().create_task(self._keep(named, before))
+
+    async def _keep(self, named: Named | None, before: asyncio.Task[None] | None) -> None:
+        """Store another charter than the one that is held, for people too; then say what this site says of it."""
+        if before:
+            await asyncio.wait([before])
+        state, held = self._shop.state, self._shop.charter
+        if (named and named.digest) == (held and held.digest):
+            return
+        text = named.text if named else ""
+        body: dict[str, object] = {
+            "digest": named.digest.hex() if named else "", "title": named.charter.title if named else "",
+        }  # fmt: skip
+
+        def work() -> None:
+            state.put(_HELD, text.encode())
+            state.record(CHARTER, body)
+
+        try:
+            await state.commit(work)
+            await asyncio.to_thread((self._shop.folder / FILE).write_bytes, text.encode())
+        except (LocalError, OSError) as error:
+            self._time_ms = -1  # when it comes again, it is tried again
+            log.error("the charter can't be stored: %s", error)
+            return
+        self._shop.charter = named
+        log.warning("charter of the federation: %s %s", body["digest"] or "none", body["title"])
+        await self.say()  # first: of who has not accepted it, the aggregator takes no update
+        self._changed()
+
+    async def say(self) -> None:
+        """Publish this site's word, once the ledger has it; the same bytes until it changes."""
+        shop = self._shop
+        async with self._saying:
+            digest = accepted(shop)
+            said = m.peek(self._said, Acceptance).digest if self._said else b""
+            if digest != said:
+                word = Acceptance(m.VERSION, digest, int(time.time() * 1000))
+                envelope = shop.signer.seal(word, self._topic)
+                title = shop.charter.charter.title if shop.charter and digest else ""
+                body: dict[str, object] = {
+                    "charter": digest.hex(), "title": title, "digest": hashlib.sha256(envelope).hexdigest(),
+                    "message_bytes": len(envelope), "reason": "" if digest else "no charter is accepted any more",
+                }  # fmt: skip
+
+                def work() -> None:
+                    shop.state.put(_SAID, envelope)
+                    shop.state.record(ACCEPTANCE, body)
+
+                try:
+                    await shop.state.commit(work)
+                except LocalError as error:
+                    log.error("the charter's acceptance can't be stored: %s", error)
+                    return
+                self._said = envelope
+        self.repeat()
+
+    def repeat(self) -> None:
+        """Say it again: the aggregator may not have heard it."""
+        if self._said:
+            self._shop.publish(self._topic, self._said, retain=True)
+
+    def status(self) -> dict[str, object] | None:
+        """The charter that is held, and whether it is accepted; plain JSON types."""
+        held = self._shop.charter
+        if held is None:
+            return None
+        said = bool(accepted(self._shop))
+        return {
+            "digest": held.digest.hex(), "title": held.charter.title, "accepted": said,
+            "file": str(self._shop.folder / FILE),
+        }  # fmt: skip
+
+
+def accepted(shop: "Shop") -> bytes:
+    """The SHA-256 of the charter that is held and that gateway.toml accepts; empty for none."""
+    held = shop.charter
+    return held.digest if held and held.digest.hex() == shop.config.policy.charter else b""
+
+
+def clauses(shop: "Shop", task: str) -> Clauses | None:
+    """What the charter that is held says of a task; None where none is."""
+    held = shop.charter
+    return Clauses(held.digest, held.charter, task, shop.config.path.enterprise) if held else None
+
+
+def terms_of(plan: m.Plan | None) -> dict[str, object]:
+    """What an answer's ledger entry says of the plan that is answered."""
+    if plan is None:
+        return {}
+    return {
+        "charter": plan.charter.hex(), "min_gateways": plan.min_gateways, "secure_aggregation": plan.secure_aggregation,
+        "base": plan.base, "bits": plan.bits, "deadline_ms": plan.deadline_ms,
+    }  # fmt: skip
+
+
+def under_charter(shop: "Shop") -> dict[str, object]:
+    """What an update's ledger entry says of the charter that it leaves under; nothing without one."""
+    held, digest = shop.charter, accepted(shop)
+    return {"charter": digest.hex(), "title": held.charter.title} if held and digest else {}

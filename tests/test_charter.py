@@ -1,0 +1,527 @@
+"""The charter: its file, who accepts it, and that no plan outside of it gets an update."""
+
+import asyncio
+import csv
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from broker import messages as m
+from broker import topics
+from broker.charter import Acceptance, CharterText, bodies, load_charter, parse_charter
+from broker.config import load_federation
+from broker.journal import Journal
+from broker.link import Inbound
+from broker.messages import Plan, Signer
+from edge.charter import Clauses, Keeper, breach
+from edge.cli import main
+from edge.config import Policy, load_config
+from edge.events import Answer, ModelStored, PlanSeen, PolicyChanged, StartTraining, StopTraining, WindowsReady
+from edge.participant import Participant
+from edge.ring import Samples
+from edge.shop import Shop
+from edge.status import read_status
+from edge.store import State
+from models.errors import PeerError, UserError
+from tests.brokers import BrokerProcess
+from tests.test_agent import PATH, TASK
+from tests.test_agent import plant as staged
+from tests.test_service import Gateway, delta, gateways, open_plan, until
+from tests.test_service import Plant as Federation
+
+CHARTER = """\
+title = "Press lines of Acme and Borealis"
+purpose = "To foresee wear of spindles, and nothing else."
+tasks = ["wear"]
+members = ["acme", "borealis"]
+min_gateways = 3
+retention = "Updates until their round is closed; models and ledger for ten years."
+contributions = "By the windows that a gateway trained on."
+
+[privacy]
+mode = "plain"
+
+[model]
+recipients = ["acme", "borealis"]
+terms = "For use on machines of their own."
+"""
+DIGEST = hashlib.sha256(CHARTER.encode()).digest()
+FEDERATION = Signer.generate()
+TOPIC = topics.CharterInForce("north").topic
+
+
+# -- the file ------------------------------------------------------------------------------------------------------
+
+
+def test_a_charter_is_named_by_what_sha256sum_says_of_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "charter.toml"
+    for text in (CHARTER, CHARTER.replace("\n", "\r\n"), "\ufeff" + CHARTER):
+        file.write_bytes(text.encode())
+        named = load_charter(file)
+        assert named.digest == hashlib.sha256(file.read_bytes()).digest()
+        assert (named.charter.members, named.charter.min_gateways) == (("acme", "borealis"), 3)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('purpose = "To', 'purpos = "To', ":2: purpos: unknown key; did you mean 'purpose'?"),
+        ("min_gateways = 3", "min_gateways = 0", ":5: min_gateways: out of range; write 1 to 1000000"),
+        ("min_gateways = 3", 'min_gateways = "3"', ":5: min_gateways: expected `int`, got `str`"),
+        ("min_gateways = 3\n", "", "min_gateways: missing; add a line min_gateways = … there"),
+        ('"plain"', '"none"', ":10: privacy.mode: invalid enum value"),
+        ('"plain"', '"plain"\nmax_epsilon = 0', ":11: privacy.max_epsilon: out of range; write a number above 0"),
+        ('["wear"]', "[]", ":3: tasks: empty; write the tasks by name"),
+        ('["acme", "borealis"]\nmin', "[]\nmin", ":4: members: empty; write the enterprises"),
+        ('"Press lines of Acme and Borealis"', '" "', ":1: title: says nothing; write it down"),
+        ('"Press lines of Acme and Borealis"', '"a\\u001b[2J"', ":1: title: is no title; write one line"),
+        ('terms = "For use on machines of their own."', 'terms = ""', ":14: model.terms: says nothing"),
+        ('recipients = ["acme", "borealis"]', "recipients = []", ":13: model.recipients: empty"),
+        ("[privacy]", "[privacy", ":9: not TOML"),
+        ("min_gateways = 3", f"min_gateways = {'9' * 5000}", "not TOML: ValueError"),
+        ("min_gateways = 3", f"min_gateways = {'[' * 20_000}", "not TOML: RecursionError"),
+        ("title", "# " + "x" * 62_000 + "\ntitle", "larger than 61440 bytes; a charter is a short text"),
+    ],
+)  # fmt: skip
+def test_a_charter_with_a_mistake_is_refused_in_one_line(old: str, new: str, says: str, tmp_path: Path) -> None:
+    assert old in CHARTER
+    file = tmp_path / "charter.toml"
+    file.write_text(CHARTER.replace(old, new, 1))
+    with pytest.raises(UserError) as caught:
+        load_charter(file)
+    assert str(caught.value).startswith(str(file))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def federation_toml(folder: Path, task: str = "", roots: str = '"acme"', charter: str = CHARTER) -> Path:
+    text = 'name = "wear"\nkind = "anomaly"\nnet = "autoencoder"\n[window]\nlength = 2\n[[signal]]\nname = "s"\n'
+    (folder / "wear.toml").write_text(f"{text}{task}")
+    (folder / "charter.toml").write_text(charter)
+    path = folder / "federation.toml"
+    path.write_text(
+        f'[federation]\nname = "north"\nroots = [{roots}]\ncharter = "charter.toml"\n'
+        '[mqtt]\nurl = "mqtt://127.0.0.1"\n[[task]]\nfile = "wear.toml"\n'
+    )
+    return path
+
+
+ROUND = "[round]\nmin_gateways = 3\n"
+
+
+@pytest.mark.parametrize(
+    ("task", "roots", "old", "new", "says"),
+    [
+        ("", '"acme"', "", "", ":5: min_gateways: task wear: the charter wants 3 gateways in a sum, the plan 1"),
+        (ROUND, '"acme", "corvid"', "", "", ":4: members: task wear: the charter names no member corvid"),
+        (ROUND, '"acme"', '["wear"]', '["tear"]', ":3: tasks: task wear: the charter names no task wear"),
+        (ROUND, '"acme"', '"plain"', '"secure-aggregation"', ":10: privacy.mode: task wear: the charter requires"),
+        (ROUND, '"acme"', '"plain"', '"plain"\nmax_epsilon = 4.0', ":11: privacy.max_epsilon: task wear: the charter"),
+    ],
+)
+def test_an_aggregator_starts_no_task_outside_its_own_charter(
+    task: str, roots: str, old: str, new: str, says: str, tmp_path: Path
+) -> None:
+    path = federation_toml(tmp_path, task, roots, CHARTER.replace(old, new, 1))
+    with pytest.raises(UserError) as caught:
+        load_federation(path)
+    assert f"{tmp_path / 'charter.toml'}{says}" in str(caught.value)
+    good = load_federation(federation_toml(tmp_path, ROUND, '"acme", "borealis"'))
+    assert good.charter
+    assert good.charter.digest == DIGEST
+    (tmp_path / "charter.toml").unlink()
+    with pytest.raises(UserError, match=r"federation\.toml:4: federation\.charter: no file"):
+        load_federation(path)
+
+
+# -- what a gateway takes part in ----------------------------------------------------------------------------------
+
+
+def plan(charter: bytes = DIGEST, **more: Any) -> Plan:
+    given: dict[str, Any] = {"min_gateways": 3, "secure_aggregation": False, "charter": charter} | more
+    return Plan(1, bytes(32), 1, 0, bytes(32), "open", 1, 9, bits=4, **given)
+
+
+def clauses(text: str = CHARTER, task: str = "wear", root: str = "acme") -> Clauses:
+    named = parse_charter(text)
+    return Clauses(named.digest, named.charter, task, root)
+
+
+AGREED = Policy(charter=DIGEST.hex())
+NOISY = CHARTER.replace('"plain"', '"plain"\nmax_epsilon = 4.0')
+MASKED = CHARTER.replace('"plain"', '"secure-aggregation"')
+
+
+@pytest.mark.parametrize(
+    ("policy", "held", "seen", "code", "says"),
+    [
+        (Policy(), clauses(), plan(), "charter", "waits for acceptance; accepted is none"),
+        (AGREED, clauses(), plan(bytes(32)), "charter", f"charter {'00' * 32} waits for acceptance; accepted is"),
+        (AGREED, clauses(), plan(b""), "charter", "the plan is under no charter; accepted is"),
+        (AGREED, None, plan(), "charter", "has not come yet"),
+        (AGREED, clauses(NOISY), plan(), "charter", "has not come yet"),
+        (AGREED, clauses(task="tear"), plan(), "task", "the charter names no task tear"),
+        (AGREED, clauses(root="corvid"), plan(), "members", "the charter names no member corvid"),
+        (AGREED, clauses(), plan(min_gateways=2), "min-gateways", "the charter wants 3 gateways in a sum, the plan 2"),
+    ],
+)
+def test_a_plan_outside_the_charter_is_declined_with_its_reason(
+    policy: Policy, held: Clauses | None, seen: Plan, code: str, says: str
+) -> None:
+    g = Participant(policy, 10, clauses=held)
+    (answer,) = [
+        one for event in (ModelStored(0, bytes(32)), WindowsReady(10), PlanSeen(seen)) for one in g.handle(event)
+    ]
+    assert isinstance(answer, Answer)
+    assert (answer.verdict, answer.code) == ("declined", code)
+    assert says in answer.reason
+
+
+def test_privacy_that_the_charter_asks_for() -> None:
+    for text, code in ((NOISY, "max-epsilon"), (MASKED, "secure-aggregation")):
+        held = clauses(text)
+        policy = Policy(charter=held.digest.hex())
+        against = breach(policy, held, plan(held.digest))
+        assert against
+        assert against[0] == code
+    assert breach(policy, held, plan(held.digest, secure_aggregation=True)) is None
+
+
+def test_a_policy_is_stricter_than_the_charter_and_never_laxer() -> None:
+    strict = Participant(msgspec.structs.replace(AGREED, min_gateways=4), 10, clauses=clauses())
+    (answer,) = strict.handle(PlanSeen(plan()))
+    assert isinstance(answer, Answer)
+    assert (answer.code, answer.reason) == ("min-gateways", "policy wants 4 gateways in a sum, the plan 3")
+    lax = Participant(msgspec.structs.replace(AGREED, min_gateways=1), 10, clauses=clauses())
+    (answer,) = lax.handle(PlanSeen(plan(min_gateways=2)))
+    assert isinstance(answer, Answer)
+    assert answer.verdict == "declined"
+
+
+def test_a_federation_without_a_charter_is_as_before() -> None:
+    assert breach(Policy(), None, plan(b"")) is None
+    assert breach(Policy(), clauses(), plan(b"")) is None
+
+
+def test_who_accepts_late_joins_and_another_charter_ends_a_training() -> None:
+    g = Participant(Policy(), 10, clauses=clauses())
+    for event in (ModelStored(0, bytes(32)), WindowsReady(10), PlanSeen(plan())):
+        g.handle(event)
+    assert g.handle(PolicyChanged(AGREED, None)) == []  # the text is not here yet
+    joined, started = g.handle(PolicyChanged(AGREED, clauses()))
+    assert joined == Answer(1, "joined", "ok", "")
+    assert isinstance(started, StartTraining)
+    assert g.handle(PlanSeen(plan())) == []
+    stop, declined = g.handle(PlanSeen(plan(bytes(32))))
+    assert stop == StopTraining()
+    assert isinstance(declined, Answer)
+    assert (declined.verdict, declined.code) == ("declined", "charter")
+
+
+# -- what a gateway keeps ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Shop]:
+    file = tmp_path / "gateway.toml"
+    file.write_text('[gateway]\npath = "acme/b/c/d/e"\n[mqtt]\nurl = "mqtt://127.0.0.1"\n')
+    sent: list[tuple[str, bytes]] = []
+    with closing(State(tmp_path)) as state, closing(Samples(tmp_path, 1 << 26)) as samples:
+
+        def publish(topic: str, payload: bytes, *, retain: bool) -> bool:
+            assert retain
+            sent.append((topic, payload))
+            return True
+
+        made = Shop(load_config(file), tmp_path, state, samples, Signer.generate(), publish, sent, print)  # type: ignore[arg-type]
+        made.federation, made.federation_key = "north", FEDERATION.public_key
+        yield made
+
+
+def agree(shop: Shop, digest: bytes | None) -> None:
+    policy = Policy(charter=digest.hex() if digest else None)
+    shop.config = msgspec.structs.replace(shop.config, policy=policy)
+
+
+def words(shop: Shop) -> list[bytes]:
+    """The digests that were published, each a signed word of this gateway."""
+    topic = topics.Accepted(shop.config.path).topic
+    sent: Any = shop.subscribe
+    assert all(where == topic for where, _ in sent)
+    return [m.open_envelope(data, topic, shop.signer.public_key, Acceptance).digest for _, data in sent]
+
+
+def said(text: str, time_ms: int, signer: Signer = FEDERATION) -> Inbound:
+    return Inbound(TOPIC, signer.seal(CharterText(1, text, time_ms), TOPIC), retain=True, qos=1, mid=1)
+
+
+async def heard(keeper: Keeper, inbound: Inbound) -> None:
+    keeper.hear(inbound)
+    if keeper._keeping:
+        await keeper._keeping
+
+
+def held(shop: Shop) -> bytes | None:
+    return shop.charter and shop.charter.digest
+
+
+def kinds(shop: Shop) -> list[str]:
+    return [json.loads(line)["kind"] for line in shop.state.ledger()]
+
+
+async def test_a_gateway_keeps_the_charter_and_says_its_word_once_it_has_one(shop: Shop) -> None:
+    changes: list[int] = []
+    keeper = Keeper(shop, lambda: changes.append(1))
+    assert keeper.status() is None
+    await heard(keeper, said(CHARTER, 5))
+    assert (shop.folder / "charter.toml").read_bytes() == CHARTER.encode()
+    assert (words(shop), kinds(shop), len(changes)) == ([], ["charter"], 1)
+    assert keeper.status() == {
+        "digest": DIGEST.hex(), "title": "Press lines of Acme and Borealis", "accepted": False,
+        "file": str(shop.folder / "charter.toml"),
+    }  # fmt: skip
+    agree(shop, bytes(32))  # a charter that nobody has shown
+    await keeper.say()
+    assert words(shop) == []
+    agree(shop, DIGEST)
+    await asyncio.gather(keeper.say(), keeper.say())
+    assert set(words(shop)) == {DIGEST}
+    assert kinds(shop) == ["charter", "acceptance"]
+    again = Keeper(shop, lambda: None)
+    assert held(shop) == DIGEST
+    again.repeat()
+    sent: Any = shop.subscribe
+    assert len({data for _, data in sent}) == 1
+    # Another charter ends what was accepted, in as many signed words; an older one that comes late changes nothing.
+    await heard(again, said(NOISY, 6))
+    await heard(again, said(CHARTER, 5))
+    assert words(shop)[-1] == b""
+    assert kinds(shop) == ["charter", "acceptance", "charter", "acceptance"]
+    await heard(again, said("", 7))
+    assert held(shop) is None
+    assert again.status() is None
+
+
+async def test_charters_that_nobody_of_the_federation_said(shop: Shop) -> None:
+    keeper = Keeper(shop, lambda: None)
+    good = said(CHARTER, 5)
+    for i in range(0, len(good.payload), 7):
+        flipped = good.payload[:i] + bytes([good.payload[i] ^ 1]) + good.payload[i + 1 :]
+        for bad in (good.payload[:i], flipped):
+            if bad:
+                with pytest.raises(PeerError):
+                    keeper.hear(Inbound(TOPIC, bad, retain=True, qos=1, mid=1))
+    for bad, reason in (
+        (said(CHARTER, 5, Signer.generate()).payload, "signature"),
+        (bytes(65_537), "size"),
+        (FEDERATION.seal(CharterText(1, CHARTER.replace("[privacy]", "[x]"), 5), TOPIC), "charter"),
+        (FEDERATION.seal(CharterText(1, "a=" + "[" * 50_000, 5), TOPIC), "charter"),
+        (FEDERATION.seal(CharterText(1, "é" * 40_000, 5), TOPIC), "size"),
+        (FEDERATION.seal(CharterText(1, CHARTER, 5), TOPIC + "x"), "signature"),
+    ):
+        with pytest.raises(PeerError) as caught:
+            keeper.hear(Inbound(TOPIC, bad, retain=True, qos=1, mid=1))
+        assert caught.value.reason == reason
+    keeper.hear(Inbound(TOPIC, b"", retain=True, qos=1, mid=1))
+    assert (kinds(shop), shop.charter) == ([], None)
+
+
+async def test_a_charter_that_the_disk_does_not_take_is_taken_later(shop: Shop) -> None:
+    keeper = Keeper(shop, lambda: None)
+    shop.state._db.execute("PRAGMA query_only = ON")  # SQLite refuses to write, as on a disk that is read-only
+    await heard(keeper, said(CHARTER, 5))
+    assert held(shop) is None
+    shop.state._db.execute("PRAGMA query_only = OFF")
+    await heard(keeper, said(CHARTER, 5))
+    assert held(shop) == DIGEST
+    assert kinds(shop) == ["charter"]
+
+
+# -- the aggregator ------------------------------------------------------------------------------------------------
+
+
+def accept(g: Gateway, digest: bytes, time_ms: int) -> None:
+    topic = topics.Accepted(g.path).topic
+    g.link.publish(topic, g.signer.seal(Acceptance(1, digest, time_ms), topic), retain=True)
+
+
+def forge(g: Gateway) -> None:
+    """Say that a site accepts, as those may who are not that site."""
+    topic, stranger = topics.Accepted(g.path).topic, Signer.generate()
+    good = g.signer.seal(Acceptance(1, DIGEST, 10), topic)
+    for payload in (
+        stranger.seal(Acceptance(1, DIGEST, 10), topic),
+        g.signer.seal(Acceptance(1, DIGEST, 10), topic + "x"),
+        good[:-1],
+        bytes(100_000),
+    ):
+        g.link.publish(topic, payload)
+    for path in ("acme/lyon/press/line4/cell9", "corvid/lyon/press/line4/cell2"):
+        elsewhere = topics.Accepted(topics.GatewayPath.parse(path)).topic
+        g.link.publish(elsewhere, stranger.seal(Acceptance(1, DIGEST, 10), elsewhere))
+
+
+async def test_an_aggregator_takes_updates_of_those_alone_who_accepted(tmp_path: Path) -> None:
+    with BrokerProcess("amqtt") as broker:
+        federation = Federation(tmp_path, broker.url, rounds=2)
+        (tmp_path / "charter.toml").write_text(CHARTER)
+        toml = federation.config.read_text()
+        federation.config.write_text(toml.replace("[mqtt]", 'charter = "charter.toml"\n[mqtt]'))
+        topic = topics.CharterInForce("press").topic
+        async with gateways(broker.url) as there:
+            for g in there:
+                g.link.subscribe(topic)
+            async with federation.service() as service:
+                first = await open_plan(there)
+                assert first.charter == DIGEST
+                assert m.open_envelope(there[0].heard[topic][-1], topic, there[0].key, CharterText).text == CHARTER
+                there[0].send(first, delta(0))
+                await until(lambda: there[0].outcomes() == ["refused-charter"])
+                forge(there[0])
+                reasons = {"signature": 2, "envelope": 2, "unknown-gateway": 1, "root": 1}
+                await until(lambda: reasons.items() <= service.status()["refused"].items())
+                assert service.status()["charter"]["accepted"] == []
+                for i, g in enumerate(there):
+                    accept(g, DIGEST, 10)
+                    g.send(first, delta(i))
+                await until(lambda: all(g.outcomes()[-1:] == ["counted"] for g in there))
+                assert service.status()["charter"]["accepted"] == sorted(str(g.path) for g in there)
+                accept(there[1], b"", 20)  # takes it back, and an older word that is heard again changes nothing
+                accept(there[1], DIGEST, 10)
+                await until(lambda: service.status()["charter"]["not_accepted"] == [str(there[1].path)])
+            for g in there:
+                g.heard.clear()
+            async with federation.service() as service:
+                plan = await open_plan(there, 2)
+                assert service.status()["charter"]["not_accepted"] == [str(there[1].path)]
+                there[1].send(plan, delta(1))
+                there[0].send(plan, delta(0))
+                await until(lambda: there[1].outcomes() == ["refused-charter"] and there[0].outcomes() == ["counted"])
+            # Without the charter the federation is as it was, and says so in signed words.
+            federation.config.write_text(toml)
+            for g in there:
+                g.heard.clear()
+            async with federation.service():
+                plan = await open_plan(there, 2)
+                assert plan.charter == b""
+                assert m.open_envelope(there[0].heard[topic][-1], topic, there[0].key, CharterText).text == ""
+        with closing(Journal(federation.state)) as journal:
+            assert [body["digest"] for body in bodies(journal.ledger_lines(), "charter")] == [DIGEST.hex(), ""]
+            digests = [body["digest"] for body in bodies(journal.ledger_lines(), "acceptance")]
+            assert digests == [DIGEST.hex()] * 3 + [""]
+            assert [body["charter"] for body in bodies(journal.ledger_lines(), "opened")] == [DIGEST.hex()] * 2
+            assert {body["reason"] for body in bodies(journal.ledger_lines(), "refused")} == {"charter"}
+
+
+def gateway_files(folder: Path, root: str, url: str, policy: str) -> Path:
+    folder.mkdir()
+    (folder / "plc.csv").write_text("tag,address\na,a\n")
+    (folder / "plc.data.csv").write_text("a\n1\n")
+    file = folder / "gateway.toml"
+    file.write_text(
+        f'[gateway]\npath = "{root}/lyon/press/line4/cell2"\n[mqtt]\nurl = "{url}"\n'
+        '[[source]]\nname = "plc"\ndriver = "replay"\nurl = "plc.data.csv"\ntags = "plc.csv"\n'
+        f'[task.wear]\nsignals = {{ T = "plc/a" }}\n[policy]\ncharter = "{DIGEST.hex()}"\n{policy}'
+    )
+    return file
+
+
+async def test_enterprises_meet_in_one_federation_each_with_its_own_policy(tmp_path: Path) -> None:
+    policies = {"acme": "", "borealis": "min_gateways = 5\n", "corvid": ""}
+    paths = {root: f"{root}/lyon/press/line4/cell2" for root in policies}
+    with BrokerProcess("amqtt") as broker:
+        federation = Federation(tmp_path, broker.url, min_gateways=3)
+        (tmp_path / "charter.toml").write_text(CHARTER)
+        toml = federation.config.read_text().replace('["acme"]', '["acme", "borealis"]')
+        federation.config.write_text(toml.replace("[mqtt]", 'charter = "charter.toml"\n[mqtt]'))
+
+        def status() -> dict[str, Any]:
+            return federation.status() if federation.has_status() else {}
+
+        def answers() -> dict[str, Any]:
+            known = status().get("tasks", {}).get("wear", {}).get("gateways", {})
+            return {path: (one["verdict"], one["code"]) for path, one in known.items()}
+
+        children = []
+        async with gateways(broker.url, 1), federation.service():
+            try:
+                for root, policy in policies.items():
+                    file, state = gateway_files(tmp_path / root, root, broker.url, policy), tmp_path / root / "state"
+                    command = [sys.executable, "-m", "edge.cli", "edge", "run", "-c", str(file), "--state", str(state)]
+                    children.append(await asyncio.create_subprocess_exec(*command))
+                wanted = {paths["acme"]: ("joined", "ok"), paths["borealis"]: ("declined", "min-gateways")}
+                await until(lambda: wanted.items() <= answers().items())
+                await until(lambda: status()["refused"].get("root", 0) > 0)
+                # The third enterprise's gateway itself has read that it is no member.
+                await until(lambda: "no member corvid" in str(read_status(tmp_path / "corvid" / "state")))
+                assert paths["corvid"] not in answers()
+                assert status()["charter"]["accepted"] == [paths["acme"], paths["borealis"]]
+            finally:
+                for child in children:
+                    child.terminate()
+                    await child.wait()
+
+
+# -- both, as processes --------------------------------------------------------------------------------------------
+
+
+def test_no_update_leaves_a_site_before_it_has_accepted_the_charter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with staged(tmp_path, "amqtt") as p:
+        folder, toml = tmp_path / "aggregator", tmp_path / "plant1" / "gateway.toml"
+        text = CHARTER.replace('"wear"', f'"{TASK}"').replace('"acme", "borealis"', '"demo"').replace("= 3", "= 1")
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        (folder / "charter.toml").write_text(text)
+        federation = folder / "federation.toml"
+        federation.write_text(federation.read_text().replace("join =", 'charter = "charter.toml"\njoin ='))
+        for process in (*p.stage.plcs, p.stage.aggregator, p.gateway):
+            process.start()
+        p.until(lambda: p.aggregator().get("gateways", {}).get(str(PATH), {}).get("code") == "charter")
+        p.until(lambda: (p.status().get("charter") or {}).get("digest") == digest)
+        assert main(["edge", "status", "--state", str(p.stage.gateway_state(0))]) == 0
+        shown = capsys.readouterr().out
+        assert f"waits for acceptance: read {p.stage.gateway_state(0) / 'charter.toml'}, then" in shown
+        assert f'then [policy] charter = "{digest}"' in shown
+        update, word = topics.Uplink(PATH, TASK, "update").topic, topics.Accepted(PATH).topic
+        p.until(lambda: p.task().get("trainable", 0) >= 20)  # it could have trained for long
+        assert not p.heard.keys() & {update, word}
+        # The legal team's line; the gateway goes on scoring while it is taken up.
+        toml.write_text(toml.read_text().replace("[policy]", f'[policy]\ncharter = "{digest}"'))
+        os.kill(p.gateway.pid, signal.SIGHUP)
+        p.until(lambda: p.aggregator().get("state") == "done")
+        p.until(lambda: p.task().get("model") == 1 and p.status()["outbox"] == 0)
+        key = bytes.fromhex(p.status()["public_key"])
+        assert m.open_envelope(p.last(word), word, key, Acceptance).digest.hex() == digest
+        main(["broker", "status", "--state", str(p.stage.aggregator_state)])
+        assert f"'Press lines of Acme and Borealis' {digest}, accepted by 1" in capsys.readouterr().out
+    out = tmp_path / "what-left"
+    assert main(["audit", "report", str(p.stage.gateway_state(0)), "--out", str(out)]) == 0
+    with (out / "left-this-site.csv").open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    named = f"Press lines of Acme and Borealis {digest}"
+    assert {row["charter"] for row in rows if row["what"] in {"update", "acceptance"}} == {named}
+    sent = {(hashlib.sha256(data).hexdigest(), str(len(data))) for topic in (update, word) for data in p.heard[topic]}
+    assert sent == {(row["digest"], row["message_bytes"]) for row in rows if row["what"] in {"update", "acceptance"}}
+    assert named in (out / "report.html").read_text()
+    with closing(State(p.stage.gateway_state(0))) as state:
+        lines = [json.loads(line) for line in state.ledger()]
+    order = [
+        line["kind"] for line in lines if line["kind"] in {"charter", "declined", "acceptance", "joined", "update"}
+    ]
+    assert order[-3:] == ["acceptance", "joined", "update"]
+    assert sorted(order[:2]) == ["charter", "declined"]
+    declined = next(line["body"] for line in lines if line["kind"] == "declined")
+    assert (declined["code"], declined["charter"], declined["min_gateways"]) == ("charter", digest, 1)
+    with closing(Journal(p.stage.aggregator_state)) as journal:
+        assert [body["digest"] for body in bodies(journal.ledger_lines(), "acceptance")] == [digest]
+        assert [body["charter"] for body in bodies(journal.ledger_lines(), "opened")] == [digest]
