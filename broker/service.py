@@ -92,10 +92,7 @@ class Service:
         self._downlink = Downlink(self._config.name, signer, self._clock())
         table = self._config.release
         self._releasing = None if table is None else Releasing(self._journal, self._downlink, table)
-        wanted = {
-            name: intake.Wanted(job.task, int(job.shared.sum()), job.ring_in, job.slices)
-            for name, job in self._jobs.items()
-        }
+        wanted = {name: job.wanted for name, job in self._jobs.items()}
         self._intake = intake.Intake(self._config, self._journal, wanted)
         for job in self._jobs.values():
             self._put_model(job)  # also proves, before anybody connects, that the manifest fits into a message
@@ -208,7 +205,7 @@ class Service:
 
     def _read(self, inbound: Inbound, now_ms: int) -> intake.Heard | None:
         try:
-            return self._intake.read(inbound, now_ms)
+            return (self._intake.read_filed if self._by_file else self._intake.read)(inbound, now_ms)
         except PeerError as error:
             self._refuse(inbound.topic, error.reason, error.detail)
         except LocalError:

@@ -5,19 +5,25 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from broker import stick, topics
 from broker.journal import Journal
-from broker.messages import MAX_PAYLOAD, ModelManifest, Receipt, Signer, Update, open_envelope
+from broker.messages import MAX_PAYLOAD, Answer, Birth, ModelManifest, Receipt, Signer, Update, open_envelope
 from edge.cli import main
 from edge.handback import Fetch
 from models import codec
 from models.errors import UserError
+from models.spec import load_task
+from models.width import slices
 from tests.brokers import BrokerProcess
-from tests.test_service import Plant, delta, gateways, open_plan, until
+from tests.test_service import LAYOUT, Plant, delta, gateways, open_plan, until
+
+NOWHERE = "mqtt://127.0.0.1:1"
+CELL = topics.GatewayPath.parse("acme/lyon/press/line9/cell9")
 
 MESSAGES = [("a/b", b"one"), ("_fl/x", b""), ("a/b", bytes(1000))]
 LARGE = stick.MAGIC + b"\x00\x01a" + (MAX_PAYLOAD + 1).to_bytes(4, "big") + bytes(MAX_PAYLOAD + 1)
@@ -75,7 +81,7 @@ def test_any_bytes_are_refused_or_read(tmp_path_factory: pytest.TempPathFactory,
 
 
 async def test_an_update_by_file_counts_as_one_by_mqtt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    signer, path = Signer.generate(), topics.GatewayPath.parse("acme/lyon/press/line9/cell9")
+    signer, path = Signer.generate(), CELL
     topic = topics.Uplink(path, "wear", "update").topic
     with BrokerProcess("amqtt") as broker:
         plant = Plant(tmp_path, broker.url, min_gateways=2, rounds=1)
@@ -128,3 +134,50 @@ async def test_an_update_by_file_counts_as_one_by_mqtt(tmp_path: Path, capsys: p
     with closing(Journal(plant.state)) as journal:
         assert journal.counted("wear", 1).keys() == {str(path), *(str(g.path) for g in there)}
         assert journal.totals("wear", 1).gateways == 3
+
+
+def take(plant: Plant, file: Path) -> int:
+    return main(["broker", "import", "-c", str(plant.config), "--state", str(plant.state), str(file)])
+
+
+def enrol(plant: Plant, signer: Signer) -> None:
+    with closing(Journal(plant.state)) as journal, journal.transaction():
+        journal.add_to_roster(str(CELL), signer.public_key, 1, "enrolled")
+
+
+def test_a_narrow_gateways_update_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plant, signer = Plant(tmp_path, NOWHERE), Signer.generate()
+    enrol(plant, signer)
+    count = slices(load_task(tmp_path / "wear.toml")[0], LAYOUT)[0.5].size
+    payload = codec.encode(np.ones(count, np.float32), 32).data
+    topic = topics.Uplink(CELL, "wear", "update").topic
+    stick.write(tmp_path / "updates", [(topic, signer.seal(Update(1, 1, 0, 100, None, payload, None, 2), topic))])
+    assert take(plant, tmp_path / "updates") == 0
+    assert f"{CELL}, wear: an update of round 1" in capsys.readouterr().out
+
+
+async def test_no_birth_and_no_answer_come_by_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plant, signer, other = Plant(tmp_path, NOWHERE, join="first-seen"), Signer.generate(), Signer.generate()
+    enrol(plant, signer)
+    file, status = tmp_path / "updates", topics.Status(CELL).topic
+    stranger = status.replace("cell9", "cell8")
+    answer = topics.Uplink(CELL, "wear", "answer").topic
+    births = [
+        (topic, by.seal(Birth(1, 5, 5, by.public_key, "test", ("wear",)), topic))
+        for by, topic in ((signer, status), (other, stranger))
+    ]
+    stick.write(file, [*births, (answer, signer.seal(Answer(1, 1, "joined", "ok", "", 5), answer))])
+
+    def known() -> tuple[int, list[str]]:
+        with closing(Journal(plant.state)) as journal:
+            return journal.roster_size(), list(journal.ledger_lines())
+
+    before = known()
+    assert take(plant, file) == 1
+    assert capsys.readouterr().out.count("only updates and votes come by file") == 3
+    assert known() == before
+    async with plant.service() as service:
+        await until(lambda: not stick.waiting(plant.state))
+        assert service.status()["refused"] == {"topic": 3}
+        assert not service.status()["tasks"]["wear"]["gateways"]
+    assert known()[0] == before[0]
