@@ -114,6 +114,7 @@ class Refused:
 
 Heard = HeardBirth | HeardDeath | HeardAcceptance | HeardAnswer | HeardVote | HeardUpdate | Refused
 _UPLINK: dict[str, type[Message]] = {"update": Update, "answer": Answer, "vote": Vote}
+_BY_FILE = {"update", "vote"}
 
 
 class Intake:
@@ -145,6 +146,16 @@ class Intake:
             case topics.Uplink(path, task, what):
                 return self._uplink(path, task, what, inbound)
         raise PeerError("topic", f"{inbound.topic} is not for the aggregator")
+
+    def read_filed(self, inbound: Inbound, now_ms: int) -> Heard:
+        """The same for a message that came by file; it writes nothing. PeerError also for all but updates and votes.
+
+        Births, deaths and answers say who is there now; an old copy of one would say it of a gateway that is not.
+        """
+        topic = topics.parse(inbound.topic)
+        if not isinstance(topic, topics.Uplink) or topic.what not in _BY_FILE:
+            raise PeerError("topic", f"{inbound.topic}: only updates and votes come by file")
+        return self.read(inbound, now_ms)
 
     def _status(self, path: topics.GatewayPath, inbound: Inbound, now_ms: int) -> Heard:
         self._check_root(path)

@@ -12,6 +12,7 @@ from broker.aggregate import load_state
 from broker.ballot import Ballot
 from broker.config import TaskFile
 from broker.federation import Federation, Rules
+from broker.intake import Wanted
 from broker.journal import Journal, ModelRow, TaskRow
 from broker.mask import MOST_BITS, ring_for
 from broker.messages import MAX_PAYLOAD
@@ -51,6 +52,11 @@ class Job:
         """What updates of a round share while it is open."""
         now = self.federation.round
         return self.ring if now and now.number == number else None
+
+    @property
+    def wanted(self) -> Wanted:
+        """What an update of this task must be, by whichever way it comes."""
+        return Wanted(self.task, int(self.shared.sum()), self.ring_in, self.slices)
 
     def status(self) -> dict[str, Any]:
         """Plain JSON values for people and scripts; times in milliseconds since 1970 UTC."""

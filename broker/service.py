@@ -21,7 +21,6 @@ from broker import round as rounds
 from broker.charter import Charters
 from broker.closing import close_round, end_vote
 from broker.config import FederationConfig
-from broker.database import blame_disk
 from broker.downlink import Downlink
 from broker.genesis import ensure_model
 from broker.job import Job, load_job
@@ -31,12 +30,13 @@ from broker.messages import VERSION, Receipt
 from broker.publish import put_model, put_plan
 from broker.releasing import Releasing
 from broker.status import write_status
-from models.errors import LocalError, PeerError, UserError
+from models.errors import LocalError, PeerError
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25
 BATCH = 256
+FILED = 64  # of a file, between two such batches
 STATUS_S = 1.0
 # Refusals of one gateway that enter the ledger between two openings; a counter knows the rest.
 _NOTED_REFUSALS = 16
@@ -64,6 +64,9 @@ class Service:
         self._outcomes: Counter[str] = Counter()
         self._noted: Counter[str] = Counter()
         self._receipts: list[tuple[str, bytes]] = []
+        # The file that is being taken, and what is left of it.
+        self._files, self._filed = stick.Inbox(state), deque[Inbound]()
+        self._file: Path | None = None
         # Whether what is heard came by file, and its receipts are to be kept for one.
         self._by_file = False
         # What became of the connection since the last step, in its order.
@@ -94,10 +97,7 @@ class Service:
         table = self._config.release
         self._releasing = None if table is None else Releasing(self._journal, self._downlink, table)
         self._charters = Charters(self._config.charter, self._journal, self._clock())
-        wanted = {
-            name: intake.Wanted(job.task, int(job.shared.sum()), job.ring_in, job.slices)
-            for name, job in self._jobs.items()
-        }
+        wanted = {name: job.wanted for name, job in self._jobs.items()}
         self._intake = intake.Intake(self._config, self._journal, wanted, self._charters.covers)
         for job in self._jobs.values():
             self._put_model(job)  # also proves, before anybody connects, that the manifest fits into a message
@@ -131,8 +131,9 @@ class Service:
     async def _loop(self) -> None:
         status_at, seen = 0.0, self._journal.data_version()
         while not self._stopping:
+            self._wake.clear()
             self._step()
-            self._take_files()
+            await self._take_files()
             if time.monotonic() >= status_at:
                 status_at = time.monotonic() + STATUS_S
                 write_status(self._state, self.status())
@@ -143,10 +144,9 @@ class Service:
                     self._put_releases()  # or something was released
                 if self._releasing:
                     self._releasing.freshen(self._jobs, self._clock())
-            if self._inbox:
+            if self._inbox or self._file:
                 await asyncio.sleep(0)
                 continue
-            self._wake.clear()
             try:
                 await asyncio.wait_for(self._wake.wait(), TICK_S)
             except TimeoutError:
@@ -190,21 +190,22 @@ class Service:
         self._receipts.clear()
         self._downlink.pump(self._link)
 
-    def _take_files(self) -> None:
-        """Hear what `broker import` left: a file a transaction, and gone once that is committed."""
-        for path in stick.waiting(self._state):
-            try:
-                messages = stick.read(path)
-            except UserError as error:
-                log.error("%s", error)
-                messages = []
-            self._by_file = True
-            with self._journal.transaction():
-                for topic, payload in messages:
-                    self._hear(Inbound(topic, payload, retain=False, qos=1, mid=0), self._clock())
-            self._by_file = False
-            with blame_disk(path):
-                path.unlink(missing_ok=True)
+    async def _take_files(self) -> None:
+        """Hear the next messages of what `broker import` left; a file goes once its last ones are committed."""
+        if self._file is None:
+            found = await asyncio.to_thread(self._files.next)
+            if found is None:
+                return
+            self._file, messages = found
+            self._filed.extend(Inbound(topic, payload, retain=False, qos=1, mid=0) for topic, payload in messages)
+        self._by_file = True
+        with self._journal.transaction():
+            for _ in range(min(FILED, len(self._filed))):
+                self._hear(self._filed.popleft(), self._clock())
+        self._by_file = False
+        if not self._filed:
+            await asyncio.to_thread(self._files.delete, self._file)
+            self._file = None
 
     def _tell_all(self, event: rounds.Event, now_ms: int) -> None:
         for job in self._jobs.values():
@@ -212,7 +213,7 @@ class Service:
 
     def _read(self, inbound: Inbound, now_ms: int) -> intake.Heard | None:
         try:
-            return self._intake.read(inbound, now_ms)
+            return (self._intake.read_filed if self._by_file else self._intake.read)(inbound, now_ms)
         except PeerError as error:
             self._refuse(inbound.topic, error.reason, error.detail)
         except LocalError:

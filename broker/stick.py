@@ -7,19 +7,26 @@ Each payload is signed and bound to its topic, or named by its digest in one tha
 Whoever runs takes it from a folder of the state, where `import` puts it whole; what was taken before changes nothing.
 """
 
+import contextlib
+import logging
 import os
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from broker.messages import MAX_PAYLOAD
 from models.errors import UserError
 
+log = logging.getLogger(__name__)
+
 MAGIC = b"TUNDISH STICK 1\n"
 MOST_BYTES = 64 * 1024 * 1024
-# Below the state's folder: files that wait to be taken.
+# A message of a few bytes takes twenty times as many in memory. A model is far fewer.
+MOST_MESSAGES = 10_000
+# Below the state's folder: files that wait to be taken, and what turned out to be none.
 INBOX = "inbox"
+BAD = ".bad"
 _MOST_TOPIC = 1024
 _TOPIC, _PAYLOAD = struct.Struct(">H"), struct.Struct(">I")
 Messages = list[tuple[str, bytes]]
@@ -41,11 +48,11 @@ def write(path: Path, messages: Iterable[tuple[str, bytes]]) -> int:
         name = topic.encode()
         parts += [_TOPIC.pack(len(name)), name, _PAYLOAD.pack(len(payload)), payload]
         count += 1
-    data = b"".join(parts)
+    data, remedy = b"".join(parts), "have fewer tasks in a federation"
     if len(data) > MOST_BYTES:
-        raise UserError(
-            str(path), 0, "", f"{len(data)} bytes, at most {MOST_BYTES}", "have fewer tasks in a federation"
-        )
+        raise UserError(str(path), 0, "", f"{len(data)} bytes, at most {MOST_BYTES}", remedy)
+    if count > MOST_MESSAGES:
+        raise UserError(str(path), 0, "", f"{count} messages, at most {MOST_MESSAGES}", remedy)
     try:
         put(path, data)
     except OSError as error:
@@ -66,15 +73,25 @@ def put(path: Path, data: bytes) -> None:
 def read(path: Path) -> Messages:
     """Read a file; UserError if it can't be, or is not all of one."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
+        data = _bytes(path)
     except OSError as error:
         raise UserError(str(path), 0, "", f"can't be read: {error.strerror}", "check the name") from error
+    return _parse(path, data)
+
+
+def _bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(MOST_BYTES + 1)
+
+
+def _parse(path: Path, data: bytes) -> Messages:
     if len(data) > MOST_BYTES or not data.startswith(MAGIC):
         raise UserError(str(path), 0, "", "is no file of messages", "give what export wrote")
     found, at = Messages(), len(MAGIC)
     try:
         while at < len(data):
+            if len(found) == MOST_MESSAGES:
+                raise UserError(str(path), 0, "", f"has more than {MOST_MESSAGES} messages", "give what export wrote")
             topic, at = _piece(data, at, _TOPIC, _MOST_TOPIC)
             payload, at = _piece(data, at, _PAYLOAD, MAX_PAYLOAD)
             found.append((topic.decode("ascii"), payload))
@@ -92,19 +109,120 @@ def _piece(data: bytes, at: int, head: struct.Struct, most: int) -> tuple[bytes,
 
 
 def leave(state: Path, path: Path) -> Messages:
-    """Check a file, and leave it where whoever runs with that state takes it; UserError."""
-    messages, folder = read(path), state / INBOX
+    """Check a file, and leave it where whoever runs with that state takes it; UserError.
+
+    What root leaves belongs to the owner of the state folder, a service's own user, who must be able to delete it. That
+    user may put links there at any moment, so nothing below the state folder is reached by a path.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        put(folder / f"{time.time_ns()}-{path.name}", path.read_bytes())
+        data = _bytes(path)
+    except OSError as error:
+        raise UserError(str(path), 0, "", f"can't be read: {error.strerror}", "check the name") from error
+    messages, folder = _parse(path, data), state / INBOX
+    try:
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _opened(state, os.O_DIRECTORY) as above:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(INBOX, 0o700, dir_fd=above)
+            with _opened(INBOX, os.O_DIRECTORY | os.O_NOFOLLOW, above) as inbox:
+                _give(inbox, above)
+                _drop(data, str(time.time_ns()), inbox, above)
     except OSError as error:
         raise UserError(str(folder), 0, "", f"can't be written: {error.strerror}", "check its owner") from error
     return messages
 
 
-def waiting(state: Path) -> list[Path]:
-    """Files that were left, by name; a part of one is none."""
+def _drop(data: bytes, name: str, inbox: int, above: int) -> None:
+    """Let a file be in an open folder, whole and on the disk."""
+    part = f".{name}.part"
+    with _opened(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, inbox) as made:
+        _give(made, above)
+        with open(made, "wb", closefd=False) as file:
+            file.write(data)
+        os.fsync(made)
+    os.rename(part, name, src_dir_fd=inbox, dst_dir_fd=inbox)
+
+
+def _give(made: int, above: int) -> None:
+    """Give what root made to the owner of the open folder above."""
+    owner = os.fstat(above)
+    if os.geteuid() == 0 and os.fstat(made).st_uid == 0:
+        os.fchown(made, owner.st_uid, owner.st_gid)
+
+
+@contextlib.contextmanager
+def _opened(path: Path | str, flags: int, folder: int | None = None) -> Iterator[int]:
+    opened = os.open(path, flags, 0o600, dir_fd=folder)
     try:
-        return sorted(path for path in (state / INBOX).iterdir() if path.is_file() and not path.name.startswith("."))
-    except OSError:
+        yield opened
+    finally:
+        os.close(opened)
+
+
+class Inbox:
+    """The files that were left in a state folder, each given out once. It blocks: for a thread.
+
+    Nothing about a file stops who reads it. One that is none is renamed, what the disk refuses is tried again, and
+    either is logged once.
+    """
+
+    def __init__(self, state: Path) -> None:
+        self._folder = state / INBOX
+        self._given, self._told = set[Path](), set[str]()
+
+    def next(self) -> tuple[Path, Messages] | None:
+        """Give the oldest file that can be read and was not given yet."""
+        for path in self._waiting():
+            if path in self._given:
+                continue
+            try:
+                data = _bytes(path)
+            except OSError as error:  # it may pass: too many open files, a disk that fails now and then
+                self._tell(f"{path} can't be read, and stays: {error.strerror}")
+                continue
+            try:
+                messages = _parse(path, data)
+            except UserError as error:
+                self._tell(str(error))
+                self._put_aside(path)
+                continue
+            self._given.add(path)
+            return path, messages
+        return None
+
+    def delete(self, path: Path) -> None:
+        """Be done with a file that was given."""
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            self._tell(f"{path} is taken, but can't be deleted: {error.strerror}; check the owner of that folder")
+        else:
+            self._given.discard(path)
+
+    def _waiting(self) -> list[Path]:
+        try:
+            return waiting(self._folder.parent)
+        except OSError as error:
+            self._tell(f"{self._folder} can't be read: {error.strerror}; check its owner")
+            return []
+
+    def _put_aside(self, path: Path) -> None:
+        try:
+            path.rename(path.with_name(path.name + BAD))
+        except OSError as error:
+            self._given.add(path)
+            self._tell(f"{path} can't be renamed: {error.strerror}; check the owner of that folder")
+
+    def _tell(self, problem: str) -> None:
+        if problem not in self._told:
+            self._told.add(problem)
+            log.error("%s", problem)
+
+
+def waiting(state: Path) -> list[Path]:
+    """Files that were left, by name; a part of one is none, nor is one that was put aside. OSError."""
+    try:
+        found = sorted((state / INBOX).iterdir())
+    except FileNotFoundError:
         return []
+    return [path for path in found if not path.name.startswith(".") and path.suffix != BAD and path.is_file()]

@@ -19,12 +19,11 @@ from models.errors import LocalError, PeerError, UserError
 def import_file(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     """Leave a gateway's messages to the aggregator, and say what it will make of each; 1 if none can be used."""
     with closing(Journal(state)) as journal:
-        jobs = _jobs(journal, config)
-        wanted = {name: intake.Wanted(job.task, int(job.shared.sum()), job.ring_in) for name, job in jobs.items()}
+        wanted = {name: job.wanted for name, job in _jobs(journal, config).items()}
         reader, used = intake.Intake(config, journal, wanted), 0
         for topic, payload in stick.read(args.file):
             try:
-                heard = reader.read(Inbound(topic, payload, retain=False, qos=1, mid=0), 0)
+                heard = reader.read_filed(Inbound(topic, payload, retain=False, qos=1, mid=0), 0)
             except PeerError as error:
                 print(f"refused: {error}")
                 continue

@@ -1,23 +1,32 @@
 """Messages by file: what a file may be, and what the aggregator makes of one."""
 
 import asyncio
+import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from broker import stick, topics
 from broker.journal import Journal
-from broker.messages import MAX_PAYLOAD, ModelManifest, Receipt, Signer, Update, open_envelope
+from broker.messages import MAX_PAYLOAD, Answer, Birth, ModelManifest, Receipt, Signer, Update, open_envelope
+from broker.service import FILED
 from edge.cli import main
 from edge.handback import Fetch
+from edge.stick import Stick
 from models import codec
 from models.errors import UserError
+from models.spec import load_task
+from models.width import slices
 from tests.brokers import BrokerProcess
-from tests.test_service import Plant, delta, gateways, open_plan, until
+from tests.test_service import LAYOUT, Plant, delta, gateways, open_plan, until
+
+NOWHERE = "mqtt://127.0.0.1:1"
+CELL = topics.GatewayPath.parse("acme/lyon/press/line9/cell9")
 
 MESSAGES = [("a/b", b"one"), ("_fl/x", b""), ("a/b", bytes(1000))]
 LARGE = stick.MAGIC + b"\x00\x01a" + (MAX_PAYLOAD + 1).to_bytes(4, "big") + bytes(MAX_PAYLOAD + 1)
@@ -50,6 +59,7 @@ def test_a_file_holds_what_was_written(tmp_path: Path) -> None:
         ),
         (lambda _: stick.MAGIC + b"\x00\x01\xff" + bytes(4), "is damaged"),
         (lambda data: data + bytes(stick.MOST_BYTES), "is no file of messages"),
+        (lambda _: stick.MAGIC + b"\x00\x01a\x00\x00\x00\x00" * (stick.MOST_MESSAGES + 1), "has more than 10000"),
     ],
 )
 def test_what_is_no_file_of_messages_is_told(tmp_path: Path, change: Callable[[bytes], bytes], says: str) -> None:
@@ -75,7 +85,7 @@ def test_any_bytes_are_refused_or_read(tmp_path_factory: pytest.TempPathFactory,
 
 
 async def test_an_update_by_file_counts_as_one_by_mqtt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    signer, path = Signer.generate(), topics.GatewayPath.parse("acme/lyon/press/line9/cell9")
+    signer, path = Signer.generate(), CELL
     topic = topics.Uplink(path, "wear", "update").topic
     with BrokerProcess("amqtt") as broker:
         plant = Plant(tmp_path, broker.url, min_gateways=2, rounds=1)
@@ -128,3 +138,185 @@ async def test_an_update_by_file_counts_as_one_by_mqtt(tmp_path: Path, capsys: p
     with closing(Journal(plant.state)) as journal:
         assert journal.counted("wear", 1).keys() == {str(path), *(str(g.path) for g in there)}
         assert journal.totals("wear", 1).gateways == 3
+
+
+def take(plant: Plant, file: Path) -> int:
+    return main(["broker", "import", "-c", str(plant.config), "--state", str(plant.state), str(file)])
+
+
+def enrol(plant: Plant, signer: Signer) -> None:
+    with closing(Journal(plant.state)) as journal, journal.transaction():
+        journal.add_to_roster(str(CELL), signer.public_key, 1, "enrolled")
+
+
+def test_a_narrow_gateways_update_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plant, signer = Plant(tmp_path, NOWHERE), Signer.generate()
+    enrol(plant, signer)
+    count = slices(load_task(tmp_path / "wear.toml")[0], LAYOUT)[0.5].size
+    payload = codec.encode(np.ones(count, np.float32), 32).data
+    topic = topics.Uplink(CELL, "wear", "update").topic
+    stick.write(tmp_path / "updates", [(topic, signer.seal(Update(1, 1, 0, 100, None, payload, None, 2), topic))])
+    assert take(plant, tmp_path / "updates") == 0
+    assert f"{CELL}, wear: an update of round 1" in capsys.readouterr().out
+
+
+async def test_no_birth_and_no_answer_come_by_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plant, signer, other = Plant(tmp_path, NOWHERE, join="first-seen"), Signer.generate(), Signer.generate()
+    enrol(plant, signer)
+    file, status = tmp_path / "updates", topics.Status(CELL).topic
+    stranger = status.replace("cell9", "cell8")
+    answer = topics.Uplink(CELL, "wear", "answer").topic
+    births = [
+        (topic, by.seal(Birth(1, 5, 5, by.public_key, "test", ("wear",)), topic))
+        for by, topic in ((signer, status), (other, stranger))
+    ]
+    stick.write(file, [*births, (answer, signer.seal(Answer(1, 1, "joined", "ok", "", 5), answer))])
+
+    def known() -> tuple[int, list[str]]:
+        with closing(Journal(plant.state)) as journal:
+            return journal.roster_size(), list(journal.ledger_lines())
+
+    before = known()
+    assert take(plant, file) == 1
+    assert capsys.readouterr().out.count("only updates and votes come by file") == 3
+    assert known() == before
+    async with plant.service() as service:
+        await until(lambda: not stick.waiting(plant.state))
+        assert service.status()["refused"] == {"topic": 3}
+        assert not service.status()["tasks"]["wear"]["gateways"]
+    assert known()[0] == before[0]
+
+
+def test_as_many_messages_as_may_be(tmp_path: Path) -> None:
+    file, many = tmp_path / "stick", [("a", b"")] * stick.MOST_MESSAGES
+    assert stick.write(file, many) == len(stick.read(file)) == stick.MOST_MESSAGES
+    with pytest.raises(UserError, match="10001 messages, at most 10000"):
+        stick.write(file, [*many, ("a", b"")])
+
+
+def put(state: Path, messages: list[tuple[str, bytes]]) -> Path:
+    """Leave a file there; return where it is."""
+    before = set(stick.waiting(state))
+    stick.write(state.parent / "file", messages)
+    stick.leave(state, state.parent / "file")
+    (left,) = set(stick.waiting(state)) - before
+    return left
+
+
+async def test_the_aggregator_takes_a_file_in_parts_and_deletes_it_after_the_last(tmp_path: Path) -> None:
+    plant, count = Plant(tmp_path, NOWHERE), 3 * FILED + 1
+    file = put(plant.state, [(topics.Status(CELL).topic, b"x")] * count)
+    async with plant.service() as service:
+        seen = {(0, True)}
+
+        def look() -> bool:
+            seen.add((service._refusals["topic"], file.exists()))
+            return (count, False) in seen
+
+        async with asyncio.timeout(40):
+            while not look():  # noqa: ASYNC110 - every turn of the service's loop is looked at
+                await asyncio.sleep(0)
+    assert {taken for taken, _ in seen} >= {0, FILED, 2 * FILED, 3 * FILED, count}
+    assert all(there for taken, there in seen if taken < count)
+
+
+async def test_a_gateway_keeps_a_file_until_nothing_of_it_is_fetched(tmp_path: Path) -> None:
+    piece = topics.Chunk("press", "wear", 1, "c0").topic
+    first, second = put(tmp_path / "state", [("a/b", b"1"), (piece, b"x")]), put(tmp_path / "state", [("a/b", b"2")])
+    heard = list[bytes]()
+
+    def gateway() -> Stick:
+        heard.clear()
+        return Stick(tmp_path / "state", lambda *_: None, lambda inbound: heard.append(inbound.payload))
+
+    taken = gateway()
+    await taken.tick(busy=False)
+    assert heard == [b"1"]
+    await taken.tick(busy=True)
+    assert heard == [b"1", b"2"]
+    assert stick.waiting(tmp_path / "state") == [first, second]
+    taken = gateway()  # as after a power cut
+    await taken.tick(busy=False)
+    await taken.tick(busy=True)
+    taken.subscribe(piece)
+    await asyncio.sleep(0)
+    assert heard == [b"1", b"2", b"x"]
+    await taken.tick(busy=False)
+    assert stick.waiting(tmp_path / "state") == []
+    await taken.tick(busy=False)
+    assert heard == [b"1", b"2", b"x"]
+
+
+async def test_a_large_file_lets_the_gateway_go_on(tmp_path: Path) -> None:
+    put(tmp_path / "state", [("a/b", b"")] * 1000)
+    turns, at = 0, list[int]()
+    taken = asyncio.create_task(Stick(tmp_path / "state", lambda *_: None, lambda _: at.append(turns)).tick(busy=False))
+    while not taken.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert max(at.count(turn) for turn in at) == 64
+    assert len(at) == 1000
+
+
+def test_what_the_disk_refuses_stays_and_what_is_damaged_is_put_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, inbox = put(tmp_path / "state", MESSAGES), stick.Inbox(tmp_path / "state")
+    damaged, refused = good.with_name("1"), good.with_name("2")
+    damaged.write_bytes(good.read_bytes()[:-1])
+    refused.symlink_to("/proc/self/mem")  # reading its first page is EIO, as from a disk that fails
+    assert inbox.next() == (good, MESSAGES)
+    assert inbox.next() is None
+    assert [record.message.partition(": ")[0] for record in caplog.records] == [
+        str(damaged),
+        f"{refused} can't be read, and stays",
+    ]
+    assert "is damaged" in caplog.records[0].message
+    assert {path.name for path in good.parent.iterdir()} == {good.name, "1.bad", "2"}
+    refused.unlink()
+    refused.write_bytes(good.read_bytes())
+    assert inbox.next() == (refused, MESSAGES)
+    caplog.clear()
+    refused.unlink()
+    refused.mkdir()
+    inbox.delete(refused)
+    inbox.delete(refused)
+    assert len(caplog.records) == 1
+    assert "can't be deleted" in caplog.text
+    inbox.delete(good)
+    assert not good.exists()
+
+
+async def test_an_inbox_that_is_none_stops_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plant = Plant(tmp_path, NOWHERE)
+    inbox = plant.state / stick.INBOX
+    inbox.write_text("")
+    async with plant.service():
+        await until(lambda: "inbox can't be read" in caplog.text)
+        inbox.unlink()
+        file = put(plant.state, [(topics.Status(CELL).topic, b"x")])
+        await until(lambda: not file.exists())
+    assert caplog.text.count("inbox can't be read") == 1
+    gateway = Stick(tmp_path / "cell", lambda *_: None, lambda _: None)
+    (tmp_path / "cell").mkdir()
+    (tmp_path / "cell" / stick.INBOX).write_text("")
+    await gateway.tick(busy=False)
+    assert caplog.text.count("inbox can't be read") == 2
+    with pytest.raises(UserError, match="can't be written"):
+        stick.leave(tmp_path / "cell", tmp_path / "file")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_root_leaves_belongs_to_the_owner_of_the_state(tmp_path: Path) -> None:
+    state, target = tmp_path / "state", tmp_path / "root's"
+    state.mkdir()
+    target.mkdir()
+    os.chown(state, 4711, 4711)
+    file = put(state, MESSAGES)
+    assert (file.stat().st_uid, file.parent.stat().st_uid) == (4711, 4711)
+    file.unlink()
+    file.parent.rmdir()
+    file.parent.symlink_to(target)
+    with pytest.raises(UserError, match="can't be written"):
+        stick.leave(state, tmp_path / "file")
+    assert (list(target.iterdir()), target.stat().st_uid) == ([], 0)
