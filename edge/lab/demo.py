@@ -157,13 +157,16 @@ class Demo:
         self.outage = Outage(number, open_with, killed_ms, back_ms, tuple(more))
 
     def _settle(self) -> None:
-        """Wait until the last model has come to every gateway, and every receipt with it."""
-        journal = self._journal
-        model = journal.model(self.scenario.task) if journal else None
-        version = model.version if model else 0
+        """Wait until the last model has come to every gateway, and every receipt with it.
+
+        The last is known once the vote on it is over: one that is voted down makes way for another version.
+        """
+        journal, task = self._journal, self.scenario.task
 
         def settled() -> bool:
-            return all(
+            model, vote = (journal.model(task), journal.ballot(task)) if journal else (None, None)
+            version = model.version if model else 0
+            return (vote is None or vote.kept is not None) and all(
                 self.stage.task_status(i).get("model") == version and self.stage.status(i).get("outbox") == 0
                 for i in range(self.scenario.gateways)
             )
