@@ -29,7 +29,7 @@ demo: $(VENV)/.demo ## run a whole federation on this machine: tundish demo $(AR
 	@$(BIN)/tundish demo $(ARGS)
 
 test: $(VENV)/.test mosquitto lint ## lint, then every test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 3 --dist loadfile
 
 lint: $(VENV)/.test ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .

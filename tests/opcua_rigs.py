@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -214,6 +215,13 @@ def install_node(cache: Path) -> Path:
     """Return a folder with node-opcua, installed there once; skips where node or npm is missing."""
     if not shutil.which("node") or not shutil.which("npm"):
         pytest.skip("node and npm are not installed (apt-get install nodejs npm)")
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the tests run in several processes
+        _install_node(cache)
+    return cache / "node_modules"
+
+
+def _install_node(cache: Path) -> None:
     wanted = (NODE / "package.json").read_text()
     made = cache / "package.json"
     if not made.exists() or made.read_text() != wanted:
@@ -228,7 +236,6 @@ def install_node(cache: Path) -> Path:
         if done.returncode:
             pytest.skip(f"npm could not install node-opcua: {done.stderr.strip()[-200:]}")
         (cache / "package.json.new").rename(made)
-    return cache / "node_modules"
 
 
 class Line:
