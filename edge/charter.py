@@ -1,4 +1,4 @@
-"""The federation's charter as this gateway holds it: what it binds, and this site's word on it.
+"""The federation's charter as this gateway holds it, and this site's word on it.
 
 The word is a line that a person wrote: `[policy] charter` in gateway.toml, the SHA-256 of the charter's file. The
 charter itself comes over MQTT and lies in the state folder as `charter.toml`, for people to read.
@@ -9,14 +9,12 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from broker import messages as m
-from broker.charter import ACCEPTANCE, CHARTER, Acceptance, Charter, CharterText, Named, outside, parse_charter
+from broker.charter import ACCEPTANCE, CHARTER, Acceptance, CharterText, Named, parse_charter
 from broker.link import Inbound
 from broker.topics import Accepted
-from edge.config import Policy
 from models.errors import LocalError, PeerError, UserError
 
 if TYPE_CHECKING:
@@ -28,35 +26,6 @@ FILE = "charter.toml"
 # Keys of the state, both of the federation that gave the charter.
 _HELD, _SAID = "charter/held", "charter/said"
 _MOST_ENVELOPE = 64 * 1024
-
-
-@dataclass(frozen=True)
-class Clauses:
-    """What a charter, named by its SHA-256, says of one task of a gateway below one root."""
-
-    digest: bytes
-    charter: Charter
-    task: str
-    root: str
-
-
-def breach(policy: Policy, clauses: Clauses | None, plan: m.Plan) -> tuple[str, str] | None:
-    """Say why a plan is not under the charter that was accepted, as (code, sentence); None if nothing is wrong.
-
-    A federation without a charter is one to a gateway that accepted none.
-    """
-    accepted, named = policy.charter or "", plan.charter.hex()
-    if named != accepted:
-        missing = f"charter {named} waits for acceptance" if named else "the plan is under no charter"
-        return "charter", f"{missing}; accepted is {accepted or 'none'}"
-    if not named:
-        return None
-    if clauses is None or clauses.digest != plan.charter:
-        return "charter", f"charter {named} has not come yet"
-    return outside(
-        clauses.charter, clauses.task, [clauses.root],
-        min_gateways=plan.min_gateways, secure=plan.secure_aggregation,
-    )  # fmt: skip
 
 
 class Keeper:
@@ -164,22 +133,6 @@ def accepted(shop: "Shop") -> bytes:
     """The SHA-256 of the charter that is held and that gateway.toml accepts; empty for none."""
     held = shop.charter
     return held.digest if held and held.digest.hex() == shop.config.policy.charter else b""
-
-
-def clauses(shop: "Shop", task: str) -> Clauses | None:
-    """What the charter that is held says of a task; None where none is."""
-    held = shop.charter
-    return Clauses(held.digest, held.charter, task, shop.config.path.enterprise) if held else None
-
-
-def terms_of(plan: m.Plan | None) -> dict[str, object]:
-    """What an answer's ledger entry says of the plan that is answered."""
-    if plan is None:
-        return {}
-    return {
-        "charter": plan.charter.hex(), "min_gateways": plan.min_gateways, "secure_aggregation": plan.secure_aggregation,
-        "base": plan.base, "bits": plan.bits, "deadline_ms": plan.deadline_ms,
-    }  # fmt: skip
 
 
 def under_charter(shop: "Shop") -> dict[str, object]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from broker.messages import Plan, Vote
-from edge.charter import Clauses
+from edge.clauses import Clauses
 from edge.config import Policy
 
 

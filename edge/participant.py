@@ -19,7 +19,7 @@ from enum import Enum, auto
 from typing import Any
 
 from broker.messages import Plan, Vote
-from edge.charter import Clauses, breach
+from edge.clauses import Clauses, breach
 from edge.config import Policy
 from edge.events import (
     Action,

@@ -15,7 +15,7 @@ from broker.topics import Uplink
 from edge import events
 from edge import participant as p
 from edge import vote as votes
-from edge.charter import clauses, terms_of
+from edge.clauses import terms_of
 from edge.config import TaskTable
 from edge.handback import Fetch, Model, probe
 from edge.infer import Scorer
@@ -59,7 +59,7 @@ class Runner:
         self._said: events.Answer | None = None
         self._training: asyncio.Task[None] | None = None
         handled, vote = self.memory.handled(), self.memory.vote()
-        self.participant = p.Participant(shop.config.policy, 1, handled=handled, vote=vote, clauses=clauses(shop, name))
+        self.participant = p.Participant(shop.config.policy, 1, handled=handled, vote=vote, clauses=shop.clauses(name))
         self.participant.handle(shop.may_train())
         self.guard("start", self._load)
 
@@ -93,7 +93,7 @@ class Runner:
 
     def reconfigure(self, *, rewire: bool) -> None:
         """Take up a new configuration; with `rewire` the windows begin again."""
-        self._do(self.participant.handle(events.PolicyChanged(self.shop.config.policy, clauses(self.shop, self.name))))
+        self._do(self.participant.handle(events.PolicyChanged(self.shop.config.policy, self.shop.clauses(self.name))))
         if not rewire:
             return
         self.table = self.shop.config.tasks[self.name]

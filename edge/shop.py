@@ -11,6 +11,7 @@ from pathlib import Path
 from broker.charter import Named
 from broker.messages import Signer
 from broker.round import FOREVER_MS
+from edge.clauses import Clauses
 from edge.config import Config
 from edge.events import MayTrain
 from edge.hours import holds, opens
@@ -100,6 +101,11 @@ class Shop:
         """Count and log a peer's bytes that were refused; nothing stops because of them."""
         self.refused[error.reason] += 1
         log.warning("%s refused: %s", what, error)
+
+    def clauses(self, task: str) -> Clauses | None:
+        """What the charter that is held says of a task; None where none is."""
+        held = self.charter
+        return Clauses(held.digest, held.charter, task, self.config.path.enterprise) if held else None
 
     def may_train(self) -> MayTrain:
         """Say whether training may start now, by `train_when`, and when at the earliest if not."""

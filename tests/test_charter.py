@@ -22,7 +22,8 @@ from broker.config import load_federation
 from broker.journal import Journal
 from broker.link import Inbound
 from broker.messages import Plan, Signer
-from edge.charter import Clauses, Keeper, breach
+from edge.charter import Keeper
+from edge.clauses import Clauses, breach
 from edge.cli import main
 from edge.config import Policy, load_config
 from edge.events import Answer, ModelStored, PlanSeen, PolicyChanged, StartTraining, StopTraining, WindowsReady

@@ -1,0 +1,46 @@
+"""What a charter binds at this gateway: which plans it leaves, and which it does not. Pure."""
+
+from dataclasses import dataclass
+
+from broker import messages as m
+from broker.charter import Charter, outside
+from edge.config import Policy
+
+
+@dataclass(frozen=True)
+class Clauses:
+    """What a charter, named by its SHA-256, says of one task of a gateway below one root."""
+
+    digest: bytes
+    charter: Charter
+    task: str
+    root: str
+
+
+def breach(policy: Policy, clauses: Clauses | None, plan: m.Plan) -> tuple[str, str] | None:
+    """Say why a plan is not under the charter that was accepted, as (code, sentence); None if nothing is wrong.
+
+    A federation without a charter is one to a gateway that accepted none.
+    """
+    accepted, named = policy.charter or "", plan.charter.hex()
+    if named != accepted:
+        missing = f"charter {named} waits for acceptance" if named else "the plan is under no charter"
+        return "charter", f"{missing}; accepted is {accepted or 'none'}"
+    if not named:
+        return None
+    if clauses is None or clauses.digest != plan.charter:
+        return "charter", f"charter {named} has not come yet"
+    return outside(
+        clauses.charter, clauses.task, [clauses.root],
+        min_gateways=plan.min_gateways, secure=plan.secure_aggregation,
+    )  # fmt: skip
+
+
+def terms_of(plan: m.Plan | None) -> dict[str, object]:
+    """What an answer's ledger entry says of the plan that is answered."""
+    if plan is None:
+        return {}
+    return {
+        "charter": plan.charter.hex(), "min_gateways": plan.min_gateways, "secure_aggregation": plan.secure_aggregation,
+        "base": plan.base, "bits": plan.bits, "deadline_ms": plan.deadline_ms,
+    }  # fmt: skip
