@@ -257,8 +257,13 @@ class Stage:
             step(self._edge(i, "export", "--request", request))
             step(self._broker("enrol", "--path", gateway_path(i), "--request", request, "--out", answer))
             step(self._edge(i, "import", answer))
+        self.acl()
+
+    def acl(self) -> None:
+        """Write what Mosquitto reads, as the roster is now."""
         folder = self._dir("broker")
-        step(self._broker("acl", "--out", folder, "--port", self.mqtt_port))
+        acl = self._broker("acl", "--out", folder, "--port", self.mqtt_port)
+        Process("acl", acl, self.folder / "enrolment.log").complete()
         with (folder / "mosquitto.conf").open("a") as file:
             # Files of this user, and a broker that comes back empty: the harder case for those who talk to it.
             file.write(f"user {getpass.getuser()}\npersistence false\n")
