@@ -16,6 +16,8 @@ from models.width import narrow, widen
 
 # The least batch that a small set is cut down to, so that one pass makes so many steps.
 _SMALLEST_BATCH, _STEPS = 8, 8
+# A round of fewer steps than this passes over its windows again, but not more often than this.
+_LEAST, _PASSES = 32, 4
 _BETA1, _BETA2, _EPSILON, _CLIP = 0.9, 0.999, 1e-8, 5.0
 
 
@@ -79,10 +81,10 @@ def fit(
     """Train from `base` on normalised windows.
 
     x (N, C, T) with NaN where a sample was masked; y (N,) class indices or normalised numbers, None for anomaly.
-    `epochs` overrides the task's, `steps` the number of optimiser steps that they give. A small set is trained on in
-    batches smaller than the task's, so that a pass over it makes some steps too. `proximal` times half the squared
-    distance from `base` is added to the loss (FedProx, Li et al. 2020, arXiv:1812.06127). Runs on CUDA when there is
-    one.
+    `epochs` overrides the task's, `steps` the number of optimiser steps that they give. So that a round moves a plant
+    with few windows too, these are trained on in batches smaller than the task's, and where neither is given, up to
+    four times until 32 steps are made. `proximal` times half the squared distance from `base` is added to the loss
+    (FedProx, Li et al. 2020, arXiv:1812.06127). Runs on CUDA when there is one.
     With a `width` below 1, the net is the part of `base` that `models.width` names, and so are the new weights: whole
     ones, zero elsewhere, which compute what the part does.
     Raises FloatingPointError when the weights do not stay finite, so that they never leave the box.
@@ -100,7 +102,8 @@ def fit(
     adam = _Adam(list(net.parameters()), task.training.lr)
     batch = min(task.training.batch, max(_SMALLEST_BATCH, len(x) // _STEPS), len(x))
     per_epoch = len(x) // batch
-    total = steps or (epochs or task.training.epochs) * per_epoch
+    least = min(_LEAST, _PASSES * per_epoch) if epochs is None else 0
+    total = steps or max((epochs or task.training.epochs) * per_epoch, least)
     losses: list[Tensor] = []
     anchor = [p.detach().clone() for p in net.parameters()] if proximal else []
     order, generator = torch.empty(0), torch.Generator().manual_seed(seed)

@@ -362,7 +362,12 @@ def test_a_small_set_makes_steps_too() -> None:
     _, layout, base = export(one, 0)
     x, y = toy()
     for count, steps in ((240, 8), (100, 8), (64, 8), (20, 2), (8, 1), (1, 1)):
-        assert fit.fit(one, layout, base, x[:count], y[:count], seed=0).steps == steps
+        assert fit.fit(one, layout, base, x[:count], y[:count], seed=0, epochs=1).steps == steps
+        assert fit.fit(one, layout, base, x[:count], y[:count], seed=0).steps == 4 * steps
+    for batch, epochs, steps in ((16, 1, 32), (16, 3, 45), (4, 1, 60)):
+        rules = msgspec.structs.replace(one.training, batch=batch, epochs=epochs)
+        less = msgspec.structs.replace(one, training=rules)
+        assert fit.fit(less, layout, base, x, y, seed=0).steps == steps
 
 
 def test_divergence_raises() -> None:
