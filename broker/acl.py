@@ -1,7 +1,8 @@
 """Pure: what the MQTT broker is told. Mosquitto 2: who may connect, and which topics each may write and read.
 
 A connection is who its certificate says, its client id is bound to that name, and everything that is not granted is
-refused. A gateway writes below its own path alone, and reads of the federation what is for all and its own receipts.
+refused. A gateway writes below its own path alone, and reads of the federation what is for all and its own receipts. A
+site's own broker, bridged to the federation's, does so for all gateways of that site.
 """
 
 from collections.abc import Iterable
@@ -13,11 +14,13 @@ from broker.topics import FL, RELEASE
 
 # Of a message, beside its payload: the topic and MQTT's own fields.
 _AROUND = 4096
-_CONNECTIONS = 8  # beside the gateways: aggregator, bridges, dashboards, and who comes back before he is gone
+_CONNECTIONS = 8  # beside gateways and bridges: aggregator, dashboards, and who comes back before he is gone
+# Where a site's Mosquitto finds what `acl --bridge` wrote for it.
+BRIDGE_FOLDER = Path("/etc/mosquitto/tundish")
 
 
-def acl(federation: str, gateways: Iterable[str], operators: Iterable[str] = ()) -> str:
-    """Write the access list; a `gateway` is a path, an `operator` the name in his certificate."""
+def acl(federation: str, gateways: Iterable[str], operators: Iterable[str] = (), bridges: Iterable[str] = ()) -> str:
+    """Write the access list; a `gateway` is a path, an `operator` the name in his certificate, a `bridge` a site."""
     tree, every = f"{FL}/{federation}", "+/+/+/+/+"
     lines = ["# Written by tundish broker acl. Read at start and on SIGHUP.", ""]
     lines += [f"user {AGGREGATOR}", f"topic readwrite {tree}/#", f"topic read {every}/{FL}/#", ""]
@@ -27,12 +30,16 @@ def acl(federation: str, gateways: Iterable[str], operators: Iterable[str] = ())
             *(f"topic write {path}/{part}/#" for part in (FL, "_inference", "_drift", "_health", "_raw")),
             f"topic read {path}/{FL}/status",
             f"topic read {path}/_feedback/#",
-            f"topic read {tree}/status",
-            f"topic read {tree}/{RELEASE}/#",
-            f"topic read {tree}/charter",
-            f"topic read {tree}/+/round",
-            f"topic read {tree}/+/model/#",
+            *_for_all(tree),
             f"topic read {tree}/+/receipt/{path}",
+            "",
+        ]
+    for site in sorted(bridges):
+        lines += [
+            f"user {site}",
+            f"topic write {site}/+/+/+/{FL}/#",
+            *_for_all(tree),
+            f"topic read {tree}/+/receipt/{site}/#",
             "",
         ]
     for name in sorted(operators):
@@ -45,8 +52,17 @@ def acl(federation: str, gateways: Iterable[str], operators: Iterable[str] = ())
     return "\n".join(lines)
 
 
-def mosquitto_conf(folder: Path, port: int, gateways: int) -> str:
-    """Write the listener's part of Mosquitto's configuration; the files that it names are in `folder`."""
+def _for_all(tree: str) -> list[str]:
+    """What a federation says to every gateway."""
+    parts = ("status", f"{RELEASE}/#", "charter", "+/round", "+/model/#")
+    return [f"topic read {tree}/{part}" for part in parts]
+
+
+def mosquitto_conf(folder: Path, port: int, clients: int) -> str:
+    """Write the listener's part of Mosquitto's configuration; the files that it names are in `folder`.
+
+    `clients` is the number of gateways and bridges.
+    """
     lines = [
         "# Written by tundish broker acl, for Mosquitto 2: into /etc/mosquitto/conf.d/",
         "per_listener_settings false",
@@ -62,11 +78,43 @@ def mosquitto_conf(folder: Path, port: int, gateways: int) -> str:
         "allow_anonymous false",
         f"acl_file {folder / 'acl'}",
         f"max_packet_size {MAX_PAYLOAD + _AROUND}",
-        f"max_connections {2 * gateways + _CONNECTIONS}",
+        f"max_connections {2 * clients + _CONNECTIONS}",
         "max_inflight_messages 64",
         "max_queued_messages 10000",
         "persistence true",
         "persistent_client_expiration 30d",
         "autosave_interval 60",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def bridge_conf(site: str, address: str, folder: Path = BRIDGE_FOLDER) -> str:
+    """Write what a site's Mosquitto needs to forward its gateways' federation traffic to `address` (host:port).
+
+    Raw values, scores, drift, health and feedback match neither topic line, so they stay whatever a gateway publishes.
+    """
+    lines = [
+        "# The site's Mosquitto, bridged to the federation's: include it beside the site's own settings.",
+        "# `_fl` of every gateway goes up, `_fl` of the federation comes down, nothing else: add no topic line here.",
+        "# The site's broker needs `persistence true` if what waits shall outlive its own restart.",
+        f"connection tundish-{site.replace('/', '-')}",
+        f"address {address}",
+        f"remote_clientid {site}",
+        f"bridge_cafile {folder / 'ca.pem'}",
+        f"bridge_certfile {folder / 'bridge.pem'}",
+        f"bridge_keyfile {folder / 'bridge.key'}",
+        "bridge_insecure false",
+        f"topic +/+/+/+/+/{FL}/# out 1",
+        f"topic {FL}/# in 1",
+        "# The session outlives a lost connection, so what waits at QoS 1 is not lost with it.",
+        "cleansession false",
+        "start_type automatic",
+        "restart_timeout 5 60",
+        "keepalive_interval 30",
+        "# A bridge's state is the site's own business.",
+        "notifications false",
+        "# So retained plans and models arrive as retained. A broker that does not know the flag (not Mosquitto,",
+        "# not EMQX) needs instead: bridge_protocol_version mqttv50",
+        "try_private true",
     ]
     return "\n".join([*lines, ""])

@@ -68,6 +68,9 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         metavar="NAME",
         help="certify a person who reads scores and gives feedback",
     )
+    text = "certify a site's MQTT broker that forwards its gateways' federation traffic"
+    acl.add_argument("--bridge", action="append", default=[], metavar="SITE", help=text)
+    acl.add_argument("--revoke-bridge", action="append", default=[], metavar="SITE", help="take such a broker out")
     _add_release(subparsers)
     _add_stick(subparsers)
 

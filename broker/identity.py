@@ -8,14 +8,14 @@ from contextlib import closing
 from pathlib import Path
 
 from broker import admission
+from broker.acl import BRIDGE_FOLDER, bridge_conf, mosquitto_conf
 from broker.acl import acl as access_list
-from broker.acl import mosquitto_conf
 from broker.config import FederationConfig
 from broker.enrolment import admission_of, admit, make_token, url_of
 from broker.est import VALID_S
 from broker.journal import Journal
 from broker.messages import KEY_BYTES, Request
-from broker.pki import AGGREGATOR, ENROLMENT, MOST_NAME, OPERATORS, Authority
+from broker.pki import AGGREGATOR, BRIDGES, ENROLMENT, MOST_NAME, OPERATORS, Authority
 from broker.settings import MqttSettings
 from broker.topics import GatewayPath, segment
 from models.errors import LocalError, PeerError, UserError
@@ -108,20 +108,27 @@ def acl(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
         _revoke_operator(authority, name)
     for name in args.operator:
         _certify_operator(authority, name)
+    for site in args.revoke_bridge:
+        _revoke_bridge(authority, site)
+    for site in args.bridge:
+        _certify_bridge(authority, site, args.port, config)
     authority.renew()
     with closing(Journal(state)) as journal:
         gateways = sorted(journal.roster())
     operators = sorted(p.stem for p in (authority.folder / OPERATORS).glob("*.pem"))
+    bridges = _bridges(authority)
     out: Path = args.out.absolute()
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in _BROKERS_FILES:
             shutil.copy(authority.folder / name, out / name)
-        (out / "acl").write_text(access_list(config.name, gateways, operators), encoding="ascii")
-        (out / "mosquitto.conf").write_text(mosquitto_conf(out, args.port, len(gateways)), encoding="utf-8")
+        (out / "acl").write_text(access_list(config.name, gateways, operators, bridges), encoding="ascii")
+        (out / "mosquitto.conf").write_text(
+            mosquitto_conf(out, args.port, len(gateways) + len(bridges)), encoding="utf-8"
+        )
     except OSError as error:
         raise UserError(str(out), 0, "", f"can't be written: {error.strerror}", "name another folder") from error
-    print(f"{out}: {len(gateways)} gateways, {len(operators)} operators")
+    print(f"{out}: {len(gateways)} gateways, {len(operators)} operators, {len(bridges)} bridges")
     print(
         f"first time: include_dir or copy {out / 'mosquitto.conf'}; the user mosquitto must be able to read the folder"
     )
@@ -156,6 +163,36 @@ def _revoke_operator(authority: Authority, name: str) -> None:
     print(f"{name} is an operator no more")
 
 
+def _bridges(authority: Authority) -> list[str]:
+    return sorted(path.name.replace("+", "/") for path in (authority.folder / BRIDGES).glob("*"))
+
+
+def _certify_bridge(authority: Authority, site: str, port: int, config: FederationConfig) -> None:
+    """Leave a folder for a site's broker: its certificate, and how it forwards."""
+    try:
+        enterprise = GatewayPath.parse(f"{site}/area/line/cell").enterprise
+    except PeerError:
+        raise UserError("--bridge", 0, "", f"{site!r} is no site", "write enterprise/site: acme/lyon") from None
+    _check_root("--bridge", enterprise, config)
+    folder = authority.folder / BRIDGES / site.replace("/", "+")
+    if not (folder / "bridge.pem").exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        authority.make_pair(f"{BRIDGES}/{folder.name}/bridge", "client", name=site)
+    shutil.copy(authority.folder / "ca.pem", folder / "ca.pem")
+    address = f"{authority.brokers_host()}:{port}"
+    (folder / "tundish-bridge.conf").write_text(bridge_conf(site, address), encoding="utf-8")
+    print(f"{folder} is for the broker of {site}: its files into {BRIDGE_FOLDER} there, readable by mosquitto alone")
+
+
+def _revoke_bridge(authority: Authority, site: str) -> None:
+    known = _bridges(authority)
+    if site not in known:
+        raise UserError("--revoke-bridge", 0, "", f"no bridge {site!r}", f"there are: {', '.join(known) or 'none'}")
+    authority.revoke(site)
+    shutil.rmtree(authority.folder / BRIDGES / site.replace("/", "+"))
+    print(f"{site} has no bridge any more")
+
+
 def _check_length(path: str) -> None:
     if len(path) > MOST_NAME:
         raise UserError("--path", 0, "", f"{len(path)} characters", f"a certificate takes {MOST_NAME} at most")
@@ -166,10 +203,13 @@ def _path(text: str, config: FederationConfig) -> GatewayPath:
         path = GatewayPath.parse(text)
     except PeerError as error:
         raise UserError("--path", 0, "", error.detail, "write acme/lyon/press/line4/cell2") from error
-    if path.enterprise not in config.roots:
-        roots = ", ".join(config.roots)
-        raise UserError("--path", 0, "", f"{path.enterprise!r} does not take part", f"roots are: {roots}")
+    _check_root("--path", path.enterprise, config)
     return path
+
+
+def _check_root(option: str, enterprise: str, config: FederationConfig) -> None:
+    if enterprise not in config.roots:
+        raise UserError(option, 0, "", f"{enterprise!r} does not take part", f"roots are: {', '.join(config.roots)}")
 
 
 def _key(text: str) -> bytes:

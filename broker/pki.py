@@ -5,6 +5,7 @@
     aggregator.pem, .key        what the aggregator shows
     enrolment.pem, .key         what the listener for enrolment shows, where there is one
     operators/NAME.pem, .key    what people show who read scores and give feedback
+    bridges/SITE/               what a site's broker needs to forward to the federation's, `/` written as `+`
     issued/NAME.pem             the certificates of each name, oldest first, `/` written as `+`
     crl.pem                     serial numbers that are no longer good
 
@@ -32,7 +33,7 @@ from models.errors import LocalError, PeerError, UserError
 Role = Literal["broker", "client"]
 PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | rsa.RSAPublicKey
 
-AGGREGATOR, OPERATORS, ENROLMENT = "aggregator", "operators", "enrolment"
+AGGREGATOR, OPERATORS, ENROLMENT, BRIDGES = "aggregator", "operators", "enrolment", "bridges"
 # The standard's bound of a common name (RFC 5280, ub-common-name), which OpenSSL keeps.
 MOST_NAME = 64
 MOST_REQUEST = 16 * 1024
@@ -95,10 +96,11 @@ class Authority:
         pairs: list[tuple[Path, Role]] = [(self.folder / "broker.pem", "broker")]
         pairs += [(self.folder / f"{AGGREGATOR}.pem", "client")]
         pairs += [(path, "client") for path in sorted((self.folder / OPERATORS).glob("*.pem"))]
+        pairs += [(path, "client") for path in sorted((self.folder / BRIDGES).glob("*/bridge.pem"))]
         for path, role in pairs:
             if not _lasts(path):
                 file = str(path.relative_to(self.folder).with_suffix(""))
-                self.make_pair(file, role, _hosts(path), name=path.stem)
+                self.make_pair(file, role, _hosts(path), name=_common_name(path))
 
     def brokers_host(self) -> str:
         """Return the first name or address by which the MQTT broker is reached; LocalError if there is none."""
@@ -172,6 +174,11 @@ def _lasts(path: Path) -> bool:
     """Whether a certificate has more than a third of its time left."""
     left = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc - datetime.now(UTC)
     return left > timedelta(days=_DAYS / 3)
+
+
+def _common_name(path: Path) -> str:
+    (name,) = x509.load_pem_x509_certificate(path.read_bytes()).subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(name.value)
 
 
 def _hosts(path: Path) -> list[str]:

@@ -33,6 +33,7 @@ class BrokerProcess:
         self.port = free_port()
         self._tls = tls
         self._process: subprocess.Popen[bytes] | None = None
+        self._config: Path | None = None
 
     @property
     def url(self) -> str:
@@ -57,6 +58,8 @@ class BrokerProcess:
             self._process.kill()
             self._process.wait()
             self._process = None
+        if self._config:
+            self._config.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -73,5 +76,6 @@ class BrokerProcess:
             lines += [f"cafile {ca}", f"certfile {cert}", f"keyfile {key}", "require_certificate true"]
         with tempfile.NamedTemporaryFile("w", suffix=".conf", delete=False) as file:
             file.write("\n".join([*lines, ""]))
-        Path(file.name).chmod(0o644)  # Mosquitto reads it after it has given up root
+        self._config = Path(file.name)
+        self._config.chmod(0o644)  # Mosquitto reads it after it has given up root
         return [mosquitto_path() or "mosquitto", "-c", file.name]

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 from paho.mqtt.enums import CallbackAPIVersion
 
+from broker.acl import bridge_conf
 from broker.topics import (
     Chunk,
     FederationStatus,
@@ -412,6 +413,7 @@ def test_bridge_keeps_updates_while_the_federation_is_away(bridged: Bridged) -> 
 
 
 def test_bridge_file_says_what_it_must() -> None:
+    assert BRIDGE.read_text() == bridge_conf("acme/lyon", "broker.acme.example:8883")
     lines = [line for line in BRIDGE.read_text().splitlines() if line and not line.startswith("#")]
     assert [line for line in lines if line.startswith("topic ")] == [
         "topic +/+/+/+/+/_fl/# out 1",

@@ -24,6 +24,7 @@ from cryptography.x509.oid import NameOID
 from paho.mqtt.enums import CallbackAPIVersion
 
 from broker import cli as broker_cli
+from broker.acl import BRIDGE_FOLDER
 from broker.journal import Journal
 from broker.pki import AGGREGATOR, Authority, key_pem, make_request, requested_key
 from edge import cli as edge_cli
@@ -471,6 +472,69 @@ def test_a_revoked_gateway_that_is_connected_is_deaf_and_mute_after_a_reload(
         operator.run("enrol", "--path", HERE, "--end-connection")
     for one in (stays, aggregator):
         one.close()
+
+
+def test_a_site_is_bridged_and_speaks_for_its_own_gateways_alone(
+    broker: tuple[Operator, int, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    operator, port, folder = broker
+    pki, own = operator.state / "pki", folder / "site"
+    for wrong, says in (("acme", "is no site"), ("acme/lyon/press", "is no site"), ("corvid/lyon", "roots are: acme")):
+        with pytest.raises(UserError, match=says):
+            operator.run("acl", "--out", folder / "mosquitto", "--bridge", wrong)
+    acl = "acl", "--out", folder / "mosquitto", "--port", port
+    assert operator.run(*acl, "--bridge", "acme/lyon") == 0
+    assert "2 gateways, 1 operators, 1 bridges" in capsys.readouterr().out
+    assert operator.mosquitto
+    operator.mosquitto.send_signal(signal.SIGHUP)
+    shutil.copytree(pki / "bridges" / "acme+lyon", own)
+    written = (own / "tundish-bridge.conf").read_text()
+    assert f"address localhost:{port}\n" in written
+    near = free_port()
+    user = "root" if os.geteuid() == 0 else os.environ["USER"]
+    head = f"user {user}\nlistener {near} localhost\nallow_anonymous true\n"
+    (own / "site.conf").write_text(head + written.replace(str(BRIDGE_FOLDER), str(own)))
+    aggregator = Party(port, pki / "ca.pem", pki / "aggregator.pem", pki / "aggregator.key")
+    with subprocess.Popen([mosquitto_path() or "mosquitto", "-c", str(own / "site.conf")]) as child:
+        try:
+            until(lambda: listening(near))
+            plant = mqtt.Client(CallbackAPIVersion.VERSION2)
+            heard = set[str]()
+            plant.on_message = lambda _c, _u, message: heard.add(message.topic)
+            plant.on_connect = lambda client, *_: client.subscribe("_fl/#", qos=1)
+            plant.connect("localhost", near)
+            plant.loop_start()
+            # In this order over one connection: what did not come before the last one never will.
+            other = HERE.replace("lyon", "paris")
+            for topic in (
+                f"{HERE}/_raw/a",
+                f"{other}/_fl/wear/answer",
+                f"{HERE}/_fl/wear/update",
+                f"{THERE}/_fl/status",
+            ):
+                plant.publish(topic, b"x", qos=1).wait_for_publish(WAIT_S)
+            until(lambda: f"{THERE}/_fl/status" in aggregator.got)
+            assert {topic for topic in aggregator.got if topic.startswith("acme")} == {
+                f"{HERE}/_fl/wear/update", f"{THERE}/_fl/status",
+            }  # fmt: skip
+            said = [f"_fl/{FEDERATION}/{part}" for part in ("charter", "wear/round", "wear/model/manifest")]
+            for topic in (f"_fl/{FEDERATION}/wear/receipt/{other}", f"_fl/{FEDERATION}/wear/receipt/{HERE}", *said):
+                assert aggregator.may_write(topic)
+            until(lambda: said[-1] in heard)
+            assert heard == {f"_fl/{FEDERATION}/wear/receipt/{HERE}", *said}
+            plant.disconnect()
+            plant.loop_stop()
+        finally:
+            child.terminate()
+    aggregator.close()
+    assert operator.run(*acl, "--revoke-bridge", "acme/lyon") == 0
+    operator.mosquitto.send_signal(signal.SIGHUP)
+    assert "user acme/lyon\n" not in (folder / "mosquitto" / "acl").read_text()
+    crl = x509.load_pem_x509_crl((folder / "mosquitto" / "crl.pem").read_bytes())
+    shown = x509.load_pem_x509_certificate((own / "bridge.pem").read_bytes())
+    assert crl.get_revoked_certificate_by_serial_number(shown.serial_number)
+    with pytest.raises(UserError, match="there are: none"):
+        operator.run(*acl, "--revoke-bridge", "acme/lyon")
 
 
 def test_gateway_and_aggregator_meet_over_it(
