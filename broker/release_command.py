@@ -22,11 +22,13 @@ _FLOAT = 4
 
 
 def release(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
-    """Give a model to the canary gateways, or to all; or make a key."""
+    """Give a model to the canary gateways, or to all; or make a key, or another online one."""
     if args.new_key is not None:
         key = new_key(args.new_key)
         print(f'{args.new_key} is made; keep it offline. [release] of federation.toml: keys = ["{key}"]')
         return 0
+    if args.new_online_key:
+        return _renew(args, config, state)
     if args.to is None:
         raise UserError("--to", 0, "", "missing", "write --to canary or --to stable")
     with closing(Journal(state)) as journal:
@@ -72,13 +74,30 @@ def _task(name: str | None, config: FederationConfig) -> str:
     return name
 
 
+def _renew(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
+    if (args.to, args.version, args.task) != (None, None, None):
+        raise UserError("--new-online-key", 0, "", "is for all tasks", "leave out --to, --version and --task")
+    now_ms = time.time_ns() // 1_000_000
+    with closing(Journal(state)) as journal:
+        repository = Repository(journal, _table(config), now_ms, [load_key(path) for path in args.key])
+        with journal.transaction():
+            key = repository.renew()
+            journal.note(now_ms, "release-key", {"key": key})
+    print(f"the online key is {key} from now on; gateways that have the new root take nothing from the one before")
+    return 0
+
+
+def _table(config: FederationConfig) -> ReleaseTable:
+    if config.release is None:
+        remedy = "add it, with keys from tundish broker release --new-key FILE"
+        raise UserError("federation.toml", 0, "release", "missing", remedy)
+    return config.release
+
+
 def _release(
     journal: Journal, config: FederationConfig, task: str, channel: Channel, version: int, keys: Sequence[Path]
 ) -> int:
-    table, model, row = config.release, journal.model(task, version), journal.task(task)
-    if table is None:
-        remedy = "add it, with keys from tundish broker release --new-key FILE"
-        raise UserError("federation.toml", 0, "release", "missing", remedy)
+    table, model, row = _table(config), journal.model(task, version), journal.task(task)
     if channel == "canary" and not table.canary:
         raise UserError("federation.toml", 0, "release.canary", "names no gateway", "write their paths")
     if model is None or row is None:

@@ -56,9 +56,8 @@ class Releasing:
         from broker.release import Repository  # noqa: PLC0415 - TUF is for federations that release
 
         self._looked_ms = now_ms
-        repository = Repository(self._journal, self._table, now_ms)
-        with self._journal.transaction():
-            changed = repository.freshen()
+        with self._journal.transaction():  # the key too is read in it: another process may replace it
+            changed = Repository(self._journal, self._table, now_ms).freshen()
         if changed:
             log.info("metadata of releases signed anew")
             self.put(jobs)

@@ -96,7 +96,7 @@ class Releases:
         try:
             updater = self._updater(self._root, dict(self._files))
             updater.refresh()
-            self.problem = ""
+            key, self.problem = _online_key(self._cache(self._root)), ""
         except wrong as error:
             self._refuse(error)
             return {}
@@ -105,7 +105,7 @@ class Releases:
         for task in tasks:
             targets = [(channel, target_of(channel, task, self._path)) for channel in CHANNELS]
             try:
-                both = [_released(channel, updater.get_targetinfo(target)) for channel, target in targets]
+                both = [_released(channel, updater.get_targetinfo(target), key) for channel, target in targets]
             except wrong as error:
                 self._refuse(error)
             except DownloadError:
@@ -121,6 +121,9 @@ class Releases:
             log.warning("%s; what scores goes on", problem)
         self.problem = problem
 
+    def _cache(self, root: bytes) -> Path:
+        return self._folder / hashlib.sha256(root).hexdigest()[:16]
+
     def _updater(self, root: bytes, files: Mapping[str, bytes]) -> "Updater":  # type: ignore[name-defined]  # noqa: F821
         """The framework's client, on files instead of HTTP; what it has verified it keeps in a folder of that root."""
         from tuf.api.exceptions import DownloadHTTPError  # noqa: PLC0415
@@ -135,7 +138,7 @@ class Releases:
                     raise DownloadHTTPError(f"{name} has not come", 404)
                 return iter([data])
 
-        folder = self._folder / hashlib.sha256(root).hexdigest()[:16]
+        folder = self._cache(root)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         most = MAX_METADATA
         config = UpdaterConfig(
@@ -145,9 +148,16 @@ class Releases:
         return Updater(str(folder), "mqtt://", fetcher=Fetcher(), config=config, bootstrap=root)
 
 
-def _released(channel: Channel, target: "TargetFile | None") -> Released | None:  # type: ignore[name-defined]  # noqa: F821
+def _online_key(folder: Path) -> str:
+    """The id of the key of the timestamp, by the newest root that the framework's client has verified."""
+    from tuf.api.metadata import Metadata, Root  # noqa: PLC0415
+
+    return min(Metadata[Root].from_file(str(folder / "root.json")).signed.roles["timestamp"].keyids)
+
+
+def _released(channel: Channel, target: "TargetFile | None", key: str) -> Released | None:  # type: ignore[name-defined]  # noqa: F821
     if target is None:
         return None
     said = msgspec.convert(target.custom, Custom)
     digest = bytes.fromhex(target.hashes["sha256"])
-    return Released(channel, said.release, said.version, said.model, target.length, digest)
+    return Released(channel, said.release, said.version, said.model, target.length, digest, key)
