@@ -27,7 +27,8 @@ def put_model(
     try:
         if not new:
             downlink.put_terms(name, job.row)
-        downlink.put_model(name, job.row, now, new=new)
+        # Whoever withholds the metadata of releases must not make gateways score as if there were none.
+        downlink.put_model(name, job.row, now, new=new, released="timestamp" in journal.metadata())
     except ValueError as error:
         remedy = "shorten the task, or use a net with fewer arrays"
         raise UserError(name, 0, "", f"its terms do not fit: {error}", remedy) from error

@@ -9,6 +9,7 @@ from broker.downlink import Downlink
 from broker.job import Job
 from broker.journal import Journal
 from broker.messages import WEIGHTS
+from broker.publish import put_model
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Releasing:
                 model = None if version is None else self._journal.model(name, version)
                 if model is not None:
                     self._downlink.put_release(name, job.row, model, channel)
+            put_model(self._downlink, self._journal, job, new=True, retained=self.retained(name))  # now `released`
         self._downlink.put_metadata(files)
 
     def status(self, task: str) -> dict[str, dict[str, int]]:

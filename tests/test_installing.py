@@ -199,3 +199,45 @@ async def test_numbers_of_releases_begin_anew_under_another_online_key(office: O
         assert installer._wanted
         installer.on_release(replace(installer._wanted, digest=bytes(32)), runner.model)
         assert cell.task["problem"] == "release 4 is another one than that which is installed and stays"
+
+
+async def test_without_the_metadata_of_releases_no_candidate_scores(office: Office, tmp_path: Path) -> None:
+    office.learn(1)
+    cell, said = Cell(tmp_path, office), office.messages()
+    async with cell.runs():
+        cell.take(said)
+        await cell.until(model=1, scoring_model=1, problem="")  # as yet nobody has released anything
+        office.release(1)
+        cell.take(office.messages(), without="_release/")  # the model is the same, and its manifest says so
+        await cell.when(lambda: "their metadata is missing" in str(cell.agent.snapshot()["problem"]))
+        office.learn(2)
+        cell.take(office.messages(), without="_release/")
+        await cell.until(model=2)
+        await cell.taken()
+        assert (cell.task["scoring_model"], cell.task["release"]) == (1, 0)
+    async with cell.runs():  # it is known after a restart, whatever is withheld then
+        office.learn(3)
+        cell.take(office.messages(), without="_release/first")
+        await cell.until(model=3)
+        await cell.taken()
+        assert (cell.task["scoring_model"], cell.task["release"]) == (1, 0)
+        assert "their metadata is missing" in str(cell.agent.snapshot()["problem"])
+        office.release(3)
+        cell.take(office.messages())
+        await cell.until(release=2, scoring_model=3)
+        assert cell.agent.snapshot()["problem"] == ""
+
+
+async def test_one_that_is_new_waits_for_the_metadata_of_releases(office: Office, tmp_path: Path) -> None:
+    office.learn(1)
+    office.release(1)
+    office.learn(2)
+    cell = Cell(tmp_path, office)
+    async with cell.runs():
+        cell.take(office.messages(), without="_release/first")
+        await cell.until(model=2)
+        await cell.taken()
+        assert (cell.task["scoring_model"], cell.task["state"]) == (None, "idle")
+        cell.take(office.messages())
+        await cell.until(release=1, scoring_model=1, model=2)
+        assert cell.agent.snapshot()["problem"] == ""
