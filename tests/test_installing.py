@@ -21,7 +21,7 @@ from tuf.api.metadata import Metadata, MetaFile, TargetFile
 from broker import stick
 from broker.channels import Custom, target_of
 from broker.genesis import put_first_model
-from broker.journal import Journal, ModelRow
+from broker.journal import BallotRow, Journal, ModelRow
 from broker.release import new_key
 from edge.agent import Agent
 from edge.cli import main
@@ -241,3 +241,19 @@ async def test_one_that_is_new_waits_for_the_metadata_of_releases(office: Office
         cell.take(office.messages())
         await cell.until(release=1, scoring_model=1, model=2)
         assert cell.agent.snapshot()["problem"] == ""
+
+
+async def test_a_model_that_is_voted_down_meanwhile_is_not_released(
+    office: Office, capsys: pytest.CaptureFixture[str]
+) -> None:
+    office.learn(1)
+    command = partial(office.run, "release", "--to", "stable", "--key", office.key)
+    with closing(Journal(office.state)) as journal:
+        with journal.transaction():
+            running = asyncio.create_task(asyncio.to_thread(command))
+            await asyncio.sleep(1)  # until it waits for this transaction
+            journal.open_ballot("wear", BallotRow(1, 0, 1, b"", b""))
+            journal.close_ballot("wear", 1, kept=False)
+        assert await running == 1
+        assert "no model of wear may be released yet" in capsys.readouterr().err
+        assert (journal.releases("wear"), journal.metadata()) == ([], {})
