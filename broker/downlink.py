@@ -148,10 +148,10 @@ class Downlink:
                 self.put_chunks(task, version, name, data)
         self.put(topics.Manifest(self._federation, task).topic, self.manifest(task, row, offer, released=released))
 
-    def clear(self, task: str, gone: Objects) -> None:
-        """Clear what no manifest leads to any more."""
-        for (version, name), data in gone.items():
-            for i in range(len(_pieces(data))):
+    def clear(self, task: str, gone: Mapping[tuple[int, str], int]) -> None:
+        """Clear what no manifest leads to any more: (version, name) -> bytes."""
+        for (version, name), size in gone.items():
+            for i in range(-(-size // CHUNK_BYTES)):
                 self.put(topics.Chunk(self._federation, task, version, f"{name}{i}").topic, b"")
 
     def put_release(self, task: str, row: TaskRow, model: ModelRow, channel: str) -> None:

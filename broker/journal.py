@@ -363,6 +363,11 @@ class Journal(Database):
         """Keep a release."""
         self._do("INSERT INTO releases VALUES (?, ?, ?, ?)", task, *row)
 
+    def released_bytes(self, task: str) -> dict[int, int]:
+        """Version -> bytes of its weights, of all that ever were released."""
+        query = "SELECT version, length(weights) FROM models WHERE task = ? AND version IN "
+        return dict(self._rows(f"{query} (SELECT version FROM releases WHERE task = ?)", task, task))
+
     def releasable(self, task: str) -> list[int]:
         """Versions that may be released, newest first: learnt, still there, and not voted down or being voted on."""
         query = (

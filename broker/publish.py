@@ -35,7 +35,7 @@ def put_model(
     # Whoever fetches the version before may still end that; what only an older one led to goes.
     last, older = (offer.objects() if offer else {} for offer in before)
     kept = now.objects().keys() | last.keys() | retained
-    downlink.clear(name, {key: data for key, data in older.items() if key not in kept})
+    downlink.clear(name, {key: len(data) for key, data in older.items() if key not in kept})
 
 
 def put_plan(downlink: Downlink, job: Job, charter: bytes) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from broker.channels import CHANNELS
 from broker.config import ReleaseTable
-from broker.downlink import Downlink
+from broker.downlink import Downlink, Offer
 from broker.job import Job
 from broker.journal import Journal
 from broker.messages import WEIGHTS
@@ -38,7 +38,19 @@ class Releasing:
                 if model is not None:
                     self._downlink.put_release(name, job.row, model, channel)
             put_model(self._downlink, self._journal, job, new=True, retained=self.retained(name))  # now `released`
+            self._clear(job)
         self._downlink.put_metadata(files)
+
+    def _clear(self, job: Job) -> None:
+        """Clear the weights of earlier releases, each time anew: a broker may come back with those that it had."""
+        name, newest = job.task.name, job.model.version
+        kept = self.retained(name)
+        for version in (newest, newest - 1):
+            if offer := Offer.of(self._journal, name, version):
+                kept |= offer.objects().keys()
+        sizes = self._journal.released_bytes(name)
+        gone = {(version, WEIGHTS): size for version, size in sizes.items() if (version, WEIGHTS) not in kept}
+        self._downlink.clear(name, gone)
 
     def status(self, task: str) -> dict[str, dict[str, int]]:
         """Channel -> release and version that it has; plain JSON values."""

@@ -31,8 +31,8 @@ from edge.releases import Releases
 from edge.store import State
 from models.errors import PeerError, UserError
 from models.spec import Alarm, Round
-from tests.brokers import BrokerProcess
-from tests.test_service import Plant, delta, gateways, open_plan, until
+from tests.brokers import BROKERS, BrokerProcess, need_mosquitto
+from tests.test_service import WAIT_S, Gateway, Plant, delta, gateways, open_plan, until
 
 HERE, THERE = "acme/lyon/press/line4/cell2", "acme/lyon/press/line4/cell3"
 DAY_MS = 86_400_000
@@ -515,6 +515,62 @@ async def test_a_running_aggregator_publishes_what_another_online_key_signs(
         for name, data in files.items():
             releases.take(name, data)
         assert releases.look(["wear"])["wear"].release == 1
+
+
+async def retains(url: str, *versions: int) -> None:
+    """Wait until a new client gets the weights of just these versions."""
+    wanted = {topics.Chunk("press", "wear", version, "weights0").topic for version in versions}
+
+    async def found() -> set[str]:
+        late = Gateway(url, "late")
+        late.link.start()
+        try:
+            await until(lambda: "_fl/press/status" in late.heard)
+            return {topic for topic, said in late.heard.items() if "/weights" in topic and said[-1]}
+        finally:
+            await late.link.stop()
+
+    async with asyncio.timeout(WAIT_S):
+        while await found() != wanted:  # noqa: ASYNC110 - another process is waited for
+            await asyncio.sleep(0.1)
+
+
+@pytest.fixture(params=BROKERS)
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "mosquitto":
+        need_mosquitto()
+    with BrokerProcess(request.param) as process:
+        yield process.url
+
+
+async def test_no_more_is_retained_than_what_gateways_may_be_fetching(url: str, tmp_path: Path) -> None:
+    plant, key = Plant(tmp_path, url, min_gateways=1, rounds=7), tmp_path / "release.key"
+    with plant.config.open("a") as file:
+        file.write(f'[release]\nkeys = ["{new_key(key)}"]\ncanary = ["{THERE}"]\n')
+
+    async def release(version: int, channel: Channel = "stable") -> None:
+        options = "--to", channel, "--version", version, "--key", key
+        assert await asyncio.to_thread(run, plant, "release", *options) == 0
+
+    async with gateways(url, 1) as (g,), plant.service():
+        for number in range(1, 8):
+            g.send(await open_plan([g], number), delta(number))
+            await until(partial(g.has, number))
+            if number == 1:
+                await release(1)
+    async with plant.service():
+        await retains(url, 1, 6, 7)
+        await release(2, "canary")
+        await release(3)
+        await retains(url, 1, 2, 3, 6, 7)  # whoever is fetching the one before can end that
+        await release(6)
+        await retains(url, 2, 3, 6, 7)
+        await release(4)
+        await retains(url, 2, 4, 6, 7)  # what is the way to the newest model stays, released or not
+    for version in (5, 3):  # while the aggregator is down
+        await release(version)
+    async with plant.service():
+        await retains(url, 2, 3, 6, 7)
 
 
 async def test_what_was_released_can_be_fetched_for_as_long_as_it_is(
