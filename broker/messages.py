@@ -205,7 +205,7 @@ class ModelManifest(Message, frozen=True, tag="manifest"):
     order. There are two ways to them: from `whole`, or from a version held already, by the `steps` that lead to
     `version`, newest first: each the first `STEP_DIGEST` bytes of the SHA-256 of `model/{its version}/step0`, a codec
     payload to add to the version before (`broker.steps`). Short, since they only tell pieces apart; `digest` proves
-    the whole. `gateways` and `samples` say how many the round that made it counted.
+    the whole. `gateways` and `samples` say how many the round that made it counted; `released` that there are releases.
     """
 
     version: Count
@@ -217,6 +217,7 @@ class ModelManifest(Message, frozen=True, tag="manifest"):
     digest: Digest
     whole: Whole
     steps: Annotated[tuple[StepDigest, ...], msgspec.Meta(max_length=MAX_STEPS)] = ()
+    released: bool = False
 
 
 class FirstRoot(Message, frozen=True, tag="first-root"):

@@ -335,6 +335,7 @@ class Agent:
                 runner.on_chunk(inbound.topic, inbound.payload)
             case Manifest() if inbound.payload:
                 manifest = m.open_envelope(inbound.payload, inbound.topic, key, m.ModelManifest)
+                self.shop.releases.tell(manifest)
                 runner.on_manifest(manifest, inbound.payload, topic.of)
             case RoundPlan() if inbound.payload:
                 runner.on_plan(m.open_envelope(inbound.payload, inbound.topic, key, m.Plan))

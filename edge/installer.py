@@ -16,11 +16,11 @@ from models.errors import LocalError, PeerError
 
 log = logging.getLogger(__name__)
 
-_NOTHING: tuple[int, Model | None] = 0, None
+_NOTHING: tuple[int, str, Model | None] = 0, "", None
 
 
 class Installer:
-    """`model` is the released one that is here, of release `number` (0: none).
+    """`model` is the released one that is here, of release `number` (0: none), by metadata of the online key `key`.
 
     `lock` is held while a model is installed, `spawn` runs what need not be waited for.
     """
@@ -34,13 +34,13 @@ class Installer:
         lock: asyncio.Lock,
     ) -> None:
         self._shop, self._memory, self._scoring, self._spawn, self._lock = shop, memory, scoring, spawn, lock
-        self.number, self.model = memory.release() or _NOTHING
+        self.number, self.key, self.model = memory.release() or _NOTHING
         scoring.released = self.model
         self.problem = ""
         self._wanted: Released | None = None
         self._offers: dict[str, tuple[m.ModelManifest, bytes]] = {}
         self._fetch: Fetch | None = None
-        self._underway = 0  # the release that is being installed
+        self._underway: Released | None = None  # what is being installed
 
     @property
     def fetching(self) -> bool:
@@ -64,15 +64,20 @@ class Installer:
         wanted = self._wanted
         if held is None or wanted is None or wanted.channel not in self._offers:
             return
-        if wanted.release < self.number:
-            self.problem = f"release {wanted.release} is older than {self.number}, which is installed and stays"
-        if wanted.release <= self.number or wanted.release == self._underway:
+        same = self.model is not None and self.model.manifest.digest == wanted.digest
+        if wanted.key == self.key and wanted.release <= self.number:
+            if wanted.release < self.number:
+                self.problem = f"release {wanted.release} is older than {self.number}, which is installed and stays"
+            elif not same:
+                self.problem = f"release {wanted.release} is another one than that which is installed and stays"
+            return
+        if wanted == self._underway:
             return
         manifest, envelope = self._offers[wanted.channel]
         if (manifest.version, manifest.digest) != (wanted.version, wanted.digest):
             return
         self._drop()
-        self._fetch = Fetch(self._shop.federation, self._memory.task, manifest, held)
+        self._fetch = Fetch(self._shop.federation, self._memory.task, manifest, self.model if same else held)
         self._shop.subscribe(*self._fetch.topics)
         self._complete(wanted, envelope)
 
@@ -95,7 +100,7 @@ class Installer:
     def _complete(self, wanted: Released, envelope: bytes) -> None:
         if self._fetch and not self._fetch.topics:
             fetch, self._fetch = self._fetch, None
-            self._underway = wanted.release
+            self._underway = wanted
             self._spawn(self._take(fetch, wanted, envelope))
 
     async def _take(self, fetch: Fetch, wanted: Released, envelope: bytes) -> None:
@@ -110,8 +115,8 @@ class Installer:
             self.problem = f"release {wanted.release} can't be stored: {error}"
             log.error("%s: %s", self._memory.task, self.problem)
         finally:
-            if self._underway == wanted.release:
-                self._underway = 0
+            if self._underway == wanted:
+                self._underway = None
 
     async def _put(self, fetch: Fetch, wanted: Released, envelope: bytes) -> None:
         model = await asyncio.to_thread(fetch.model)
@@ -122,16 +127,17 @@ class Installer:
             known = {one.graph for one in (fetch.held, self.model) if one}
             if model.graph not in known:
                 await probe(model, self._shop.folder)
-            await self._scoring.release(model)
+            if wanted.release != self.number or self.model is None or self.model.manifest.digest != wanted.digest:
+                await self._scoring.release(model, anew=wanted.key != self.key)
         body: dict[str, object] = {"task": self._memory.task, "release": wanted.release, "version": wanted.version}
         body |= {"channel": wanted.channel, "digest": wanted.digest.hex()}
 
         def work() -> None:
-            self._memory.keep_release(wanted.release, model, envelope)
+            self._memory.keep_release(wanted.release, wanted.key, model, envelope)
             self._shop.state.record("release-installed", body)
 
         await self._shop.state.commit(work)
-        self.number, self.model, self.problem = wanted.release, model, ""
+        self.number, self.key, self.model, self.problem = wanted.release, wanted.key, model, ""
         log.info("%s: release %d, version %d, is installed", self._memory.task, wanted.release, wanted.version)
 
 
