@@ -217,7 +217,9 @@ def test_who_accepts_late_joins_and_another_charter_ends_a_training() -> None:
     g = Participant(Policy(), 10, clauses=clauses())
     for event in (ModelStored(0, bytes(32)), WindowsReady(10), PlanSeen(plan())):
         g.handle(event)
-    assert g.handle(PolicyChanged(AGREED, None)) == []  # the text is not here yet
+    (absent,) = g.handle(PolicyChanged(AGREED, None))
+    assert isinstance(absent, Answer)
+    assert (absent.verdict, absent.reason) == ("declined", f"charter {DIGEST.hex()} has not come yet")
     joined, started = g.handle(PolicyChanged(AGREED, clauses()))
     assert joined == Answer(1, "joined", "ok", "")
     assert isinstance(started, StartTraining)
@@ -226,6 +228,31 @@ def test_who_accepts_late_joins_and_another_charter_ends_a_training() -> None:
     assert stop == StopTraining()
     assert isinstance(declined, Answer)
     assert (declined.verdict, declined.code) == ("declined", "charter")
+
+
+def test_a_round_is_declined_for_what_holds_now_whichever_comes_first() -> None:
+    """A plan and its charter come in any order: what the charter says of the round is heard all the same."""
+    for root, code in (("corvid", "members"), ("acme", "min-gateways")):
+        g, seen = Participant(AGREED, 10), plan(min_gateways=2 if root == "acme" else 3)
+        (early,) = g.handle(PlanSeen(seen))
+        assert isinstance(early, Answer)
+        assert early.reason == f"charter {DIGEST.hex()} has not come yet"
+        (answer,) = g.handle(PolicyChanged(AGREED, clauses(root=root)))
+        assert isinstance(answer, Answer)
+        assert (answer.round, answer.verdict, answer.code) == (1, "declined", code)
+        assert g.handle(PolicyChanged(AGREED, clauses(root=root))) == []
+        assert g.handle(PlanSeen(seen)) == []
+
+
+def test_a_round_that_is_under_an_accepted_charter_again_is_joined() -> None:
+    """As after an aggregator's restart with the charter that this site waits for, in the middle of a round."""
+    g = Participant(AGREED, 10, clauses=clauses())
+    for other in (bytes(32), b""):
+        (declined,) = g.handle(PlanSeen(plan(other)))
+        assert isinstance(declined, Answer)
+        assert declined.verdict == "declined"
+    assert g.handle(PlanSeen(plan())) == [Answer(1, "joined", "ok", "")]
+    assert g.handle(PlanSeen(plan())) == []
 
 
 # -- what a gateway keeps ------------------------------------------------------------------------------------------
