@@ -123,7 +123,9 @@ class Agent:
         self.link.start()
         for source in self.config.sources:
             self.sources.start(source)
-        jobs = [asyncio.create_task(job) for job in (self._tick(), self._reload(), self.renewal.run())]
+        # The word on the charter is due without a broker too: it may go by file.
+        works = self._tick(), self._reload(), self.renewal.run(), self.charter.say()
+        jobs = [asyncio.create_task(work) for work in works]
         log.info("gateway %s: %d sources, %d tasks", self.config.path, len(self.config.sources), len(self.runners))
         await self.stopped.wait()
         await asyncio.gather(*(job for job in jobs if job.cancel()), return_exceptions=True)

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 FILE = "charter.toml"
 # Keys of the state, both of the federation that gave the charter.
-_HELD, _SAID = "charter/held", "charter/said"
+_HELD, SAID = "charter/held", "charter/said"
 _MOST_ENVELOPE = 64 * 1024
 
 
@@ -38,7 +38,7 @@ class Keeper:
         self._time_ms = -1
         self._saying = asyncio.Lock()
         self._keeping: asyncio.Task[None] | None = None
-        self._said = shop.state.get(_SAID) or b""
+        self._said = shop.state.get(SAID) or b""
         held = shop.state.get(_HELD)
         shop.charter = parse_charter(held.decode(), FILE) if held else None
 
@@ -101,7 +101,7 @@ class Keeper:
                 }  # fmt: skip
 
                 def work() -> None:
-                    shop.state.put(_SAID, envelope)
+                    shop.state.put(SAID, envelope)
                     shop.state.record(ACCEPTANCE, body)
 
                 try:

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from broker import messages as m
-from broker import topics
+from broker import stick, topics
 from broker.charter import Acceptance, CharterText, bodies, load_charter, parse_charter
 from broker.config import load_federation
 from broker.journal import Journal
@@ -27,6 +27,8 @@ from edge.clauses import Clauses, breach
 from edge.cli import main
 from edge.config import Policy, load_config
 from edge.events import Answer, ModelStored, PlanSeen, PolicyChanged, StartTraining, StopTraining, WindowsReady
+from edge.lab import stage
+from edge.lab.processes import free_port
 from edge.participant import Participant
 from edge.ring import Samples
 from edge.shop import Shop
@@ -35,6 +37,7 @@ from edge.store import State
 from models.errors import PeerError, UserError
 from tests.brokers import BrokerProcess
 from tests.test_agent import PATH, TASK
+from tests.test_agent import Plant as Staged
 from tests.test_agent import plant as staged
 from tests.test_service import Gateway, delta, gateways, open_plan, until
 from tests.test_service import Plant as Federation
@@ -502,16 +505,32 @@ async def test_enterprises_meet_in_one_federation_each_with_its_own_policy(tmp_p
 # -- both, as processes --------------------------------------------------------------------------------------------
 
 
+def put_in_force(folder: Path) -> tuple[str, str]:
+    """Put a charter beside the aggregator of a stage; return what names it, and its text."""
+    text = CHARTER.replace('"wear"', f'"{TASK}"').replace('"acme", "borealis"', '"demo"').replace("= 3", "= 1")
+    (folder / "aggregator" / "charter.toml").write_text(text)
+    federation = folder / "aggregator" / "federation.toml"
+    federation.write_text(federation.read_text().replace("join =", 'charter = "charter.toml"\njoin ='))
+    return hashlib.sha256(text.encode()).hexdigest(), text
+
+
+def cut_off(p: Staged, toml: Path) -> None:
+    """Let the gateway reach no broker; another one is there, so that a round opens, and sends nothing."""
+    other, path = Signer.generate(), topics.GatewayPath.parse(stage.gateway_path(1))
+    there = topics.Status(path).topic
+    birth = other.seal(m.Birth(1, 5, 5, other.public_key, "test", (TASK,)), there)
+    p.client.publish(there, birth, qos=1, retain=True)
+    p.until(lambda: p.aggregator().get("state") == "open", gateway=False)
+    key = json.loads((p.stage.aggregator_state / "status.json").read_text())["public_key"]
+    alone = toml.read_text().replace(f":{p.stage.mqtt_port}", f":{free_port()}")
+    toml.write_text(f'{alone}\n[federation]\nname = "{stage.FEDERATION}"\nkey = "{key}"\n')
+
+
 def test_no_update_leaves_a_site_before_it_has_accepted_the_charter(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with staged(tmp_path, "amqtt") as p:
-        folder, toml = tmp_path / "aggregator", tmp_path / "plant1" / "gateway.toml"
-        text = CHARTER.replace('"wear"', f'"{TASK}"').replace('"acme", "borealis"', '"demo"').replace("= 3", "= 1")
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        (folder / "charter.toml").write_text(text)
-        federation = folder / "federation.toml"
-        federation.write_text(federation.read_text().replace("join =", 'charter = "charter.toml"\njoin ='))
+        toml, (digest, _) = tmp_path / "plant1" / "gateway.toml", put_in_force(tmp_path)
         for process in (*p.stage.plcs, p.stage.aggregator, p.gateway):
             process.start()
         p.until(lambda: p.aggregator().get("gateways", {}).get(str(PATH), {}).get("code") == "charter")
@@ -553,3 +572,61 @@ def test_no_update_leaves_a_site_before_it_has_accepted_the_charter(
     with closing(Journal(p.stage.aggregator_state)) as journal:
         assert [body["digest"] for body in bodies(journal.ledger_lines(), "acceptance")] == [digest]
         assert [body["charter"] for body in bodies(journal.ledger_lines(), "opened")] == [digest]
+
+
+def test_a_site_without_a_network_accepts_the_charter_by_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with staged(tmp_path, "amqtt") as p:
+        toml, state = tmp_path / "plant1" / "gateway.toml", p.stage.gateway_state(0)
+        digest, text = put_in_force(tmp_path)
+        p.stage.aggregator.start()
+        cut_off(p, toml)
+        office = ["-c", str(tmp_path / "aggregator" / "federation.toml"), "--state", str(p.stage.aggregator_state)]
+        cell = ["-c", str(toml), "--state", str(state)]
+        for process in (*p.stage.plcs, p.gateway):
+            process.start()
+        p.until(lambda: "public_key" in p.status())
+        assert main(["broker", "enrol", *office, "--path", str(PATH), "--key", str(p.status()["public_key"])]) == 0
+        models, updates = tmp_path / "cell.models", tmp_path / "cell.updates"
+
+        def down() -> None:
+            assert main(["broker", "export", *office, "--path", str(PATH), str(models)]) == 0
+            assert main(["edge", "import", str(models), *cell]) == 0
+
+        def export() -> str:
+            capsys.readouterr()
+            assert main(["edge", "export", *cell, "--updates", str(updates)]) == 0
+            return capsys.readouterr().out
+
+        down()
+        p.until(lambda: (p.status().get("charter") or {}).get("digest") == digest)
+        p.until(lambda: "waits for acceptance" in p.task().get("answer", "") and p.task()["model"] == 0)
+        assert (state / "charter.toml").read_text() == text
+        assert "0 updates, 0 votes\n" in export()
+        assert stick.read(updates) == []
+        # The line in the file may as well be written while the gateway is stopped.
+        p.gateway.kill()
+        toml.write_text(toml.read_text().replace("[policy]", f'[policy]\ncharter = "{digest}"'))
+        p.gateway.start()
+        down()
+        p.until(lambda: p.status().get("outbox") == 1)
+        assert not p.status()["mqtt"]["connected"]
+        assert "1 updates, 0 votes, the word on the charter\n" in export()
+        word, update = topics.Accepted(PATH).topic, topics.Uplink(PATH, TASK, "update").topic
+        assert [topic for topic, _ in stick.read(updates)] == [word, update]
+        for known in ("", ", which changes nothing"):  # and nothing is counted twice
+            assert main(["broker", "import", *office, str(updates)]) == 0
+            first, second, _ = capsys.readouterr().out.splitlines()
+            assert first == f"{PATH}: accepts charter {digest}{known}"
+            assert second.startswith(f"{PATH}, {TASK}: an update of round 1, ")
+            p.until(lambda: p.aggregator().get("counted") == [str(PATH)])
+        down()
+        p.until(lambda: p.status()["outbox"] == 0)
+        assert not {topic for topic in p.heard if topic.startswith(f"{PATH}/")}
+    with closing(State(state)) as kept:
+        kinds = [json.loads(line)["kind"] for line in kept.ledger()]
+    assert kinds.index("acceptance") < kinds.index("update") < kinds.index("receipt")
+    with closing(Journal(p.stage.aggregator_state)) as journal:
+        assert [body["path"] for body in bodies(journal.ledger_lines(), "acceptance")] == [str(PATH)]
+        assert list(journal.counted(TASK, 1)) == [str(PATH)]
