@@ -123,8 +123,7 @@ class Agent:
         self.link.start()
         for source in self.config.sources:
             self.sources.start(source)
-        # The word on the charter is due without a broker too: it may go by file.
-        works = self._tick(), self._reload(), self.renewal.run(), self.charter.say()
+        works = self._tick(), self._reload(), self.renewal.run(), self.charter.run()
         jobs = [asyncio.create_task(work) for work in works]
         log.info("gateway %s: %d sources, %d tasks", self.config.path, len(self.config.sources), len(self.runners))
         await self.stopped.wait()
@@ -138,8 +137,8 @@ class Agent:
         await self.link.stop()
         write_status(self.folder, self.snapshot() | {"running": False, "sources": last["sources"]})
         self.samples.close()
-        with self.state.transaction():
-            self.state.checkpoint(self.shop.signer)
+        # After what a job that was just cancelled has begun in the state's thread.
+        await self.state.commit(lambda: self.state.checkpoint(self.shop.signer))
         self.state.close()
 
     def stop(self) -> None:
@@ -213,7 +212,7 @@ class Agent:
     def _rechartered(self) -> None:
         """Let every task's participant look at its plan anew."""
         for runner in self.runners.values():
-            runner.reconfigure(rewire=False)
+            runner.guard("charter", partial(runner.reconfigure, rewire=False))
 
     def _sink(self, samples: Sequence[Sample], /) -> None:
         """Every batch of every driver: to the store's queue, and at once to the windows."""

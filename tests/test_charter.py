@@ -7,8 +7,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import closing
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from broker.config import load_federation
 from broker.journal import Journal
 from broker.link import Inbound
 from broker.messages import Plan, Signer
+from edge.agent import Agent
 from edge.charter import Keeper
 from edge.clauses import Clauses, breach
 from edge.cli import main
@@ -297,8 +299,9 @@ def said(text: str, time_ms: int, signer: Signer = FEDERATION) -> Inbound:
 
 async def heard(keeper: Keeper, inbound: Inbound) -> None:
     keeper.hear(inbound)
-    if keeper._keeping:
-        await keeper._keeping
+    if keeper._news.is_set():
+        keeper._news.clear()
+        await keeper._keep(*keeper._heard)
 
 
 def held(shop: Shop) -> bytes | None:
@@ -366,15 +369,103 @@ async def test_charters_that_nobody_of_the_federation_said(shop: Shop) -> None:
     assert (kinds(shop), shop.charter) == ([], None)
 
 
-async def test_a_charter_that_the_disk_does_not_take_is_taken_later(shop: Shop) -> None:
+@asynccontextmanager
+async def running(keeper: Keeper) -> AsyncIterator[None]:
+    """The keeper at work, until it is stopped wherever it stands."""
+    job = asyncio.create_task(keeper.run())
+    try:
+        yield
+        assert not job.done(), job.exception()
+    finally:
+        job.cancel()
+        await asyncio.gather(job, return_exceptions=True)
+
+
+async def test_a_charter_that_the_disk_does_not_take_is_taken_later(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It comes once, as by file; what is heard meanwhile takes its place, if it is newer."""
+    monkeypatch.setattr("edge.charter._RETRY_S", 0.01)
+    caplog.set_level("ERROR")  # whoever ran a command in this process may have set it otherwise
     keeper = Keeper(shop, lambda: None)
     shop.state._db.execute("PRAGMA query_only = ON")  # SQLite refuses to write, as on a disk that is read-only
-    await heard(keeper, said(CHARTER, 5))
-    assert held(shop) is None
-    shop.state._db.execute("PRAGMA query_only = OFF")
-    await heard(keeper, said(CHARTER, 5))
+    async with running(keeper):
+        for text, time_ms in ((NOISY, 5), (CHARTER, 7), (MASKED, 6)):
+            keeper.hear(said(text, time_ms))
+            before = len(caplog.records)
+            await until(lambda before=before: len(caplog.records) > before + 1)  # type: ignore[misc]
+        assert held(shop) is None
+        shop.state._db.execute("PRAGMA query_only = OFF")
+        await until(lambda: held(shop))
+        (shop.folder / "charter.toml").unlink()
+        (shop.folder / "charter.toml").mkdir()  # the file of the charter, too, may be what can't be written
+        before = len(caplog.records)
+        keeper.hear(said(MASKED, 8))
+        await until(lambda: len(caplog.records) > before)
+        assert (held(shop), kinds(shop)) == (DIGEST, ["charter"])
+        (shop.folder / "charter.toml").rmdir()
+        await until(lambda: held(shop) == clauses(MASKED).digest)
+    assert (shop.folder / "charter.toml").read_text() == MASKED
+    assert kinds(shop) == ["charter", "charter"]
+
+
+async def test_a_charter_that_comes_often_and_a_policy_that_changes_meanwhile(shop: Shop) -> None:
+    changes: list[bytes | None] = []
+    keeper = Keeper(shop, lambda: changes.append(held(shop)))
+    agree(shop, DIGEST)
+    async with running(keeper):
+        for time_ms in (5, 5, 6):
+            keeper.hear(said(CHARTER, time_ms))
+        await asyncio.sleep(0)  # it has begun
+        agree(shop, clauses(NOISY).digest)
+        await asyncio.gather(keeper.say(), keeper.say())
+        agree(shop, DIGEST)
+        await keeper.say()
+        await until(lambda: changes)
+    assert changes == [DIGEST]
+    assert kinds(shop).count("charter") == 1
+    assert m.peek(shop.state.get("charter/said") or b"", Acceptance).digest == words(shop)[-1] == DIGEST
+
+
+async def test_an_agent_that_is_stopped_waits_for_what_its_state_has_begun(tmp_path: Path) -> None:
+    """As a charter's commit on a slow disk: the last entry of the ledger comes after it, and the end is clean."""
+    file, folder, go_on = tmp_path / "gateway.toml", tmp_path / "state", threading.Event()
+    file.write_text('[gateway]\npath = "acme/b/c/d/e"\n[mqtt]\nurl = "mqtt://127.0.0.1:1"\n')
+    agent = Agent(load_config(file), folder, lambda: load_config(file))
+    ran = asyncio.create_task(agent.run())
+    await until(lambda: (read_status(folder) or {}).get("running"))
+    slow = asyncio.create_task(agent.state.commit(lambda: go_on.wait(60)))
+    await asyncio.sleep(0)
+    agent.stop()
+    await until(lambda: not (read_status(folder) or {"running": True})["running"])
+    go_on.set()
+    await ran
+    assert await slow
+    with closing(State(folder)) as state:
+        assert [json.loads(line)["kind"] for line in state.ledger()][-1] == "checkpoint"
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_gateway_that_is_stopped_while_a_charter_comes(shop: Shop, turns: int) -> None:
+    """Wherever that was: after the next start the file, the state and the word are of one charter."""
+    agree(shop, DIGEST)
+    async with running(keeper := Keeper(shop, lambda: None)):
+        keeper.hear(said(CHARTER, 5))
+        for _ in range(turns):
+            await asyncio.sleep(0.001)
+    await shop.state.commit(lambda: None)  # what was begun in the state's thread is done
+    shop.charter = None
+    async with running(again := Keeper(shop, lambda: None)):
+        if held(shop):
+            assert (shop.folder / "charter.toml").read_text() == CHARTER
+            again.hear(said(NOISY, 4))  # an older one, as from an old file, takes nothing back
+            await asyncio.sleep(0.01)
+        again.hear(said(CHARTER, 5))
+        await until(lambda: words(shop)[-1:] == [DIGEST])
+        await asyncio.sleep(0.01)
     assert held(shop) == DIGEST
-    assert kinds(shop) == ["charter"]
+    assert (shop.folder / "charter.toml").read_text() == CHARTER
+    assert kinds(shop) == ["charter", "acceptance"]
 
 
 # -- the aggregator ------------------------------------------------------------------------------------------------
