@@ -97,6 +97,7 @@ class Service:
         table = self._config.release
         self._releasing = None if table is None else Releasing(self._journal, self._downlink, table)
         self._charters = Charters(self._config.charter, self._journal, self._clock())
+        self._charters.enter()
         wanted = {name: job.wanted for name, job in self._jobs.items()}
         self._intake = intake.Intake(self._config, self._journal, wanted, self._charters.covers)
         for job in self._jobs.values():

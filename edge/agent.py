@@ -123,7 +123,8 @@ class Agent:
         self.link.start()
         for source in self.config.sources:
             self.sources.start(source)
-        jobs = [asyncio.create_task(job) for job in (self._tick(), self._reload(), self.renewal.run())]
+        works = self._tick(), self._reload(), self.renewal.run(), self.charter.run()
+        jobs = [asyncio.create_task(work) for work in works]
         log.info("gateway %s: %d sources, %d tasks", self.config.path, len(self.config.sources), len(self.runners))
         await self.stopped.wait()
         await asyncio.gather(*(job for job in jobs if job.cancel()), return_exceptions=True)
@@ -136,8 +137,8 @@ class Agent:
         await self.link.stop()
         write_status(self.folder, self.snapshot() | {"running": False, "sources": last["sources"]})
         self.samples.close()
-        with self.state.transaction():
-            self.state.checkpoint(self.shop.signer)
+        # After what a job that was just cancelled has begun in the state's thread.
+        await self.state.commit(lambda: self.state.checkpoint(self.shop.signer))
         self.state.close()
 
     def stop(self) -> None:
@@ -211,7 +212,7 @@ class Agent:
     def _rechartered(self) -> None:
         """Let every task's participant look at its plan anew."""
         for runner in self.runners.values():
-            runner.reconfigure(rewire=False)
+            runner.guard("charter", partial(runner.reconfigure, rewire=False))
 
     def _sink(self, samples: Sequence[Sample], /) -> None:
         """Every batch of every driver: to the store's queue, and at once to the windows."""
