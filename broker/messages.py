@@ -90,8 +90,8 @@ class Answer(Message, frozen=True, tag="answer"):
 class Update(Message, frozen=True, tag="update"):
     """What a gateway learnt in a round: a codec payload, its weight in the mean, and metrics on its own holdout.
 
-    `metric` is the trained model's, `base_loss` the mean loss of the round's base; None without a holdout.
-    `quarters` is the gateway's width (`models.width`), in quarters of the net: the payload is of that part.
+    `metric` is the trained model's, `base_loss` the mean loss of the round's base; None without a holdout. `quarters`
+    is the gateway's width (`models.width`), in quarters of the net; `quality` the share of good values in its windows.
     """
 
     round: Count
@@ -101,6 +101,7 @@ class Update(Message, frozen=True, tag="update"):
     payload: Annotated[bytes, msgspec.Meta(max_length=MAX_PAYLOAD)]
     base_loss: Real | None = None
     quarters: Annotated[int, msgspec.Meta(ge=1, le=4)] = 4
+    quality: Share = 1_000_000
 
 
 class Vote(Message, frozen=True, tag="vote"):
@@ -295,7 +296,7 @@ class Signer:
 
     def seal(self, message: Message, topic: str) -> bytes:
         """Sign a message for one topic; ValueError if the result is larger than a payload may be."""
-        payload = cbor2.dumps(msgspec.to_builtins(message, builtin_types=(bytes,)))
+        payload = cbor2.dumps(_fields(message))
         envelope: bytes = self._encoder.encode(payload, self._cose, external_aad=topic.encode())
         if len(envelope) > MAX_PAYLOAD:
             raise ValueError(f"message of {len(envelope)} bytes, at most {MAX_PAYLOAD} may be sent")
@@ -390,6 +391,16 @@ def _cbor(data: bytes, reason: str) -> object:
     if stream.tell() != len(data):
         raise PeerError(reason, f"{len(data) - stream.tell()} bytes follow it")
     return value
+
+
+def _fields(message: Message) -> list[object]:
+    """Without the last ones that have their defaults: a peer that doesn't know them yet reads the others."""
+    fields: list[object] = msgspec.to_builtins(message, builtin_types=(bytes,))
+    for default in reversed(type(message).__struct_defaults__):
+        if fields[-1] != msgspec.to_builtins(default):
+            break
+        fields.pop()
+    return fields
 
 
 def _typed(payload: bytes, type_: type[M]) -> M:

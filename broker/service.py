@@ -291,7 +291,7 @@ class Service:
                     update.round,
                     heard.path,
                     digest=heard.digest,
-                    samples=update.samples,
+                    samples=job.task.round.weight(update.samples, update.quality),
                     metric=update.metric,
                     payload=update.payload,
                     base_loss=update.base_loss,
