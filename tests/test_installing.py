@@ -30,11 +30,13 @@ from broker.release import new_key
 from edge.agent import Agent
 from edge.cli import main
 from edge.config import load_config
-from edge.store import ledger_lines
+from edge.ring import Samples
+from edge.store import State, ledger_lines
 from models import codec
 from models.delta import Layout, weights_digest
 from models.export import export
 from models.spec import parse_task
+from tests.test_drift import Floor
 
 torch.set_num_threads(1)
 WAIT_S = 60
@@ -314,3 +316,28 @@ async def test_a_fault_of_this_machine_makes_no_release_forgotten(office: Office
         await cell.until(release=2, scoring_model=2, problem="")
     installed = [entry["body"]["release"] for entry in cell.ledger("release-installed")]
     assert installed == [1, 2]
+
+
+@pytest.mark.parametrize("before", [False, True])
+async def test_who_is_told_of_releases_elects_nothing_of_the_federation(tmp_path: Path, *, before: bool) -> None:
+    with closing(State(tmp_path)) as state, closing(Samples(tmp_path, 1 << 26)) as samples:
+        floor = Floor(tmp_path, state, samples)
+        model, result, releases = floor.model, floor.trained(), floor.shop.releases
+        result = replace(result, own=result.vector + 1e-3)
+        if before:
+            releases.tell(msgspec.structs.replace(model.manifest, released=True))
+            await releases._telling
+        runner = floor.runner()
+        live, scoring = runner.live, runner.scoring
+        assert live
+        scoring.begin()
+        await scoring.elect(model, model, result)
+        scorer = live.scorer
+        assert scorer
+        assert scorer.kind == ("own" if before else "mix")
+        if not before:  # what scored goes on
+            releases.tell(msgspec.structs.replace(model.manifest, released=True))
+            await releases._telling
+            await scoring.elect(model, model, result)
+            assert live.scorer is scorer
+        await runner.stop()
