@@ -8,7 +8,7 @@ from typing import Any
 
 from broker import messages as m
 from broker.channels import Released, model_digest
-from edge.handback import Fetch, Model, probe
+from edge.handback import EndedError, Fetch, Model, probe
 from edge.memory import Memory
 from edge.scoring import Scoring
 from edge.shop import Shop
@@ -16,6 +16,8 @@ from models.errors import LocalError, PeerError
 
 log = logging.getLogger(__name__)
 
+# Between two tries: the first time, and in the end.
+_RETRY_S, _LONGEST_S = 5.0, 600.0
 _NOTHING: tuple[int, str, Model | None] = 0, "", None
 
 
@@ -104,19 +106,30 @@ class Installer:
             self._spawn(self._take(fetch, wanted, envelope))
 
     async def _take(self, fetch: Fetch, wanted: Released, envelope: bytes) -> None:
-        """Hold a whole model against the metadata, keep it, and let it score."""
+        """Hold a whole model against the metadata, keep it, and let it score.
+
+        A fault of this machine is tried again for as long as that is wanted, a fault of the model is not.
+        """
+        pause = _RETRY_S
         try:
-            await self._put(fetch, wanted, envelope)
+            while wanted == self._wanted:
+                try:
+                    return await self._put(fetch, wanted, envelope)
+                except (LocalError, OSError, EndedError) as error:
+                    self._tell(f"release {wanted.release} can't be installed yet: {error}")
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_S)
         except PeerError as error:
             self._shop.refused[error.reason] += 1
-            self.problem = f"release {wanted.release} refused: {error}"
-            log.warning("%s: %s", self._memory.task, self.problem)
-        except (LocalError, OSError) as error:
-            self.problem = f"release {wanted.release} can't be stored: {error}"
-            log.error("%s: %s", self._memory.task, self.problem)
+            self._tell(f"release {wanted.release} refused: {error}")
         finally:
             if self._underway == wanted:
                 self._underway = None
+
+    def _tell(self, problem: str) -> None:
+        if problem != self.problem:
+            log.error("%s: %s", self._memory.task, problem)
+        self.problem = problem
 
     async def _put(self, fetch: Fetch, wanted: Released, envelope: bytes) -> None:
         model = await asyncio.to_thread(fetch.model)

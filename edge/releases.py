@@ -132,6 +132,7 @@ class Releases:
         if problem != self._problem:
             log.warning("%s; what scores goes on", problem)
         self._problem = problem
+        self.changed |= isinstance(error, OSError)  # a fault of this machine is tried again
 
     def _cache(self, root: bytes) -> Path:
         return self._folder / hashlib.sha256(root).hexdigest()[:16]

@@ -77,9 +77,10 @@ class Scoring:
 
         With `anew`, the one before may have been anybody's, and is not compared.
         """
-        before, self.released = self.released, model
+        before = self.released
         newer = not anew and before is not None and model.manifest.version >= before.manifest.version
         await self.offer(model, changed=not newer)
+        self.released = model  # not before: what fails is tried again, and must then be compared with the same
 
     @property
     def _width(self) -> float:

@@ -1,7 +1,10 @@
 """What a gateway installs of what is released: the aggregator's own commands, files as for a line with no way out."""
 
 import asyncio
+import contextlib
 import json
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
@@ -12,6 +15,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -20,17 +24,19 @@ from tuf.api.metadata import Metadata, MetaFile, TargetFile
 
 from broker import stick
 from broker.channels import Custom, target_of
-from broker.genesis import put_first_model
+from broker.genesis import put_first_model, task_row
 from broker.journal import BallotRow, Journal, ModelRow
 from broker.release import new_key
 from edge.agent import Agent
 from edge.cli import main
 from edge.config import load_config
-from edge.store import ledger_lines
+from edge.ring import Samples
+from edge.store import State, ledger_lines
 from models import codec
-from models.delta import weights_digest
+from models.delta import Layout, weights_digest
 from models.export import export
 from models.spec import parse_task
+from tests.test_drift import Floor
 
 torch.set_num_threads(1)
 WAIT_S = 60
@@ -63,6 +69,17 @@ class Office:
         row = ModelRow(version, version, weights, digest, 3, 9, time.time_ns() // 1_000_000)
         with closing(Journal(self.state)) as journal, journal.transaction():
             journal.put_model("wear", row)
+
+    def regraph(self) -> None:
+        """Let the task have another graph, which does the same."""
+        with closing(Journal(self.state)) as journal, journal.transaction():
+            row = journal.task("wear")
+            assert row
+            model = onnx.load_from_string(codec.inflate(row.graph, row.graph_size))
+            model.doc_string = "again"
+            made = task_row(row.text, model.SerializeToString(), Layout.from_json(row.layout))
+            values = made.graph, made.graph_size, made.graph_digest
+            journal._db.execute("UPDATE tasks SET graph = ?, graph_size = ?, graph_digest = ?", values)
 
     def run(self, *options: object) -> int:
         return main(["broker", *map(str, options), "-c", str(self.config), "--state", str(self.state)])
@@ -257,3 +274,70 @@ async def test_a_model_that_is_voted_down_meanwhile_is_not_released(
         assert await running == 1
         assert "no model of wear may be released yet" in capsys.readouterr().err
         assert (journal.releases("wear"), journal.metadata()) == ([], {})
+
+
+def end_first_run() -> None:
+    """Kill the next child of this process that runs a graph for the first time."""
+    children, until = Path(f"/proc/self/task/{os.getpid()}/children"), time.monotonic() + WAIT_S
+    while time.monotonic() < until:
+        for pid in children.read_text().split():
+            with contextlib.suppress(OSError):
+                if b"models.graphcheck" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(int(pid), signal.SIGKILL)
+                    return
+        time.sleep(0.005)
+    pytest.fail("no graph was run")
+
+
+async def test_a_fault_of_this_machine_makes_no_release_forgotten(office: Office, tmp_path: Path) -> None:
+    office.learn(1)
+    cell = Cell(tmp_path, office)
+    async with cell.runs():
+        cell.take(office.messages())
+        await cell.until(model=1)
+        await cell.taken()
+        # Its graph is a new one here, and its first run is ended, as where memory runs out.
+        office.regraph()
+        office.release(1)
+        said, ended = office.messages(), asyncio.create_task(asyncio.to_thread(end_first_run))
+        cell.take(said, without="model/manifest")
+        await ended
+        await cell.when(lambda: "release 1 can't be installed yet: graph: its first run was" in cell.task["problem"])
+        await cell.until(release=1, scoring_model=1, problem="")
+        # A disk that is read-only for a while.
+        state = cell.agent.state._db
+        state.execute("PRAGMA query_only = ON")
+        office.learn(2)
+        office.release(2)
+        cell.take(office.messages(), without="model/manifest")
+        await cell.when(lambda: "release 2 can't be installed yet: state can't be stored" in cell.task["problem"])
+        assert cell.task["release"] == 1
+        state.execute("PRAGMA query_only = OFF")
+        await cell.until(release=2, scoring_model=2, problem="")
+    installed = [entry["body"]["release"] for entry in cell.ledger("release-installed")]
+    assert installed == [1, 2]
+
+
+@pytest.mark.parametrize("before", [False, True])
+async def test_who_is_told_of_releases_elects_nothing_of_the_federation(tmp_path: Path, *, before: bool) -> None:
+    with closing(State(tmp_path)) as state, closing(Samples(tmp_path, 1 << 26)) as samples:
+        floor = Floor(tmp_path, state, samples)
+        model, result, releases = floor.model, floor.trained(), floor.shop.releases
+        result = replace(result, own=result.vector + 1e-3)
+        if before:
+            releases.tell(msgspec.structs.replace(model.manifest, released=True))
+            await releases._telling
+        runner = floor.runner()
+        live, scoring = runner.live, runner.scoring
+        assert live
+        scoring.begin()
+        await scoring.elect(model, model, result)
+        scorer = live.scorer
+        assert scorer
+        assert scorer.kind == ("own" if before else "mix")
+        if not before:  # what scored goes on
+            releases.tell(msgspec.structs.replace(model.manifest, released=True))
+            await releases._telling
+            await scoring.elect(model, model, result)
+            assert live.scorer is scorer
+        await runner.stop()

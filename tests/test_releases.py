@@ -276,6 +276,10 @@ def test_a_channel_that_is_withheld_takes_no_canary_back(office: Office, tmp_pat
     full.releases._folder.write_bytes(b"")
     assert full.sees(files) is None
     assert "Error" in full.releases.problem
+    assert full.releases.changed  # so it is looked at again
+    full.releases._folder.unlink()
+    assert full.sees({}) == (3, "stable", 3)
+    assert not full.releases.changed
 
 
 def test_rollback_older_metadata_is_not_taken(office: Office, tmp_path: Path) -> None:
