@@ -33,6 +33,7 @@ from edge.lab import stage
 from edge.lab.processes import free_port
 from edge.participant import Participant
 from edge.ring import Samples
+from edge.runner import Runner
 from edge.shop import Shop
 from edge.status import read_status
 from edge.store import State
@@ -270,8 +271,8 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
     sent: list[tuple[str, bytes]] = []
     with closing(State(tmp_path)) as state, closing(Samples(tmp_path, 1 << 26)) as samples:
 
-        def publish(topic: str, payload: bytes, *, retain: bool) -> bool:
-            assert retain
+        def publish(topic: str, payload: bytes, *, retain: bool = False) -> bool:
+            assert retain == topic.endswith("/charter")
             sent.append((topic, payload))
             return True
 
@@ -425,6 +426,18 @@ async def test_a_charter_that_comes_often_and_a_policy_that_changes_meanwhile(sh
     assert changes == [DIGEST]
     assert kinds(shop).count("charter") == 1
     assert m.peek(shop.state.get("charter/said") or b"", Acceptance).digest == words(shop)[-1] == DIGEST
+
+
+async def test_the_ledger_has_the_charter_of_the_plan_that_was_answered(shop: Shop, tmp_path: Path) -> None:
+    """Though the next plan comes before the answer to the one before is written."""
+    shop.config = load_config(gateway_files(tmp_path / "site", "acme", "mqtt://127.0.0.1", ""))
+    runner = Runner("wear", shop.config.tasks["wear"], shop)
+    others = [bytes([i]) * 32 for i in range(3)]
+    for number, other in enumerate(others):
+        runner.on_plan(msgspec.structs.replace(plan(other), round=number + 1))
+    await until(lambda: not runner._jobs)
+    entries = [json.loads(line) for line in shop.state.ledger()]
+    assert [entry["body"]["charter"] for entry in entries if entry["kind"] == "declined"] == [d.hex() for d in others]
 
 
 async def test_an_agent_that_is_stopped_waits_for_what_its_state_has_begun(tmp_path: Path) -> None:
