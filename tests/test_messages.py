@@ -225,7 +225,7 @@ HEAD, SIGNATURE = bytes.fromhex("d28443a10127a0"), bytes.fromhex("5840") + bytes
     ids=lambda e: e.hex()[:60],
 )
 def test_any_other_shape_reaches_no_decoder(envelope: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("broker.messages.cbor2", None)
+    monkeypatch.setattr("broker.cose.cbor2", None)
     assert refused(envelope) == "envelope"
     with pytest.raises(PeerError, match="envelope"):
         peek(envelope, Birth)
