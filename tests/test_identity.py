@@ -322,7 +322,9 @@ def broker(operator: Operator, tmp_path: Path) -> Iterator[tuple[Operator, int, 
     more = f"user {'root' if os.geteuid() == 0 else os.environ['USER']}\npersistence_location {out}/\n"
     conf.write_text(conf.read_text() + more)
     log = (tmp_path / "mosquitto.log").open("wb")
-    child = subprocess.Popen([mosquitto_path() or "mosquitto", "-c", str(conf)], stdout=log, stderr=log)
+    # A reload finds the file without these lines, and what is kept goes into the working folder.
+    command = [mosquitto_path() or "mosquitto", "-c", str(conf)]
+    child = subprocess.Popen(command, stdout=log, stderr=log, cwd=out)
     operator.mosquitto = child
     try:
         until(lambda: listening(port) or child.poll() is not None)
