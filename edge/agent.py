@@ -33,7 +33,7 @@ from broker.topics import (
 from edge.charter import Keeper
 from edge.config import Config, Policy
 from edge.health import Watch
-from edge.identity import own_signer, with_own_tls
+from edge.identity import own_agreement_key, own_signer, with_own_tls
 from edge.reload import Plan, plan
 from edge.renewal import Renewal
 from edge.resend import Resender
@@ -71,7 +71,7 @@ class Agent:
         self.samples = Samples(folder, config.store_bytes, config.store_days, self.watch.take)
         self.samples.retag(config.meanings)
         self.stopped, self._hangup = asyncio.Event(), asyncio.Event()
-        signer = own_signer(self.state)
+        signer, self._agreement_key = own_signer(self.state), own_agreement_key(self.state)
         self.session = self.state.next_session()
         self._enter(signer)
         self.status = Status(config.path).topic
@@ -278,8 +278,8 @@ class Agent:
 
     async def _announce(self) -> None:
         """Say who is here, once the ledger has it; at later connections the same is said again."""
-        now_ms, key = int(time.time() * 1000), self.shop.signer.public_key
-        birth = m.Birth(m.VERSION, self.session, now_ms, key, SOFTWARE, tuple(self.config.tasks))
+        now_ms, keys = int(time.time() * 1000), (self.shop.signer.public_key, self._agreement_key)
+        birth = m.Birth(m.VERSION, self.session, now_ms, keys[0], SOFTWARE, tuple(self.config.tasks), keys[1])
         envelope = self.shop.signer.seal(birth, self.status)
 
         def work() -> None:

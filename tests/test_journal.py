@@ -242,7 +242,8 @@ def test_refuses_an_unknown_schema(tmp_path: Path) -> None:
         Journal(tmp_path)
 
 
-_TO_8 = "DROP TABLE receipts;"
+_TO_9 = "ALTER TABLE roster DROP COLUMN session; ALTER TABLE roster DROP COLUMN agreement_key;"
+_TO_8 = f"{_TO_9} DROP TABLE receipts;"
 _TO_7 = f"{_TO_8} DROP TABLE metadata; DROP TABLE releases;"
 _TO_6 = f"{_TO_7} DROP TABLE ballots; DROP TABLE votes;"
 _TO_5 = f"{_TO_6} DROP TABLE tokens;"
@@ -265,6 +266,7 @@ UNDO = {
     6: _TO_6,
     7: _TO_7,
     8: _TO_8,
+    9: _TO_9,
 }
 
 
@@ -282,6 +284,8 @@ def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path, version: int) -
     with journal.transaction():
         journal.put_task("wear", TaskRow("", "[]", b"", 0, b""))
         journal.put_model("wear", row)
+        journal.add_to_roster("a/b/c/d/e", bytes(32), 1, "enrolled")
+        journal.put_agreement_key("a/b/c/d/e", bytes(32), 5)
     journal.close()
     tables = columns(tmp_path)
     db = sqlite3.connect(tmp_path / "journal.db")
@@ -289,6 +293,7 @@ def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path, version: int) -
     db.close()
     for _ in range(2):
         journal = Journal(tmp_path)
+        assert list(journal.members()) == [("a/b/c/d/e", bytes(32), None)]
         assert (journal.residual("wear"), journal.model("wear"), journal.steps("wear", 0, 8)) == (b"", row, [])
         with journal.transaction():
             journal.put_residual("wear", b"")
@@ -298,6 +303,27 @@ def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path, version: int) -
     with journal.transaction():
         count(journal, 1, "a")
     journal.close()
+
+
+def test_an_agreement_key_gives_way_to_that_of_a_later_birth_alone(journal: Journal) -> None:
+    path, old, new = "a/b/c/d/e", b"o" * 32, b"n" * 32
+
+    def known() -> list[bytes | None]:
+        return [key for _, _, key in journal.members()]
+
+    with journal.transaction():
+        journal.put_agreement_key(path, old, 5)
+        assert known() == []  # a stranger's
+        journal.add_to_roster(path, bytes(32), 1, "enrolled")
+        for key, session, kept in ((None, 0, None), (old, 5, old), (new, 5, old), (old, 9, old), (new, 10, new)):
+            if key:
+                journal.put_agreement_key(path, key, session)
+            assert known() == [kept]
+        journal.put_agreement_key(path, old, 9)  # said before, and heard again
+        assert known() == [new]
+        journal.add_to_roster(path, bytes(32), 2, "enrolled")  # of a new enrolment nothing is known yet
+        journal.put_agreement_key(path, old, 9)
+        assert known() == [old]
 
 
 def test_steps_lead_to_a_version_without_a_gap(journal: Journal) -> None:
