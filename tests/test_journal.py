@@ -233,6 +233,21 @@ def test_one_aggregator_a_folder(tmp_path: Path, journal: Journal) -> None:
     Journal(tmp_path / "state").claim()
 
 
+def test_what_is_committed_stays_when_others_have_come_and_gone(tmp_path: Path, journal: Journal) -> None:
+    """One in this process, as for an enrolment over the network; then one in another, as for `broker enrol`."""
+    folder = tmp_path / "state"
+    with journal.transaction():
+        journal.add_to_roster("a/b/c/d/e", bytes(32), 1, "enrolled")
+    Journal(folder).close()
+    other = "import sys, pathlib; from broker.journal import Journal; Journal(pathlib.Path(sys.argv[1])).close()"
+    subprocess.run([sys.executable, "-c", other, str(folder)], check=True)
+    with journal.transaction():
+        journal.add_to_roster("a/b/c/d/f", bytes(32), 1, "enrolled")
+    look = "import sys, sqlite3; print(*sqlite3.connect(sys.argv[1]).execute('SELECT count(*) FROM roster').fetchone())"
+    seen = subprocess.run([sys.executable, "-c", look, str(folder / "journal.db")], check=True, capture_output=True)
+    assert seen.stdout == b"2\n"
+
+
 def test_refuses_an_unknown_schema(tmp_path: Path) -> None:
     Journal(tmp_path).close()
     db = sqlite3.connect(tmp_path / "journal.db")
