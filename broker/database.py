@@ -73,9 +73,10 @@ class Database:
                 "install the version that wrote it, or choose another --state"
             )
 
-    def _do(self, query: str, *values: Any) -> None:
+    def _do(self, query: str, *values: Any) -> int:
+        """Execute, and return how many rows changed."""
         with blame_disk(self.path):
-            self._db.execute(query, values)
+            return self._db.execute(query, values).rowcount
 
     def _rows(self, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         with blame_disk(self.path):

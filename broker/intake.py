@@ -16,13 +16,13 @@ from broker.config import FederationConfig
 from broker.journal import Journal
 from broker.link import Inbound
 from broker.messages import Answer, Birth, Death, Message, Update, Vote, open_envelope, peek
+from broker.roster import MAX_GATEWAYS
 from models import codec, ringcode
 from models.errors import PeerError
 from models.ringcode import Ring
 from models.spec import Task
 from models.width import Places
 
-MAX_GATEWAYS = 10_000
 MAX_STRANGERS = 64
 WHOLE = 4  # quarters of a net
 # No weight of a net moves by this much in a round; a sum of such values stays far from float32's end.

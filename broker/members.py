@@ -18,6 +18,8 @@ class TokenRow(NamedTuple):
 class Members(Database):
     """The rows of `keys`, `roster` and `tokens`."""
 
+    _edits = 0
+
     def signer(self, name: str = "aggregator") -> Signer:
         """Return the aggregator's own key, or another of its; the first call makes it, outside of a transaction."""
         row = self._one("SELECT private_key FROM keys WHERE name = ?", name)
@@ -46,15 +48,19 @@ class Members(Database):
         row = self._one("PRAGMA data_version")
         return int(row[0]) if row else 0
 
+    def roster_version(self) -> tuple[int, int]:
+        """What changes when the roster may have, by this process or by another."""
+        return self._edits, self.data_version()
+
     def add_to_roster(self, path: str, public_key: bytes, now_ms: int, how: str) -> None:
         """Remember a gateway's key (`how`: `first-seen` or `enrolled`); an earlier one is replaced."""
         query = "INSERT OR REPLACE INTO roster(path, public_key, since_ms, how) VALUES (?, ?, ?, ?)"
-        self._do(query, path, public_key, now_ms, how)
+        self._edits += self._do(query, path, public_key, now_ms, how)
 
     def put_agreement_key(self, path: str, key: bytes, session: int) -> None:
         """Keep the raw X25519 key (32 bytes) that a gateway's birth of this session names, unless a later one did."""
         query = "UPDATE roster SET agreement_key = ?, session = ? WHERE path = ? AND session < ?"
-        self._do(f"{query} AND agreement_key IS NOT ?", key, session, path, session, key)
+        self._edits += self._do(f"{query} AND agreement_key IS NOT ?", key, session, path, session, key)
 
     def members(self) -> Iterator[tuple[str, bytes, bytes | None]]:
         """(path, raw Ed25519 key, raw X25519 key or None where no birth named one) of each gateway of the roster."""
@@ -62,7 +68,7 @@ class Members(Database):
 
     def remove_from_roster(self, path: str) -> None:
         """Forget a gateway's key and its token: from now on it is a stranger."""
-        self._do("DELETE FROM roster WHERE path = ?", path)
+        self._edits += self._do("DELETE FROM roster WHERE path = ?", path)
         self._do("DELETE FROM tokens WHERE path = ?", path)
 
     def add_token(self, digest: bytes, path: str, expires_ms: int) -> None:

@@ -13,6 +13,7 @@ from broker.journal import Journal
 from broker.link import Inbound
 from broker.publish import put_model, put_plan
 from broker.releasing import Releasing
+from broker.roster import Rosters
 from models.errors import LocalError, PeerError, UserError
 
 
@@ -41,7 +42,7 @@ def import_file(args: argparse.Namespace, config: FederationConfig, state: Path)
 
 
 def export_file(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
-    """Write what the federation says to a gateway: plans, models, releases, and the receipts of what came by file."""
+    """Write what the federation says to a gateway: plans, models, releases, roster, receipts of what came by file."""
     try:
         path = topics.GatewayPath.parse(args.path)
     except PeerError as error:
@@ -52,6 +53,8 @@ def export_file(args: argparse.Namespace, config: FederationConfig, state: Path)
         for job in jobs.values():
             put_model(downlink, journal, job)
             put_plan(downlink, job, config.charter.digest if config.charter else b"")
+        with journal.transaction():
+            Rosters(journal, downlink).refresh(time.time_ns() // 1_000_000)
         if config.release:
             Releasing(journal, downlink, config.release).put(jobs)
         said = [(topic, payload) for topic, payload in downlink.waiting if payload]

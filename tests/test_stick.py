@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from broker import stick, topics
 from broker.journal import Journal
 from broker.messages import MAX_PAYLOAD, Answer, Birth, ModelManifest, Receipt, Signer, Update, open_envelope
+from broker.roster import RosterPart
 from broker.service import FILED
 from edge.cli import main
 from edge.handback import Fetch
@@ -107,6 +108,8 @@ async def test_an_update_by_file_counts_as_one_by_mqtt(tmp_path: Path, capsys: p
             plan = await open_plan(there)
             assert (await run("export", models, "--path", path))[0] == 0
             said = dict(stick.read(models))
+            place = topics.RosterOf("press", 0).topic
+            assert len(open_envelope(said[place], place, there[0].key, RosterPart).members) == 2
             code, text = await run("export", models, "--path", "a/b")
             assert (code, "write acme/lyon/press/line4/cell2" in text) == (2, True)
             place = topics.Manifest("press", "wear").topic
