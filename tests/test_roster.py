@@ -5,9 +5,10 @@ import itertools
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -19,7 +20,7 @@ from broker.downlink import Downlink
 from broker.enrolment import admit
 from broker.journal import Journal
 from broker.link import Inbound, Link, MqttSettings
-from broker.messages import Signer
+from broker.messages import Plan, Signer
 from broker.roster import (
     MAX_GATEWAYS,
     MOST_PARTS,
@@ -33,7 +34,15 @@ from broker.roster import (
     digest_of,
     members_of,
 )
+from edge.cli import main
+from edge.config import Policy, load_config
+from edge.events import Answer, ModelStored, PlanSeen, PolicyChanged, StartTraining, StopTraining, WindowsReady
 from edge.identity import own_agreement_key
+from edge.participant import Participant
+from edge.ring import Samples
+from edge.roster import Members as Keeper
+from edge.shop import Shop
+from edge.status import read_status
 from edge.store import State
 from models.errors import LocalError, PeerError
 from tests.brokers import BrokerProcess
@@ -285,3 +294,193 @@ async def test_the_roster_outlives_kill_9_and_an_empty_broker(tmp_path: Path) ->
     finally:
         await ear.link.stop()
         broker.stop()
+
+
+# -- a gateway -----------------------------------------------------------------------------------------------------
+
+FEDERATION = Signer.generate()
+READY = ModelStored(0, bytes(32)), WindowsReady(10)
+PLAN = PlanSeen(Plan(1, bytes(32), 1, 0, bytes(32), "open", 1, 9, min_gateways=3, bits=4, secure_aggregation=False))
+
+
+def test_a_policy_counts_the_gateways_of_the_roster() -> None:
+    g, policy = Participant(Policy(min_gateways=3), 10), Policy(min_gateways=3)
+    assert g.handle(PolicyChanged(policy, None, 2)) == []
+    for event in READY:
+        g.handle(event)
+    (answer,) = g.handle(PLAN)
+    says = "policy wants 3 gateways in a sum, the federation's roster has 2"
+    assert answer == Answer(1, "declined", "roster", says)
+    assert g.handle(PolicyChanged(policy, None, 2)) == []
+    joined, started = g.handle(PolicyChanged(policy, None, 3))
+    assert (joined, type(started)) == (Answer(1, "joined", "ok", ""), StartTraining)
+    assert g.handle(PolicyChanged(policy, None, 4)) == []
+    assert g.handle(PolicyChanged(policy, None, 2)) == [StopTraining(), answer]
+    # An aggregator from before says no roster.
+    assert g.handle(PolicyChanged(policy, None, None))[0] == joined
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Shop]:
+    file = tmp_path / "gateway.toml"
+    file.write_text('[gateway]\npath = "acme/b/c/d/e"\n[mqtt]\nurl = "mqtt://127.0.0.1"\n')
+    with closing(State(tmp_path)) as state, closing(Samples(tmp_path, 1 << 26)) as samples:
+        made = Shop(load_config(file), tmp_path, state, samples, Signer.generate(), bool, print, print)
+        with state.transaction():
+            state.pin("press", FEDERATION.public_key, "configured")
+        made.federation, made.federation_key = "press", FEDERATION.public_key
+        yield made
+
+
+def said(all_: Members, time_ms: int, signer: Signer = FEDERATION) -> list[tuple[int, Inbound]]:
+    found = []
+    for number, part in enumerate(parts(all_, time_ms)):
+        topic = topics.RosterOf("press", number).topic
+        found.append((number, Inbound(topic, signer.seal(part, topic), retain=True, qos=1, mid=1)))
+    return found
+
+
+async def heard(keeper: Keeper, *messages: tuple[int, Inbound]) -> None:
+    for number, inbound in messages:
+        keeper.hear(number, inbound)
+    if keeper._storing:
+        await keeper._storing
+
+
+def noted(shop: Shop) -> list[int]:
+    return [body["gateways"] for body in bodies(shop.state.ledger(), "roster")]
+
+
+async def test_a_gateway_holds_the_newest_roster_and_finds_itself_in_it(shop: Shop) -> None:
+    changes: list[int | None] = []
+    keeper = Keeper(shop, lambda: changes.append(shop.rules("wear").members))
+    assert (keeper.status, shop.rules("wear").members) == (None, None)
+    others, own = members(PER_PART), Member("acme", shop.signer.public_key, None)
+    first, second = said(others, 5), said((own, *others), 6)
+    await heard(keeper, *first)
+    assert keeper.status
+    assert (keeper.status["gateways"], keeper.status["enterprises"], keeper.status["has_this"]) == (PER_PART, 1, False)
+    await heard(keeper, second[1])
+    assert changes == [PER_PART]  # not whole yet
+    await heard(keeper, second[0], *first, *second)
+    assert changes == noted(shop) == [PER_PART, PER_PART + 1]
+    assert keeper.status["has_this"]
+    # After a restart it holds, and an older one that is said again changes nothing.
+    again = Keeper(shop, lambda: changes.append(0))
+    assert again.status == keeper.status
+    await heard(again, *first, *second)
+    assert len(changes) == 2
+    # By the same key in another enterprise it would be another gateway.
+    await heard(again, *said((Member("borealis", shop.signer.public_key, None),), 7))
+    assert again.status
+    assert (again.status["gateways"], again.status["has_this"]) == (1, False)
+    # What a federation with another key said is forgotten with it.
+    with shop.state.transaction():
+        shop.state.pin("press", bytes(32), "configured")
+    assert Keeper(shop, lambda: None).status is None
+
+
+async def test_rosters_that_nobody_of_the_federation_said(shop: Shop) -> None:
+    keeper = Keeper(shop, lambda: None)
+    ((_, good),) = said(members(2), 5)
+    data = good.payload
+    flipped = (data[:i] + bytes([data[i] ^ 1 << bit]) + data[i + 1 :] for i in range(len(data)) for bit in range(8))
+    for bad in (*flipped, *(data[:i] for i in range(1, len(data))), data + b"x", bytes(m.MAX_PAYLOAD + 1)):
+        with pytest.raises(PeerError):
+            keeper.hear(0, Inbound(TOPIC, bad, retain=True, qos=1, mid=1))
+    ((_, strange),) = said(members(2), 5, Signer.generate())
+    elsewhere = Inbound(topics.RosterOf("press", 1).topic, data, retain=True, qos=1, mid=1)
+    for number, inbound in ((0, strange), (1, elsewhere)):
+        with pytest.raises(PeerError, match="signature"):
+            keeper.hear(number, inbound)
+    keeper.hear(0, Inbound(TOPIC, b"", retain=True, qos=1, mid=1))
+    assert (shop.roster, noted(shop)) == (None, [])
+
+
+async def test_a_roster_that_the_disk_does_not_take_holds_until_it_comes_again(
+    shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    keeper = Keeper(shop, lambda: None)
+    shop.state._db.execute("PRAGMA query_only = ON")
+    await heard(keeper, *said(members(2), 5))
+    assert shop.rules("wear").members == 2
+    assert "the roster can't be stored" in caplog.text
+    shop.state._db.execute("PRAGMA query_only = OFF")
+    again = Keeper(shop, lambda: None)
+    assert again.status is None
+    await heard(again, *said(members(2), 5))
+    assert noted(shop) == [2]
+
+
+# -- both, as processes --------------------------------------------------------------------------------------------
+
+
+def gateway_files(folder: Path, root: str, url: str) -> tuple[Path, str]:
+    folder.mkdir()
+    (folder / "plc.csv").write_text("tag,address\na,a\n")
+    (folder / "plc.data.csv").write_text("a\n1\n")
+    file, path = folder / "gateway.toml", f"{root}/lyon/press/line4/cell2"
+    file.write_text(
+        f'[gateway]\npath = "{path}"\n[mqtt]\nurl = "{url}"\n'
+        '[[source]]\nname = "plc"\ndriver = "replay"\nurl = "plc.data.csv"\ntags = "plc.csv"\n'
+        '[task.wear]\nsignals = { T = "plc/a" }\ntarget = "plc/a"\n[policy]\nmin_gateways = 2\n'
+    )
+    return file, path
+
+
+async def test_gateways_go_by_the_roster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    roots = "acme", "borealis"
+    with BrokerProcess("amqtt") as broker:
+        plant = Federation(tmp_path, broker.url, min_gateways=2, join="enrolled")
+        plant.config.write_text(plant.config.read_text().replace('["acme"]', '["acme", "borealis"]'))
+        states, paths, children = [tmp_path / root / "state" for root in roots], list[str](), []
+
+        def status(i: int) -> Any:
+            return read_status(states[i]) or {}
+
+        def roster(i: int) -> tuple[int, int, bool]:
+            held = status(i).get("roster") or {}
+            return held.get("gateways", -1), held.get("enterprises", -1), held.get("has_this", False)
+
+        def answer() -> tuple[str, str]:
+            known = plant.status()["tasks"]["wear"]["gateways"].get(paths[0], {})
+            return known.get("verdict"), known.get("code")
+
+        def shown(i: int) -> str:
+            main(["edge", "status", "--state", str(states[i])])
+            return capsys.readouterr().out
+
+        async with plant.service():
+            try:
+                for root, state in zip(roots, states, strict=True):
+                    file, path = gateway_files(tmp_path / root, root, broker.url)
+                    paths.append(path)
+                    command = [sys.executable, "-m", "edge.cli", "edge", "run", "-c", str(file), "--state", str(state)]
+                    children.append(await asyncio.create_subprocess_exec(*command))
+                await until(lambda: roster(0) == roster(1) == (0, 0, False))
+                key = status(1)["public_key"]
+                line = (
+                    "the federation does not know this gateway: ask the operator to enrol it: tundish broker enrol -c"
+                )
+                assert f"{line} federation.toml --path {paths[1]} --key {key}" in shown(1)
+                for i in range(2):
+                    await operator(plant, "--path", paths[i], "--key", status(i)["public_key"])
+                await until(lambda: roster(0) == roster(1) == (2, 2, True))
+                assert "roster   2 gateways of 2 enterprises" in shown(0)
+                assert "ENROL" not in shown(0)
+                await until(lambda: answer()[0] == "joined")
+                await operator(plant, "--path", paths[1], "--revoke")
+                await until(lambda: answer() == ("declined", "roster"))
+                await until(lambda: roster(1) == (1, 1, False))
+                await operator(plant, "--path", paths[1], "--key", key)
+                await until(lambda: answer()[0] == "joined")
+                with closing(Journal(plant.state)) as journal:
+                    await until(lambda: all(known for _, _, known in journal.members()))
+                    keys = {path: known for path, _, known in journal.members()}
+                for i, state in enumerate(states):
+                    with closing(State(state)) as held:
+                        assert own_agreement_key(held) == keys[paths[i]]
+            finally:
+                for child in children:
+                    child.terminate()
+                    await child.wait()
