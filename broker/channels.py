@@ -41,7 +41,10 @@ class Custom(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Released:
-    """A release for one task and channel, as verified metadata says it: `size` bytes of weights with this SHA-256."""
+    """A release for one task and channel, as verified metadata says it: `size` bytes of weights with this SHA-256.
+
+    `key` is the id of the online key that signed; under another one, numbers of releases begin anew.
+    """
 
     channel: Channel
     release: int
@@ -49,6 +52,7 @@ class Released:
     model: str
     size: int
     digest: bytes
+    key: str
 
 
 def check_name(name: str) -> None:

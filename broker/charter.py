@@ -190,18 +190,24 @@ class Charters:
     """
 
     def __init__(self, named: Named | None, journal: "Journal", time_ms: int) -> None:
-        """Take up what the ledger says; where another charter is in force than before, note that there."""
+        """Take up what the ledger says; it writes nothing."""
         self.named, self._journal, self._time_ms = named, journal, time_ms
         self._said: dict[str, dict[str, Any]] = {
             body["path"]: body for body in bodies(journal.ledger_lines(), ACCEPTANCE)
         }
         before = list(bodies(journal.ledger_lines(), CHARTER))
         self._silent = named is None and not before
-        if self.digest.hex() != (before[-1]["digest"] if before else ""):
-            title = named.charter.title if named else ""
-            log.warning("charter from now on: %s %s", self.digest.hex() or "none", title)
-            with journal.transaction():
-                journal.note(time_ms, CHARTER, {"digest": self.digest.hex(), "title": title})
+        self.in_force = self.digest.hex() == (before[-1]["digest"] if before else "")
+
+    def enter(self) -> None:
+        """Put it in force: where the ledger has another charter, or none, note that there."""
+        if self.in_force:
+            return
+        title = self.named.charter.title if self.named else ""
+        log.warning("charter from now on: %s %s", self.digest.hex() or "none", title)
+        with self._journal.transaction():
+            self._journal.note(self._time_ms, CHARTER, {"digest": self.digest.hex(), "title": title})
+        self.in_force = True
 
     @property
     def digest(self) -> bytes:
@@ -216,15 +222,20 @@ class Charters:
         text = self.named.text if self.named else ""
         return topic, signer.seal(CharterText(VERSION, text, self._time_ms), topic)
 
-    def take(self, path: str, key: bytes, word: Acceptance, now_ms: int) -> None:
-        """Note a gateway's verified word, once; inside of a transaction."""
+    def hear(self, path: str, key: bytes, word: Acceptance) -> dict[str, Any] | None:
+        """Go by a gateway's verified word from now on; return what the ledger says of it, None for nothing new."""
         body = {"path": path, "key": key.hex(), "digest": word.digest.hex(), "said_ms": word.time_ms}
         before = self._said.get(path)
         if before and before["key"] == body["key"] and before["said_ms"] >= word.time_ms:
-            return  # said again, or what held before
+            return None  # said again, or what held before
         self._said[path] = body
-        self._journal.note(now_ms, ACCEPTANCE, body)
-        log.info("%s accepts %s", path, f"charter {body['digest']}" if word.digest else "no charter")
+        return body
+
+    def take(self, path: str, key: bytes, word: Acceptance, now_ms: int) -> None:
+        """Note a gateway's verified word, once; inside of a transaction."""
+        if body := self.hear(path, key, word):
+            self._journal.note(now_ms, ACCEPTANCE, body)
+            log.info("%s accepts %s", path, f"charter {body['digest']}" if word.digest else "no charter")
 
     def covers(self, path: str, key: bytes | None) -> bool:
         """Whether a gateway with this key may take part: no charter is in force, or it has accepted that one."""

@@ -82,6 +82,8 @@ def _add_release(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     give.add_argument("--version", type=int, metavar="V", help="version (the canaries', else the newest that is kept)")
     give.add_argument("--to", choices=("canary", "stable"), help="who gets it")
     give.add_argument("--new-key", type=Path, metavar="FILE", help="instead: make a key that may release to all")
+    text = "instead: sign by another online key, where the one before was stolen or its journal restored"
+    give.add_argument("--new-online-key", action="store_true", help=text)
     example = "-c federation.toml --task spindle-wear --key /media/stick/release.key"
     text = "give gateways an earlier model again"
     back = _command(subparsers, "rollback", _module("release_command", "rollback"), text, example)

@@ -88,6 +88,16 @@ class Database:
             return row
 
 
+def ledger_lines(folder: Path) -> list[str]:
+    """The ledger of an aggregator with its state in a folder, which may be running; LocalError if it can't be read."""
+    path = folder / "journal.db"
+    with (
+        blame_disk(path),
+        contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=10)) as db,
+    ):
+        return [line for (line,) in db.execute("SELECT line FROM ledger ORDER BY seq")]
+
+
 @contextlib.contextmanager
 def blame_disk(path: Path) -> Iterator[None]:
     """Turn what the disk or SQLite refuses into LocalError."""

@@ -139,24 +139,27 @@ class Downlink:
         self.put_chunks(task, 0, GRAPH, row.graph)
         self.put(self._terms_topic(task), self.terms(task, row))
 
-    def put_model(self, task: str, row: TaskRow, offer: Offer, *, new: bool) -> None:
-        """Put the way to a version, all of it, or (`new`) what the version before did not have; then its manifest."""
+    def put_model(self, task: str, row: TaskRow, offer: Offer, *, new: bool, released: bool = False) -> None:
+        """Put the way to a version, all of it, or (`new`) what the version before did not have; then its manifest.
+
+        `released` says that gateways are to score with releases alone, and with this one only if it becomes one.
+        """
         for (version, name), data in offer.objects().items():
             if not new or version == offer.newest.version:
                 self.put_chunks(task, version, name, data)
-        self.put(topics.Manifest(self._federation, task).topic, self.manifest(task, row, offer))
+        self.put(topics.Manifest(self._federation, task).topic, self.manifest(task, row, offer, released=released))
 
-    def clear(self, task: str, gone: Objects) -> None:
-        """Clear what no manifest leads to any more."""
-        for (version, name), data in gone.items():
-            for i in range(len(_pieces(data))):
+    def clear(self, task: str, gone: Mapping[tuple[int, str], int]) -> None:
+        """Clear what no manifest leads to any more: (version, name) -> bytes."""
+        for (version, name), size in gone.items():
+            for i in range(-(-size // CHUNK_BYTES)):
                 self.put(topics.Chunk(self._federation, task, version, f"{name}{i}").topic, b"")
 
     def put_release(self, task: str, row: TaskRow, model: ModelRow, channel: str) -> None:
         """Put a released version, whole, and its channel's manifest."""
         self.put_chunks(task, model.version, WEIGHTS, model.weights)
         topic = topics.Manifest(self._federation, task, channel).topic
-        self.put(topic, self.manifest(task, row, Offer(model, model, ()), channel))
+        self.put(topic, self.manifest(task, row, Offer(model, model, ()), channel, released=True))
 
     def put_metadata(self, files: Mapping[str, bytes]) -> None:
         """Put the metadata of releases; what says which of the others hold together goes last."""
@@ -166,7 +169,7 @@ class Downlink:
             self.put(topics.ReleaseFile(self._federation, name).topic, files[name])
         self.put(topics.ReleaseFile(self._federation, "timestamp").topic, files["timestamp"])
 
-    def manifest(self, task: str, row: TaskRow, offer: Offer, of: str = "manifest") -> bytes:
+    def manifest(self, task: str, row: TaskRow, offer: Offer, of: str = "manifest", *, released: bool = False) -> bytes:
         """Seal the manifest of a version: the newest one, or that of a channel."""
         model = offer.newest
         manifest = ModelManifest(
@@ -180,6 +183,7 @@ class Downlink:
             digest=model.digest,
             whole=Whole(offer.whole.version, _digests(offer.whole.weights)),
             steps=tuple(hashlib.sha256(step).digest()[:STEP_DIGEST] for step in offer.steps),
+            released=released,
         )
         return self._signer.seal(manifest, topics.Manifest(self._federation, task, of).topic)
 

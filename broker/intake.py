@@ -148,13 +148,15 @@ class Intake:
         raise PeerError("topic", f"{inbound.topic} is not for the aggregator")
 
     def read_filed(self, inbound: Inbound, now_ms: int) -> Heard:
-        """The same for a message that came by file; it writes nothing. PeerError also for all but updates and votes.
+        """The same for a message that came by file; it writes nothing. PeerError for all but those that may.
 
-        Births, deaths and answers say who is there now; an old copy of one would say it of a gateway that is not.
+        Births, deaths and answers say who is there now; an old copy of one would say it of a gateway that is not. An
+        acceptance says when it was given: an old copy of one changes nothing.
         """
         topic = topics.parse(inbound.topic)
-        if not isinstance(topic, topics.Uplink) or topic.what not in _BY_FILE:
-            raise PeerError("topic", f"{inbound.topic}: only updates and votes come by file")
+        of_task = isinstance(topic, topics.Uplink) and topic.what in _BY_FILE
+        if not of_task and not isinstance(topic, topics.Accepted):
+            raise PeerError("topic", f"{inbound.topic}: only updates, votes and acceptances come by file")
         return self.read(inbound, now_ms)
 
     def _status(self, path: topics.GatewayPath, inbound: Inbound, now_ms: int) -> Heard:

@@ -5,14 +5,10 @@ for. The folder is 0700 and the file 0600, because the aggregator's private key 
 1970 UTC; digests are SHA-256.
 """
 
-import contextlib
-import sqlite3
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from broker import ledger
-from broker.database import blame_disk
 from broker.members import Members
 from broker.round import STALEST
 
@@ -86,16 +82,6 @@ class TaskRow(NamedTuple):
     graph: bytes
     graph_size: int
     graph_digest: bytes
-
-
-def ledger_lines(folder: Path) -> list[str]:
-    """The ledger of an aggregator with its state in a folder, which may be running; LocalError if it can't be read."""
-    path = folder / "journal.db"
-    with (
-        blame_disk(path),
-        contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=10)) as db,
-    ):
-        return [line for (line,) in db.execute("SELECT line FROM ledger ORDER BY seq")]
 
 
 class Journal(Members):
@@ -308,6 +294,11 @@ class Journal(Members):
     def add_release(self, task: str, row: ReleaseRow) -> None:
         """Keep a release."""
         self._do("INSERT INTO releases VALUES (?, ?, ?, ?)", task, *row)
+
+    def released_bytes(self, task: str) -> dict[int, int]:
+        """Version -> bytes of its weights, of all that ever were released."""
+        query = "SELECT version, length(weights) FROM models WHERE task = ? AND version IN "
+        return dict(self._rows(f"{query} (SELECT version FROM releases WHERE task = ?)", task, task))
 
     def releasable(self, task: str) -> list[int]:
         """Versions that may be released, newest first: learnt, still there, and not voted down or being voted on."""

@@ -29,6 +29,12 @@ class Members(Database):
             self._do("INSERT OR IGNORE INTO keys VALUES (?, ?)", name, Signer.generate().to_bytes())
         return self.signer(name)
 
+    def replace_signer(self, name: str) -> Signer:
+        """Make another key in the place of one that is the aggregator's; it belongs into a transaction."""
+        made = Signer.generate()
+        self._do("INSERT OR REPLACE INTO keys VALUES (?, ?)", name, made.to_bytes())
+        return made
+
     def roster(self) -> dict[str, bytes]:
         """Gateway path -> raw Ed25519 public key (32 bytes)."""
         return dict(self._rows("SELECT path, public_key FROM roster"))

@@ -7,7 +7,6 @@ not verify. Unknown types, versions, fields and lengths are refused, and so is a
 Times are integer milliseconds since 1970-01-01 UTC on the sender's clock; digests are SHA-256 (32 bytes).
 """
 
-import io
 from typing import Annotated, Literal, TypeVar
 
 import cbor2
@@ -17,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cwt.exceptions import CWTError
 
+from broker.cose import read_plain, take_apart
 from models.errors import PeerError
 
 MAX_PAYLOAD = 256 * 1024
@@ -28,15 +28,6 @@ TERMS, GRAPH, WEIGHTS, STEP = "terms", "graph", "weights", "step"
 # Versions that a manifest leads on from: a gateway that missed more rounds takes the whole model.
 MAX_STEPS = 8
 STEP_DIGEST = 8
-# Tag 18, an array of four: the protected header {1: -8} (EdDSA) as bytes, an empty unprotected one, then the payload …
-_HEAD = bytes.fromhex("d28443a10127a0")
-# … and the signature, 64 bytes.
-_SIGNATURE_HEAD = bytes.fromhex("5840")
-_SIGNATURE_BYTES = 64
-# The terms of the largest layout have fewer CBOR items than this.
-_MAX_ITEMS = 65_536
-_BYTES, _TEXT, _MAP, _TAG = 2, 3, 5, 6  # CBOR's major types
-_ONE_BYTE, _EIGHT_BYTES, _INDEFINITE = 24, 27, 31  # additional information: how the argument follows
 
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 StepDigest = Annotated[bytes, msgspec.Meta(min_length=STEP_DIGEST, max_length=STEP_DIGEST)]
@@ -91,8 +82,8 @@ class Answer(Message, frozen=True, tag="answer"):
 class Update(Message, frozen=True, tag="update"):
     """What a gateway learnt in a round: a codec payload, its weight in the mean, and metrics on its own holdout.
 
-    `metric` is the trained model's, `base_loss` the mean loss of the round's base; None without a holdout.
-    `quarters` is the gateway's width (`models.width`), in quarters of the net: the payload is of that part.
+    `metric` is the trained model's, `base_loss` the mean loss of the round's base; None without a holdout. `quarters`
+    is the gateway's width (`models.width`), in quarters of the net; `quality` the share of good values in its windows.
     """
 
     round: Count
@@ -102,6 +93,7 @@ class Update(Message, frozen=True, tag="update"):
     payload: Annotated[bytes, msgspec.Meta(max_length=MAX_PAYLOAD)]
     base_loss: Real | None = None
     quarters: Annotated[int, msgspec.Meta(ge=1, le=4)] = 4
+    quality: Share = 1_000_000
 
 
 class Vote(Message, frozen=True, tag="vote"):
@@ -206,7 +198,7 @@ class ModelManifest(Message, frozen=True, tag="manifest"):
     order. There are two ways to them: from `whole`, or from a version held already, by the `steps` that lead to
     `version`, newest first: each the first `STEP_DIGEST` bytes of the SHA-256 of `model/{its version}/step0`, a codec
     payload to add to the version before (`broker.steps`). Short, since they only tell pieces apart; `digest` proves
-    the whole. `gateways` and `samples` say how many the round that made it counted.
+    the whole. `gateways` and `samples` say how many the round that made it counted; `released` that there are releases.
     """
 
     version: Count
@@ -218,6 +210,7 @@ class ModelManifest(Message, frozen=True, tag="manifest"):
     digest: Digest
     whole: Whole
     steps: Annotated[tuple[StepDigest, ...], msgspec.Meta(max_length=MAX_STEPS)] = ()
+    released: bool = False
 
 
 class FirstRoot(Message, frozen=True, tag="first-root"):
@@ -295,7 +288,7 @@ class Signer:
 
     def seal(self, message: Message, topic: str) -> bytes:
         """Sign a message for one topic; ValueError if the result is larger than a payload may be."""
-        payload = cbor2.dumps(msgspec.to_builtins(message, builtin_types=(bytes,)))
+        payload = cbor2.dumps(_fields(message))
         envelope: bytes = self._encoder.encode(payload, self._cose, external_aad=topic.encode())
         if len(envelope) > MAX_PAYLOAD:
             raise ValueError(f"message of {len(envelope)} bytes, at most {MAX_PAYLOAD} may be sent")
@@ -308,7 +301,7 @@ def open_envelope(data: bytes, topic: str, public_key: bytes, type_: type[M]) ->
     PeerError reasons: `size`, `envelope` (not a COSE_Sign1 of ours), `signature`, `schema` (signed, but not a
     message of this type and version).
     """
-    _, payload = _take_apart(data)
+    _, payload = take_apart(data, MAX_PAYLOAD)
     key = cwt.COSEKey.new({1: 1, 3: -8, -1: 6, -2: public_key})
     try:
         cwt.COSE.new().decode(data, key, external_aad=topic.encode())
@@ -319,81 +312,21 @@ def open_envelope(data: bytes, topic: str, public_key: bytes, type_: type[M]) ->
 
 def peek(data: bytes, type_: type[M]) -> M:
     """Decode an envelope WITHOUT verifying it: only to learn the key that a first birth offers."""
-    return _typed(_take_apart(data)[1], type_)
+    return _typed(take_apart(data, MAX_PAYLOAD)[1], type_)
 
 
-def _take_apart(data: bytes) -> tuple[bytes, bytes]:
-    """Return (signature, payload) of an envelope that has our exact shape and nothing after it.
-
-    Done by hand: a CBOR library does much more than this shape asks for, and nobody has signed these bytes yet.
-    """
-    if len(data) > MAX_PAYLOAD:
-        raise PeerError("size", f"{len(data)} bytes, at most {MAX_PAYLOAD}")
-    end = len(data) - _SIGNATURE_BYTES
-    middle = end - len(_SIGNATURE_HEAD)
-    if data.startswith(_HEAD) and data[max(0, middle) : max(0, end)] == _SIGNATURE_HEAD:
-        major, info, length, start = _item(data, len(_HEAD), "envelope")
-        if major == _BYTES and info != _INDEFINITE and length == middle - start:
-            return data[end:], data[start:middle]
-    raise PeerError("envelope", "not a COSE_Sign1 with EdDSA and no further header")
-
-
-def _item(data: bytes, at: int, reason: str) -> tuple[int, int, int, int]:
-    """Read the head of the CBOR item at `at`: (major type, additional information, argument, where it ends)."""
-    if at >= len(data):
-        raise PeerError(reason, "not CBOR: it ends too early")
-    major, info = data[at] >> 5, data[at] & 31
-    at += 1
-    if info < _ONE_BYTE:
-        return major, info, info, at
-    if info == _INDEFINITE:
-        return major, info, 0, at
-    if info > _EIGHT_BYTES:
-        raise PeerError(reason, "not CBOR: a reserved length")
-    end = at + (1 << info - _ONE_BYTE)
-    if end > len(data):
-        raise PeerError(reason, "not CBOR: it ends too early")
-    return major, info, int.from_bytes(data[at:end]), end
-
-
-def _check_plain(data: bytes, reason: str) -> None:
-    """Refuse tags, which make a decoder compute (dates, big numbers, patterns), and maps: no message has either.
-
-    The items of CBOR stand one after the other however they nest, so one loop sees each of them.
-    """
-    at = 0
-    for _ in range(_MAX_ITEMS):
-        if at == len(data):
-            return
-        major, _info, argument, at = _item(data, at, reason)
-        if major in {_MAP, _TAG}:
-            raise PeerError(reason, "a tag or a map, which no message has")
-        if major in {_BYTES, _TEXT}:
-            at += argument
-    raise PeerError(reason, f"more than {_MAX_ITEMS} CBOR items")
-
-
-def _cbor(data: bytes, reason: str) -> object:
-    _check_plain(data, reason)
-    stream = io.BytesIO(data)
-    try:
-        value: object = cbor2.CBORDecoder(stream).decode()
-    except (
-        cbor2.CBORDecodeError,
-        ValueError,
-        OverflowError,
-        TypeError,
-        RecursionError,
-        MemoryError,
-    ) as error:
-        raise PeerError(reason, f"not CBOR: {type(error).__name__}") from error
-    if stream.tell() != len(data):
-        raise PeerError(reason, f"{len(data) - stream.tell()} bytes follow it")
-    return value
+def _fields(message: Message) -> list[object]:
+    """Without the last ones that have their defaults: a peer that doesn't know them yet reads the others."""
+    fields: list[object] = msgspec.to_builtins(message, builtin_types=(bytes,))
+    for default in reversed(type(message).__struct_defaults__):
+        if fields[-1] != msgspec.to_builtins(default):
+            break
+        fields.pop()
+    return fields
 
 
 def _typed(payload: bytes, type_: type[M]) -> M:
     try:
-        return msgspec.convert(_cbor(payload, "schema"), type_, strict=True)
+        return msgspec.convert(read_plain(payload, "schema"), type_, strict=True)
     except msgspec.ValidationError as error:
         raise PeerError("schema", f"{type_.__name__}: {error}"[:300]) from error

@@ -27,14 +27,15 @@ def put_model(
     try:
         if not new:
             downlink.put_terms(name, job.row)
-        downlink.put_model(name, job.row, now, new=new)
+        # Whoever withholds the metadata of releases must not make gateways score as if there were none.
+        downlink.put_model(name, job.row, now, new=new, released="timestamp" in journal.metadata())
     except ValueError as error:
         remedy = "shorten the task, or use a net with fewer arrays"
         raise UserError(name, 0, "", f"its terms do not fit: {error}", remedy) from error
     # Whoever fetches the version before may still end that; what only an older one led to goes.
     last, older = (offer.objects() if offer else {} for offer in before)
     kept = now.objects().keys() | last.keys() | retained
-    downlink.clear(name, {key: data for key, data in older.items() if key not in kept})
+    downlink.clear(name, {key: len(data) for key, data in older.items() if key not in kept})
 
 
 def put_plan(downlink: Downlink, job: Job, charter: bytes) -> None:

@@ -34,6 +34,7 @@ from tuf.api.serialization.json import JSONSerializer
 from broker.channels import CHANNELS, MAX_METADATA, MAX_ROOTS, Channel, target_of
 from broker.config import ReleaseTable
 from broker.journal import Journal
+from broker.messages import Signer
 from broker.pki import write_file
 from models.errors import LocalError, UserError
 
@@ -81,7 +82,7 @@ class Repository:
     ) -> None:
         self._journal, self._table, self._signers = journal, table, signers
         self._now = datetime.fromtimestamp(now_ms // 1000, UTC)
-        self._online = CryptoSigner(Ed25519PrivateKey.from_private_bytes(journal.signer(_ONLINE).to_bytes()))
+        self._online = _signer(journal.signer(_ONLINE))
         self._keys = [SSlibKey.from_crypto(Ed25519PublicKey.from_public_bytes(bytes.fromhex(k))) for k in table.keys]
 
     def prepare(self) -> None:
@@ -108,6 +109,20 @@ class Repository:
         now.targets = others | dict(files)
         self._put(channel, now, self._signers_of(channel), delegator)
         self.freshen(changed=True)
+
+    def renew(self) -> str:
+        """Let a new online key, whose public part is returned in hex, sign by a new root; LocalError where none is.
+
+        Gateways then forget what they knew by the one before (TUF 5.3.11): whoever had it may have signed the highest
+        versions there are, and a journal that was restored counts lower than it did.
+        """
+        if self._root() is None:
+            raise LocalError("nothing is released yet, so no gateway knows an online key; release a model first")
+        made = self._journal.replace_signer(_ONLINE)
+        self._online = _signer(made)
+        self.prepare()
+        self.freshen(changed=True)
+        return made.public_key.hex()
 
     def freshen(self, *, changed: bool = False) -> bool:
         """Make what the online key signs anew where it ages, or `changed`; say whether anything was."""
@@ -204,6 +219,10 @@ class Repository:
             raise UserError("federation.toml", 0, "release.canary", problem, "name fewer gateways")
         self._journal.put_metadata(f"root{signed.version}" if name == "root" else name, data)
         return signed
+
+
+def _signer(key: Signer) -> CryptoSigner:
+    return CryptoSigner(Ed25519PrivateKey.from_private_bytes(key.to_bytes()))
 
 
 def _number(root: str) -> int:

@@ -2,8 +2,9 @@
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,45 +23,53 @@ _FLOAT = 4
 
 
 def release(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
-    """Give a model to the canary gateways, or to all; or make a key."""
+    """Give a model to the canary gateways, or to all; or make a key, or another online one."""
     if args.new_key is not None:
         key = new_key(args.new_key)
         print(f'{args.new_key} is made; keep it offline. [release] of federation.toml: keys = ["{key}"]')
         return 0
+    if args.new_online_key:
+        return _renew(args, config, state)
     if args.to is None:
         raise UserError("--to", 0, "", "missing", "write --to canary or --to stable")
+    task = _task(args.task, config)
     with closing(Journal(state)) as journal:
-        task = _task(args.task, config)
-        rows, may = journal.releases(task), journal.releasable(task)
-        version = args.version
-        if version is None:
-            # What the canaries have proven comes first.
-            tried = [row.version for row in rows if row.channel == "canary"] if args.to == "stable" else []
-            version = next(iter(tried or may), None)
-        if version is None:
-            raise LocalError(f"no model of {task} may be released yet: none is learnt, and kept by a vote")
-        if version not in may:
-            some = ", ".join(map(str, may[:5])) or "none"
-            raise UserError("--version", 0, "", f"{version} can't be released", f"newest that can be: {some}")
-        return _release(journal, config, task, args.to, version, args.key)
+        return _release(
+            journal, config, task, args.to, partial(_newest, journal, task, args.to, args.version), args.key
+        )
+
+
+def _newest(journal: Journal, task: str, channel: Channel, version: int | None) -> int:
+    rows, may = journal.releases(task), journal.releasable(task)
+    if version is None:
+        # What the canaries have proven comes first.
+        tried = [row.version for row in rows if row.channel == "canary"] if channel == "stable" else []
+        version = next(iter(tried or may), None)
+    if version is None:
+        raise LocalError(f"no model of {task} may be released yet: none is learnt, and kept by a vote")
+    if version not in may:
+        some = ", ".join(map(str, may[:5])) or "none"
+        raise UserError("--version", 0, "", f"{version} can't be released", f"newest that can be: {some}")
+    return version
 
 
 def rollback(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     """Give gateways an earlier model again, by a higher release."""
+    task, channel = _task(args.task, config), args.channel
     with closing(Journal(state)) as journal:
-        task = _task(args.task, config)
-        of = [row.version for row in journal.releases(task) if row.channel == args.channel]
-        if not of:
-            raise UserError(
-                "--task", 0, "", f"nothing of {task} is released to {args.channel}", "release a model first"
-            )
-        version = args.to
-        if version is None:
-            version = max((one for one in of if one < of[0]), default=None)
-        if version is None or version not in of:
-            problem = "nothing older was released" if version is None else f"{version} was not released"
-            raise UserError("--to", 0, "", problem, f"released were: {sorted(set(of))}")
-        return _release(journal, config, task, args.channel, version, args.key)
+        return _release(journal, config, task, channel, partial(_earlier, journal, task, channel, args.to), args.key)
+
+
+def _earlier(journal: Journal, task: str, channel: Channel, version: int | None) -> int:
+    of = [row.version for row in journal.releases(task) if row.channel == channel]
+    if not of:
+        raise UserError("--task", 0, "", f"nothing of {task} is released to {channel}", "release a model first")
+    if version is None:
+        version = max((one for one in of if one < of[0]), default=None)
+    if version is None or version not in of:
+        problem = "nothing older was released" if version is None else f"{version} was not released"
+        raise UserError("--to", 0, "", problem, f"released were: {sorted(set(of))}")
+    return version
 
 
 def _task(name: str | None, config: FederationConfig) -> str:
@@ -72,21 +81,44 @@ def _task(name: str | None, config: FederationConfig) -> str:
     return name
 
 
-def _release(
-    journal: Journal, config: FederationConfig, task: str, channel: Channel, version: int, keys: Sequence[Path]
-) -> int:
-    table, model, row = config.release, journal.model(task, version), journal.task(task)
-    if table is None:
+def _renew(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
+    if (args.to, args.version, args.task) != (None, None, None):
+        raise UserError("--new-online-key", 0, "", "is for all tasks", "leave out --to, --version and --task")
+    now_ms = time.time_ns() // 1_000_000
+    with closing(Journal(state)) as journal:
+        repository = Repository(journal, _table(config), now_ms, [load_key(path) for path in args.key])
+        with journal.transaction():
+            key = repository.renew()
+            journal.note(now_ms, "release-key", {"key": key})
+    print(f"the online key is {key} from now on; gateways that have the new root take nothing from the one before")
+    return 0
+
+
+def _table(config: FederationConfig) -> ReleaseTable:
+    if config.release is None:
         remedy = "add it, with keys from tundish broker release --new-key FILE"
         raise UserError("federation.toml", 0, "release", "missing", remedy)
+    return config.release
+
+
+def _release(
+    journal: Journal,
+    config: FederationConfig,
+    task: str,
+    channel: Channel,
+    choose: Callable[[], int],
+    keys: Sequence[Path],
+) -> int:
+    table = _table(config)
     if channel == "canary" and not table.canary:
         raise UserError("federation.toml", 0, "release.canary", "names no gateway", "write their paths")
-    if model is None or row is None:
-        raise LocalError(f"{journal.path}: version {version} of {task} is missing; restore a backup")
     now_ms = time.time_ns() // 1_000_000
     repository = Repository(journal, table, now_ms, [load_key(path) for path in keys])
     with journal.transaction():
-        rows = journal.releases(task)
+        version = choose()  # in here, as a running aggregator may end a vote
+        rows, model, row = journal.releases(task), journal.model(task, version), journal.task(task)
+        if model is None or row is None:
+            raise LocalError(f"{journal.path}: version {version} of {task} is missing; restore a backup")
         number = rows[0].release + 1 if rows else 1
         layout = Layout.from_json(row.layout)
         digest = model_digest(parse_task(row.text, task), layout, row.graph_digest)

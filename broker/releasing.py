@@ -5,10 +5,11 @@ from collections.abc import Mapping
 
 from broker.channels import CHANNELS
 from broker.config import ReleaseTable
-from broker.downlink import Downlink
+from broker.downlink import Downlink, Offer
 from broker.job import Job
 from broker.journal import Journal
 from broker.messages import WEIGHTS
+from broker.publish import put_model
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,20 @@ class Releasing:
                 model = None if version is None else self._journal.model(name, version)
                 if model is not None:
                     self._downlink.put_release(name, job.row, model, channel)
+            put_model(self._downlink, self._journal, job, new=True, retained=self.retained(name))  # now `released`
+            self._clear(job)
         self._downlink.put_metadata(files)
+
+    def _clear(self, job: Job) -> None:
+        """Clear the weights of earlier releases, each time anew: a broker may come back with those that it had."""
+        name, newest = job.task.name, job.model.version
+        kept = self.retained(name)
+        for version in (newest, newest - 1):
+            if offer := Offer.of(self._journal, name, version):
+                kept |= offer.objects().keys()
+        sizes = self._journal.released_bytes(name)
+        gone = {(version, WEIGHTS): size for version, size in sizes.items() if (version, WEIGHTS) not in kept}
+        self._downlink.clear(name, gone)
 
     def status(self, task: str) -> dict[str, dict[str, int]]:
         """Channel -> release and version that it has; plain JSON values."""
@@ -56,9 +70,8 @@ class Releasing:
         from broker.release import Repository  # noqa: PLC0415 - TUF is for federations that release
 
         self._looked_ms = now_ms
-        repository = Repository(self._journal, self._table, now_ms)
-        with self._journal.transaction():
-            changed = repository.freshen()
+        with self._journal.transaction():  # the key too is read in it: another process may replace it
+            changed = Repository(self._journal, self._table, now_ms).freshen()
         if changed:
             log.info("metadata of releases signed anew")
             self.put(jobs)

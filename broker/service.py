@@ -99,6 +99,7 @@ class Service:
         self._releasing = None if table is None else Releasing(self._journal, self._downlink, table)
         self._rosters = Rosters(self._journal, self._downlink)
         self._charters = Charters(self._config.charter, self._journal, self._clock())
+        self._charters.enter()
         wanted = {name: job.wanted for name, job in self._jobs.items()}
         self._intake = intake.Intake(self._config, self._journal, wanted, self._charters.covers)
         for job in self._jobs.values():
@@ -290,8 +291,9 @@ class Service:
         for action in actions:
             if isinstance(action, rounds.Outcome) and action.word == rounds.COUNTED:
                 self._journal.count_update(
-                    heard.task, update.round, heard.path, digest=heard.digest, samples=update.samples,
-                    metric=update.metric, payload=update.payload, base_loss=update.base_loss,
+                    heard.task, update.round, heard.path, digest=heard.digest,
+                    samples=job.task.round.weight(update.samples, update.quality), metric=update.metric,
+                    payload=update.payload, base_loss=update.base_loss,
                     counted_in=job.federation.number, now_ms=now_ms,
                 )  # fmt: skip
         self._act(job, actions, now_ms)

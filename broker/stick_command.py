@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 from broker import intake, stick, topics
+from broker.charter import Charters
 from broker.config import FederationConfig
 from broker.downlink import Downlink
 from broker.job import Job, load_job
@@ -21,7 +22,8 @@ def import_file(args: argparse.Namespace, config: FederationConfig, state: Path)
     """Leave a gateway's messages to the aggregator, and say what it will make of each; 1 if none can be used."""
     with closing(Journal(state)) as journal:
         wanted = {name: job.wanted for name, job in _jobs(journal, config).items()}
-        reader, used = intake.Intake(config, journal, wanted), 0
+        charters = Charters(config.charter, journal, 0)
+        reader, used = intake.Intake(config, journal, wanted, charters.covers), 0
         for topic, payload in stick.read(args.file):
             try:
                 heard = reader.read_filed(Inbound(topic, payload, retain=False, qos=1, mid=0), 0)
@@ -35,6 +37,10 @@ def import_file(args: argparse.Namespace, config: FederationConfig, state: Path)
                     print(f"{path}, {task}: an update of round {update.round}, {len(payload)} bytes")
                 case intake.HeardVote(path, task, vote):
                     print(f"{path}, {task}: a vote {vote.verdict} version {vote.version}")
+                case intake.HeardAcceptance(path, key, word):
+                    what = f"charter {word.digest.hex()}" if word.digest else "no charter"
+                    new = charters.hear(path, key, word)  # what comes after it in the file goes by it
+                    print(f"{path}: accepts {what}{'' if new else ', which changes nothing'}")
             used += not isinstance(heard, intake.Refused)
     stick.leave(state, args.file)
     print("the aggregator takes it within a second, or when it is started; then: tundish broker export")
@@ -42,23 +48,28 @@ def import_file(args: argparse.Namespace, config: FederationConfig, state: Path)
 
 
 def export_file(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
-    """Write what the federation says to a gateway: plans, models, releases, roster, receipts of what came by file."""
+    """Write what the federation says to a gateway: charter, roster, plans, models, releases, receipts of files."""
     try:
         path = topics.GatewayPath.parse(args.path)
     except PeerError as error:
         raise UserError("--path", 0, "", error.detail, "write acme/lyon/press/line4/cell2") from error
     with closing(Journal(state)) as journal:
-        downlink = Downlink(config.name, journal.signer(), 0)
-        jobs = _jobs(journal, config)
+        signer, jobs = journal.signer(), _jobs(journal, config)
+        downlink, now_ms = Downlink(config.name, signer, 0), int(time.time() * 1000)
+        charters = Charters(config.charter, journal, now_ms)
+        if not charters.in_force:
+            raise LocalError("federation.toml has another charter than is in force; restart tundish broker run first")
+        if said := charters.message(config.name, signer):
+            downlink.put(*said)
         for job in jobs.values():
             put_model(downlink, journal, job)
-            put_plan(downlink, job, config.charter.digest if config.charter else b"")
+            put_plan(downlink, job, charters.digest)
         with journal.transaction():
-            Rosters(journal, downlink).refresh(time.time_ns() // 1_000_000)
+            Rosters(journal, downlink).refresh(now_ms)
         if config.release:
             Releasing(journal, downlink, config.release).put(jobs)
-        said = [(topic, payload) for topic, payload in downlink.waiting if payload]
-        messages = said + journal.receipts(str(path))
+        retained = [(topic, payload) for topic, payload in downlink.waiting if payload]
+        messages = retained + journal.receipts(str(path))
     count = stick.write(args.file, messages)
     print(f"{args.file} is for the gateway of {path}: tundish edge import {args.file.name} -c gateway.toml")
     print(f"{count} messages, {sum(len(payload) for _, payload in messages)} bytes, {time.strftime('%Y-%m-%d %H:%M')}")

@@ -127,7 +127,8 @@ class Agent:
         self.link.start()
         for source in self.config.sources:
             self.sources.start(source)
-        jobs = [asyncio.create_task(job) for job in (self._tick(), self._reload(), self.renewal.run())]
+        works = self._tick(), self._reload(), self.renewal.run(), self.charter.run()
+        jobs = [asyncio.create_task(work) for work in works]
         log.info("gateway %s: %d sources, %d tasks", self.config.path, len(self.config.sources), len(self.runners))
         await self.stopped.wait()
         await asyncio.gather(*(job for job in jobs if job.cancel()), return_exceptions=True)
@@ -140,8 +141,8 @@ class Agent:
         await self.link.stop()
         write_status(self.folder, self.snapshot() | {"running": False, "sources": last["sources"]})
         self.samples.close()
-        with self.state.transaction():
-            self.state.checkpoint(self.shop.signer)
+        # After what a job that was just cancelled has begun in the state's thread.
+        await self.state.commit(lambda: self.state.checkpoint(self.shop.signer))
         self.state.close()
 
     def stop(self) -> None:
@@ -215,7 +216,7 @@ class Agent:
     def _bound_anew(self) -> None:
         """Let every task's participant look at its plan anew."""
         for runner in self.runners.values():
-            runner.reconfigure(rewire=False)
+            runner.guard("charter", partial(runner.reconfigure, rewire=False))
 
     def _sink(self, samples: Sequence[Sample], /) -> None:
         """Every batch of every driver: to the store's queue, and at once to the windows."""
@@ -338,6 +339,7 @@ class Agent:
                 runner.on_chunk(inbound.topic, inbound.payload)
             case Manifest() if inbound.payload:
                 manifest = m.open_envelope(inbound.payload, inbound.topic, key, m.ModelManifest)
+                self.shop.releases.tell(manifest)
                 runner.on_manifest(manifest, inbound.payload, topic.of)
             case RoundPlan() if inbound.payload:
                 runner.on_plan(m.open_envelope(inbound.payload, inbound.topic, key, m.Plan))

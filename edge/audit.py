@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from broker import journal, ledger
+from broker import database, ledger
 from edge import store
 from models.errors import UserError
 
@@ -115,7 +115,7 @@ def lines_of(place: Path) -> list[str]:
     if (place / "state.db").is_file():
         return store.ledger_lines(place)
     if (place / "journal.db").is_file():
-        return journal.ledger_lines(place)
+        return database.ledger_lines(place)
     remedy = "name the state folder of a gateway or an aggregator, or an exported ledger"
     try:
         with place.open(encoding="utf-8") as file:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from broker import messages as m
+from broker import stick
 from broker.charter import ACCEPTANCE, CHARTER, Acceptance, CharterText, Named, parse_charter
 from broker.link import Inbound
 from broker.topics import Accepted
@@ -23,22 +24,26 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FILE = "charter.toml"
-# Keys of the state, both of the federation that gave the charter.
-_HELD, _SAID = "charter/held", "charter/said"
+# Keys of the state, all of the federation that gave the charter.
+_HELD, _SINCE, SAID = "charter/held", "charter/since", "charter/said"
 _MOST_ENVELOPE = 64 * 1024
+_RETRY_S = 5.0
 
 
 class Keeper:
-    """Keeps `shop.charter`, and says this gateway's word on it. `changed` is called when another charter is here."""
+    """Keeps `shop.charter`, and says this gateway's word on it. `changed` is called when another charter is here.
+
+    `hear` takes the newest, by the time that the aggregator signed; `run` stores it, as often as it takes. What is held
+    is always on the disk, so that a stop in between costs nothing: it is heard again.
+    """
 
     def __init__(self, shop: "Shop", changed: Callable[[], None]) -> None:
         """Take up what an earlier run stored; before the event loop."""
         self._shop, self._changed = shop, changed
         self._topic = Accepted(shop.config.path).topic
-        self._time_ms = -1
-        self._saying = asyncio.Lock()
-        self._keeping: asyncio.Task[None] | None = None
-        self._said = shop.state.get(_SAID) or b""
+        self._heard: tuple[Named | None, int] = None, int(shop.state.get(_SINCE) or -1)
+        self._news, self._saying = asyncio.Event(), asyncio.Lock()
+        self._said = shop.state.get(SAID) or b""
         held = shop.state.get(_HELD)
         shop.charter = parse_charter(held.decode(), FILE) if held else None
 
@@ -53,17 +58,28 @@ class Keeper:
             named = parse_charter(said.text, FILE) if said.text else None
         except UserError as error:
             raise PeerError("charter", str(error)) from error
-        if said.time_ms > self._time_ms:
-            before, self._time_ms = self._keeping, said.time_ms
-            self._keeping = asyncio.get_running_loop().create_task(self._keep(named, before))
+        if said.time_ms > self._heard[1]:
+            self._heard = named, said.time_ms
+            self._news.set()
 
-    async def _keep(self, named: Named | None, before: asyncio.Task[None] | None) -> None:
-        """Store another charter than the one that is held, for people too; then say what this site says of it."""
-        if before:
-            await asyncio.wait([before])
+    async def run(self) -> None:
+        """Say this site's word, without a broker too: it may go by file. Then keep what is heard, until cancelled."""
+        await self.say()
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            if not await self._keep(*self._heard):
+                await asyncio.sleep(_RETRY_S)
+                self._news.set()
+
+    async def _keep(self, named: Named | None, time_ms: int) -> bool:
+        """Store another charter than the one that is held, for people too; then say what this site says of it.
+
+        Return False where the disk refused.
+        """
         state, held = self._shop.state, self._shop.charter
         if (named and named.digest) == (held and held.digest):
-            return
+            return True
         text = named.text if named else ""
         body: dict[str, object] = {
             "digest": named.digest.hex() if named else "", "title": named.charter.title if named else "",
@@ -71,19 +87,20 @@ class Keeper:
 
         def work() -> None:
             state.put(_HELD, text.encode())
+            state.put(_SINCE, str(time_ms).encode())
             state.record(CHARTER, body)
 
         try:
-            await state.commit(work)
-            await asyncio.to_thread((self._shop.folder / FILE).write_bytes, text.encode())
+            await asyncio.to_thread(stick.put, self._shop.folder / FILE, text.encode())
+            await state.commit(work)  # last: what is held is not stored again
         except (LocalError, OSError) as error:
-            self._time_ms = -1  # when it comes again, it is tried again
             log.error("the charter can't be stored: %s", error)
-            return
+            return False
         self._shop.charter = named
         log.warning("charter of the federation: %s %s", body["digest"] or "none", body["title"])
         await self.say()  # first: of who has not accepted it, the aggregator takes no update
         self._changed()
+        return True
 
     async def say(self) -> None:
         """Publish this site's word, once the ledger has it; the same bytes until it changes."""
@@ -101,7 +118,7 @@ class Keeper:
                 }  # fmt: skip
 
                 def work() -> None:
-                    shop.state.put(_SAID, envelope)
+                    shop.state.put(SAID, envelope)
                     shop.state.record(ACCEPTANCE, body)
 
                 try:

@@ -8,6 +8,7 @@ holds one of the versions before fetches the steps since; one that holds nothing
 import asyncio
 import contextlib
 import hashlib
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ MAX_PARAMETERS = 4_000_000
 _FLOAT = 4
 _SLACK = 2
 _PROBE_S = 120.0
+# By the kernel when memory runs out, and by whoever ends a service; what a graph itself does ends by other signals.
+_KILLED = -signal.SIGKILL, -signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,10 @@ class Fetch:
         return b"".join(self._have[name, i] for i in range(count))
 
 
+class EndedError(PeerError):
+    """The first run of a graph did not end by itself, perhaps through no fault of the graph."""
+
+
 async def probe(model: Model, folder: Path) -> None:
     """Run a new graph for the first time, in a child with a memory limit; PeerError("graph") says why it is refused."""
     path = await asyncio.to_thread(_write_probe, model, folder)
@@ -194,9 +201,12 @@ async def probe(model: Model, folder: Path) -> None:
             with contextlib.suppress(ProcessLookupError):
                 child.kill()
     except TimeoutError:
-        raise PeerError("graph", f"its first run took longer than {_PROBE_S:.0f} s") from None
+        # The child's own limit is on processor time, half as long: it had to wait for this machine.
+        raise EndedError("graph", f"its first run took longer than {_PROBE_S:.0f} s") from None
     finally:
         path.unlink(missing_ok=True)
+    if child.returncode in _KILLED:
+        raise EndedError("graph", f"its first run was ended from outside, by signal {-child.returncode}")
     if child.returncode:
         last = errors.decode(errors="replace").strip().rpartition("\n")[2][-200:]
         raise PeerError("graph", last or f"its first run ended with {child.returncode}")

@@ -19,7 +19,8 @@ from broker import admission, stick
 from broker.est import Token, is_token
 from broker.messages import VERSION, Admission, Request, Signer, Vote
 from broker.settings import MqttSettings, endpoint
-from broker.topics import Uplink, segment
+from broker.topics import Accepted, Uplink, segment
+from edge.charter import SAID
 from edge.config import Config
 from edge.store import State
 from models.errors import PeerError, UserError
@@ -109,11 +110,14 @@ def export(args: argparse.Namespace, config: Config, folder: Path) -> int:
 
 
 def export_updates(args: argparse.Namespace, config: Config, folder: Path) -> int:
-    """Write the updates that have no receipt yet and the last votes, as they would go over MQTT."""
+    """Write the word on the charter, the updates that have no receipt yet and the last votes, as MQTT has them."""
     with closing(State(folder)) as state:
         signer = own_signer(state)
         waiting = [out for out in state.outbox() if out.task in config.tasks]
-        messages = [(Uplink(config.path, out.task, "update").topic, out.envelope) for out in waiting]
+        word = state.get(SAID)
+        # First: of who has not accepted the charter, the aggregator takes no update.
+        messages = [(Accepted(config.path).topic, word)] if word else []
+        messages += [(Uplink(config.path, out.task, "update").topic, out.envelope) for out in waiting]
         for task in config.tasks:
             vote = state.get(f"vote/{task}")
             if vote is not None:
@@ -123,7 +127,8 @@ def export_updates(args: argparse.Namespace, config: Config, folder: Path) -> in
         digests = [out.digest.hex() for out in waiting]
         with state.transaction():
             state.record("exported", {"updates": digests, "messages": len(messages)})
-    print(f"{args.updates} is for the operator: {len(digests)} updates, {len(messages) - len(digests)} votes")
+    votes, said = len(messages) - len(digests) - bool(word), ", the word on the charter" if word else ""
+    print(f"{args.updates} is for the operator: {len(digests)} updates, {votes} votes{said}")
     print(f"he runs: tundish broker import -c federation.toml {args.updates.name}")
     return 0
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from broker import messages as m
 from broker.channels import Released, model_digest
-from edge.handback import Fetch, Model, probe
+from edge.handback import EndedError, Fetch, Model, probe
 from edge.memory import Memory
 from edge.scoring import Scoring
 from edge.shop import Shop
@@ -16,11 +16,13 @@ from models.errors import LocalError, PeerError
 
 log = logging.getLogger(__name__)
 
-_NOTHING: tuple[int, Model | None] = 0, None
+# Between two tries: the first time, and in the end.
+_RETRY_S, _LONGEST_S = 5.0, 600.0
+_NOTHING: tuple[int, str, Model | None] = 0, "", None
 
 
 class Installer:
-    """`model` is the released one that is here, of release `number` (0: none).
+    """`model` is the released one that is here, of release `number` (0: none), by metadata of the online key `key`.
 
     `lock` is held while a model is installed, `spawn` runs what need not be waited for.
     """
@@ -34,13 +36,13 @@ class Installer:
         lock: asyncio.Lock,
     ) -> None:
         self._shop, self._memory, self._scoring, self._spawn, self._lock = shop, memory, scoring, spawn, lock
-        self.number, self.model = memory.release() or _NOTHING
+        self.number, self.key, self.model = memory.release() or _NOTHING
         scoring.released = self.model
         self.problem = ""
         self._wanted: Released | None = None
         self._offers: dict[str, tuple[m.ModelManifest, bytes]] = {}
         self._fetch: Fetch | None = None
-        self._underway = 0  # the release that is being installed
+        self._underway: Released | None = None  # what is being installed
 
     @property
     def fetching(self) -> bool:
@@ -64,15 +66,20 @@ class Installer:
         wanted = self._wanted
         if held is None or wanted is None or wanted.channel not in self._offers:
             return
-        if wanted.release < self.number:
-            self.problem = f"release {wanted.release} is older than {self.number}, which is installed and stays"
-        if wanted.release <= self.number or wanted.release == self._underway:
+        same = self.model is not None and self.model.manifest.digest == wanted.digest
+        if wanted.key == self.key and wanted.release <= self.number:
+            if wanted.release < self.number:
+                self.problem = f"release {wanted.release} is older than {self.number}, which is installed and stays"
+            elif not same:
+                self.problem = f"release {wanted.release} is another one than that which is installed and stays"
+            return
+        if wanted == self._underway:
             return
         manifest, envelope = self._offers[wanted.channel]
         if (manifest.version, manifest.digest) != (wanted.version, wanted.digest):
             return
         self._drop()
-        self._fetch = Fetch(self._shop.federation, self._memory.task, manifest, held)
+        self._fetch = Fetch(self._shop.federation, self._memory.task, manifest, self.model if same else held)
         self._shop.subscribe(*self._fetch.topics)
         self._complete(wanted, envelope)
 
@@ -95,23 +102,34 @@ class Installer:
     def _complete(self, wanted: Released, envelope: bytes) -> None:
         if self._fetch and not self._fetch.topics:
             fetch, self._fetch = self._fetch, None
-            self._underway = wanted.release
+            self._underway = wanted
             self._spawn(self._take(fetch, wanted, envelope))
 
     async def _take(self, fetch: Fetch, wanted: Released, envelope: bytes) -> None:
-        """Hold a whole model against the metadata, keep it, and let it score."""
+        """Hold a whole model against the metadata, keep it, and let it score.
+
+        A fault of this machine is tried again for as long as that is wanted, a fault of the model is not.
+        """
+        pause = _RETRY_S
         try:
-            await self._put(fetch, wanted, envelope)
+            while wanted == self._wanted:
+                try:
+                    return await self._put(fetch, wanted, envelope)
+                except (LocalError, OSError, EndedError) as error:
+                    self._tell(f"release {wanted.release} can't be installed yet: {error}")
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_S)
         except PeerError as error:
             self._shop.refused[error.reason] += 1
-            self.problem = f"release {wanted.release} refused: {error}"
-            log.warning("%s: %s", self._memory.task, self.problem)
-        except (LocalError, OSError) as error:
-            self.problem = f"release {wanted.release} can't be stored: {error}"
-            log.error("%s: %s", self._memory.task, self.problem)
+            self._tell(f"release {wanted.release} refused: {error}")
         finally:
-            if self._underway == wanted.release:
-                self._underway = 0
+            if self._underway == wanted:
+                self._underway = None
+
+    def _tell(self, problem: str) -> None:
+        if problem != self.problem:
+            log.error("%s: %s", self._memory.task, problem)
+        self.problem = problem
 
     async def _put(self, fetch: Fetch, wanted: Released, envelope: bytes) -> None:
         model = await asyncio.to_thread(fetch.model)
@@ -122,16 +140,17 @@ class Installer:
             known = {one.graph for one in (fetch.held, self.model) if one}
             if model.graph not in known:
                 await probe(model, self._shop.folder)
-            await self._scoring.release(model)
+            if wanted.release != self.number or self.model is None or self.model.manifest.digest != wanted.digest:
+                await self._scoring.release(model, anew=wanted.key != self.key)
         body: dict[str, object] = {"task": self._memory.task, "release": wanted.release, "version": wanted.version}
         body |= {"channel": wanted.channel, "digest": wanted.digest.hex()}
 
         def work() -> None:
-            self._memory.keep_release(wanted.release, model, envelope)
+            self._memory.keep_release(wanted.release, wanted.key, model, envelope)
             self._shop.state.record("release-installed", body)
 
         await self._shop.state.commit(work)
-        self.number, self.model, self.problem = wanted.release, model, ""
+        self.number, self.key, self.model, self.problem = wanted.release, wanted.key, model, ""
         log.info("%s: release %d, version %d, is installed", self._memory.task, wanted.release, wanted.version)
 
 

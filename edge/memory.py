@@ -43,14 +43,15 @@ class Memory:
         """The newest verified global model: the base of the next training."""
         return self._model("", self._get("weights"))
 
-    def release(self) -> tuple[int, Model] | None:
-        """The released model that scores here, by its release's number; None if there is none."""
-        data = self._get("released") or b""
+    def release(self) -> tuple[int, str, Model] | None:
+        """Number and online key of the release that scores here, and its model; None if there is none."""
+        data, key = self._get("released") or b"", self._get("released-key") or b""
         model = self._model("released-", data[_NUMBER:])
-        return (int.from_bytes(data[:_NUMBER], "big"), model) if data and model else None
+        return (int.from_bytes(data[:_NUMBER], "big"), key.decode(), model) if data and model else None
 
-    def keep_release(self, number: int, model: Model, envelope: bytes) -> None:
+    def keep_release(self, number: int, key: str, model: Model, envelope: bytes) -> None:
         """Store that; the caller makes it one transaction."""
+        self._put("released-key", key.encode())
         self._put("released", number.to_bytes(_NUMBER, "big") + model.vector.tobytes())
         self._keep_model("released-", model, envelope)
 

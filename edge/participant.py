@@ -144,6 +144,8 @@ class Participant:
         told = same and self.plan is not None and self.plan.state == plan.state
         self.plan, self.failures, self._due = plan, 0, 0
         if plan.state != "open" or not _newer(plan, self.handled):
+            if told and self._declined_by_policy(plan):
+                return self._reconsider(plan)  # the same round may be under another charter by now
             late = self._too_late() if same and self.state is State.WAITING else []
             self.state = State.IDLE
             return stop + late if told else stop + late + self._ask()
@@ -302,9 +304,16 @@ class Participant:
     def on_policy(self, event: PolicyChanged) -> list[Action]:
         """Leave a round that is no longer allowed, unless its update is already sent; join one that now is."""
         self.policy, self.clauses, self.members, plan = event.policy, event.clauses, event.members, self.plan
-        if plan and self._objection(plan) is None and self._declined_by_policy(plan):
-            return self._join(plan)
+        if plan and self._declined_by_policy(plan):
+            return self._reconsider(plan)
         return self._leave()
+
+    def _reconsider(self, plan: Plan) -> list[Action]:
+        """Join what was declined by policy or charter, or decline it for what they say now, where that is another."""
+        against, answer = self._objection(plan), self.answer
+        if answer and against == (answer.code, answer.reason):
+            return []
+        return self._decline(*against) if against else self._join(plan)
 
     def _leave(self) -> list[Action]:
         """Decline after all, where the round is no longer allowed and its update not yet sent."""

@@ -1,9 +1,9 @@
 """What the federation has released, by metadata of The Update Framework that came over MQTT: `tuf.ngclient` checks it.
 
 The first root is pinned when the aggregator, whose key this gateway trusts since its enrolment, first says it; what
-comes after must follow from that one, by the operators' keys. Without a root, nothing is released by stages: every new
-model is tried. Nothing here stops what scores: metadata that is expired, old or forged is told, and installs nothing.
-`tuf` is loaded when there is metadata to check.
+comes after must follow from that one, by the operators' keys. Without a root, and unless a signed manifest says that
+there are releases, nothing is released by stages: every new model is tried. Nothing here stops what scores: metadata
+that is missing, expired, old or forged is told, and installs nothing. `tuf` is loaded when there is metadata to check.
 """
 
 import asyncio
@@ -22,8 +22,9 @@ from models.errors import PeerError
 
 log = logging.getLogger(__name__)
 
-# The state's key of the pinned root; another federation's key forgets it.
-_PINNED = "release-root/pinned"
+# The state's keys of the pinned root, and of what a manifest said; another federation's key forgets both.
+_PINNED, _TOLD = "release-root/pinned", "release-root/told"
+_MISSING = "releases: their metadata is missing: the first root has not come, so no new model scores; ask the operator"
 
 
 class Releases:
@@ -33,17 +34,28 @@ class Releases:
         self._state, self._folder, self._path = state, folder, path
         self._files: dict[str, bytes] = {}
         self.changed = False
-        self.problem = ""
+        self._problem = ""
         self.load()
 
     def load(self) -> None:
-        """Take up the pinned root, which is forgotten when another federation is trusted; before the event loop."""
-        self._root = self._state.get(_PINNED)
+        """Take up what is known, which is forgotten when another federation is trusted; before the event loop."""
+        self._root, self._told = self._state.get(_PINNED), self._state.get(_TOLD) is not None
 
     @property
     def in_force(self) -> bool:
         """Whether gateways of this federation score with what is released alone."""
-        return self._root is not None
+        return self._told or self._root is not None
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the metadata, or that it is missing; empty if nothing is."""
+        return _MISSING if self._told and self._root is None else self._problem
+
+    def tell(self, manifest: m.ModelManifest) -> None:
+        """Remember that there are releases, if the aggregator says so: a broker could withhold their metadata."""
+        if manifest.released and not self._told:
+            self._told = True
+            self._telling = asyncio.ensure_future(self._state.commit(lambda: self._state.put(_TOLD, b"")))
 
     def hear(self, name: str, inbound: Inbound, key: bytes) -> None:
         """Take a message below `_release/`; the first root is the aggregator's word, whose `key` it is. PeerError."""
@@ -96,7 +108,7 @@ class Releases:
         try:
             updater = self._updater(self._root, dict(self._files))
             updater.refresh()
-            self.problem = ""
+            key, self._problem = _online_key(self._cache(self._root)), ""
         except wrong as error:
             self._refuse(error)
             return {}
@@ -105,7 +117,7 @@ class Releases:
         for task in tasks:
             targets = [(channel, target_of(channel, task, self._path)) for channel in CHANNELS]
             try:
-                both = [_released(channel, updater.get_targetinfo(target)) for channel, target in targets]
+                both = [_released(channel, updater.get_targetinfo(target), key) for channel, target in targets]
             except wrong as error:
                 self._refuse(error)
             except DownloadError:
@@ -117,9 +129,13 @@ class Releases:
 
     def _refuse(self, error: Exception) -> None:
         problem = f"releases: {type(error).__name__}: {error}"[:400]
-        if problem != self.problem:
+        if problem != self._problem:
             log.warning("%s; what scores goes on", problem)
-        self.problem = problem
+        self._problem = problem
+        self.changed |= isinstance(error, OSError)  # a fault of this machine is tried again
+
+    def _cache(self, root: bytes) -> Path:
+        return self._folder / hashlib.sha256(root).hexdigest()[:16]
 
     def _updater(self, root: bytes, files: Mapping[str, bytes]) -> "Updater":  # type: ignore[name-defined]  # noqa: F821
         """The framework's client, on files instead of HTTP; what it has verified it keeps in a folder of that root."""
@@ -135,7 +151,7 @@ class Releases:
                     raise DownloadHTTPError(f"{name} has not come", 404)
                 return iter([data])
 
-        folder = self._folder / hashlib.sha256(root).hexdigest()[:16]
+        folder = self._cache(root)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         most = MAX_METADATA
         config = UpdaterConfig(
@@ -145,9 +161,16 @@ class Releases:
         return Updater(str(folder), "mqtt://", fetcher=Fetcher(), config=config, bootstrap=root)
 
 
-def _released(channel: Channel, target: "TargetFile | None") -> Released | None:  # type: ignore[name-defined]  # noqa: F821
+def _online_key(folder: Path) -> str:
+    """The id of the key of the timestamp, by the newest root that the framework's client has verified."""
+    from tuf.api.metadata import Metadata, Root  # noqa: PLC0415
+
+    return min(Metadata[Root].from_file(str(folder / "root.json")).signed.roles["timestamp"].keyids)
+
+
+def _released(channel: Channel, target: "TargetFile | None", key: str) -> Released | None:  # type: ignore[name-defined]  # noqa: F821
     if target is None:
         return None
     said = msgspec.convert(target.custom, Custom)
     digest = bytes.fromhex(target.hashes["sha256"])
-    return Released(channel, said.release, said.version, said.model, target.length, digest)
+    return Released(channel, said.release, said.version, said.model, target.length, digest, key)

@@ -236,11 +236,11 @@ class Runner:
             log.info("%s: asks for a round after round %d: %s", self.name, answer.round, answer.reason)
         elif answer.verdict == "declined":
             log.warning("%s: round %d declined: %s", self.name, answer.round, answer.reason)
-        self._spawn(self._say(answer))
+        self._spawn(self._say(answer, self.participant.plan))
 
-    async def _say(self, answer: events.Answer) -> None:
+    async def _say(self, answer: events.Answer, plan: m.Plan | None) -> None:
         """Send an answer, once the ledger has it; one that is said again is one entry."""
-        topic, plan = Uplink(self.shop.config.path, self.name, "answer").topic, self.participant.plan
+        topic = Uplink(self.shop.config.path, self.name, "answer").topic
         word = m.Answer(
             m.VERSION, answer.round, answer.verdict, answer.code, answer.reason[:512], int(time.time() * 1000)
         )

@@ -72,11 +72,15 @@ class Scoring:
         self._tuned_from = self.released
         return self.own, self.origin
 
-    async def release(self, model: Model) -> None:
-        """Let a released model score if it is no worse; the first one, and one that takes another back, in any case."""
-        before, self.released = self.released, model
-        newer = before is not None and model.manifest.version >= before.manifest.version
+    async def release(self, model: Model, *, anew: bool) -> None:
+        """Let a released model score if it is no worse; the first one, and one that takes another back, in any case.
+
+        With `anew`, the one before may have been anybody's, and is not compared.
+        """
+        before = self.released
+        newer = not anew and before is not None and model.manifest.version >= before.manifest.version
         await self.offer(model, changed=not newer)
+        self.released = model  # not before: what fails is tried again, and must then be compared with the same
 
     @property
     def _width(self) -> float:

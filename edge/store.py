@@ -21,7 +21,7 @@ T = TypeVar("T")
 # Keys of the state that a federation gave, each followed by the task's name.
 _FEDERATIONS = (
     "manifest", "terms", "graph", "weights", "scoring", "residual", "personal", "average", "handled", "answered",
-    "vote", "release-root", "released", "released-manifest", "released-terms", "released-graph",
+    "vote", "release-root", "released", "released-key", "released-manifest", "released-terms", "released-graph",
     "charter", "roster",
 )  # fmt: skip
 # Of each file; 2,000 as it comes. What is written once and read by another process gains nothing from more.

@@ -74,6 +74,7 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 class Result:
     """What the child learnt: weights (layout.size,), the windows and optimiser steps it took, scale and holdout.
 
+    `quality` is the share of the windows' values that were good.
     `reference` is what drift is measured against.
     `tuned` (layout.size,) is the mean of the global models after further passes, sent to nobody; `own` the net that
     learns alone, None where the task wants none.
@@ -90,6 +91,7 @@ class Result:
     holdout: Dataset
     tuned: Vector
     own: Vector | None = None
+    quality: float = 1.0
 
 
 def job_for(
@@ -274,7 +276,7 @@ def resident_bytes(pid: int) -> int:
 def write_result(folder: Path, result: Result) -> None:
     """In the child: write everything, then rename, so that the parent sees all of it or nothing."""
     y = np.empty(0, np.float32) if result.holdout.y is None else result.holdout.y
-    numbers = np.array([result.samples, result.steps, result.loss, result.seconds])
+    numbers = np.array([result.samples, result.steps, result.loss, result.seconds, result.quality])
     with (folder / "partial").open("wb") as file:
         np.savez(
             file, vector=result.vector, numbers=numbers, device=np.array(result.device),
@@ -288,14 +290,14 @@ def write_result(folder: Path, result: Result) -> None:
 
 def _read(path: Path, size: int) -> Result:
     with np.load(path, allow_pickle=False) as z:
-        samples, steps, loss, took = z["numbers"].tolist()
+        samples, steps, loss, took, quality = z["numbers"].tolist()
         y = z["holdout_y"] if len(z["holdout_y"]) or not len(z["holdout_x"]) else None
         holdout = Dataset(z["holdout_x"], y, float(z["per_week"]))
         scale = Scale.from_json(z["scale"].tobytes())
         own = z["own"] if z["own"].size else None
         reference = Reference.from_json(z["reference"].tobytes())
         what = int(samples), int(steps), loss, took, str(z["device"]), scale, reference, holdout
-        result = Result(z["vector"], *what, z["tuned"], own)
+        result = Result(z["vector"], *what, z["tuned"], own, quality)
     learnt = [result.vector, result.tuned, *([] if own is None else [own])]
     if any(vector.shape != (size,) or not np.isfinite(vector).all() for vector in learnt):
         raise TrainingError("the training process gave weights of another shape, or not finite")

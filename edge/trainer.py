@@ -78,6 +78,7 @@ def run(folder: Path) -> tuple[int, str]:
             holdout,
             tuned,
             own,
+            float(np.isfinite(train.x).mean()),
         ),
     )
     return DONE, f"{fitted.steps} steps"

@@ -54,13 +54,14 @@ def seal_update(
     loss = float(base.losses(holdout).mean()) if len(holdout) else math.nan
     update = m.Update(
         m.VERSION, action.round, action.base, result.samples, _finite(trained.metric(holdout)), encoded.data,
-        _finite(loss), round(4 * width),
+        _finite(loss), round(4 * width), max(1, round(1e6 * result.quality)),
     )  # fmt: skip
     topic = Uplink(shop.config.path, name, "update").topic
     envelope = shop.signer.seal(update, topic)
     digest = hashlib.sha256(envelope).digest()
     body: dict[str, object] = {
         "task": name, "round": action.round, "base": action.base, "samples": result.samples,
+        "quality": round(result.quality, 4),
         "digest": digest.hex(), "bytes": len(encoded.data), "message_bytes": len(envelope),
         "metric": update.metric, "base_loss": update.base_loss, "steps": result.steps, "device": result.device,
         "seconds": round(result.seconds, 3), **under_charter(shop),

@@ -113,6 +113,7 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """How the federation runs the task: `every` from one opening to the next, at most `deadline` per round.
 
     `keep` is the share of values that a sparse update keeps; None: steered by the holdouts (`broker.rate`).
+    `weigh`: what an update counts for in the mean: its windows, or these times the share of good values in them.
     `early`: so long after an opening, a gateway whose signals have drifted may have the next round opened.
     `vote`: how long the next round waits for votes on a new model; a gateway is against one that is worse by more
     than `tolerance` on its own holdout.
@@ -129,9 +130,14 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     codec: Literal["sparse", "int2", "int4", "int8", "float32", "ring"] = "sparse"
     keep: float | None = None
     momentum: float = 0.7
+    weigh: Literal["samples", "quality"] = "samples"
     downlink: Literal["sparse", "float32"] = "sparse"
     vote: str | None = None
     tolerance: float = 0.2
+
+    def weight(self, samples: int, quality: int) -> int:
+        """What an update of so many windows counts for; `quality` is the share of their good values, in millionths."""
+        return max(1, samples * quality // 1_000_000) if self.weigh == "quality" else samples
 
     @property
     def vote_s(self) -> float:
@@ -327,6 +333,8 @@ def _check_round(file: TomlFile, need: _Need, r: Round) -> None:
     need(r.keep is None or 0 < r.keep <= MOST_KEPT, ["round", "keep"], "out of range", "write 0.001 to 0.5")
     wait = r.mode == "async" or r.buffer is None
     need(wait, ["round", "buffer"], "a synchronous round waits for everybody", 'write mode = "async", or leave it out')
+    own = r.codec != "ring" or r.weigh == "samples"
+    need(own, ["round", "weigh"], "in a ring gateways weigh themselves", 'write weigh = "samples", or another codec')
     step = r.codec != "ring" or r.mode == "sync"
     need(step, ["round", "codec"], "sums in a ring are of one round", 'write mode = "sync", or another codec')
     few = r.buffer is not None and r.buffer < r.min_gateways

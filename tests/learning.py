@@ -1,10 +1,11 @@
 """Write docs/learning.md: what a federation is worth on recorded data, set by set, and the commands that show it.
 
-    python -m tests.learning --data DIR [--seeds 0,1,2] [--only SET,SET] [--rounds N] [--mixed]
+    python -m tests.learning --data DIR [--seeds 0,1,2] [--only SET,SET] [--rounds N] [--mixed | --exact]
 
 Runs `tundish simulate` on tests/tasks/SET.toml for every set that lies in DIR (DIR/SET/SET.npz), and draws the curves
 into docs/learning-SET.svg. About an hour on two busy cores for eight sets. With `--mixed` it makes that section alone:
-fleets in which every second plant has half a net, against the same without these plants.
+fleets in which every second plant has half a net, against the same without these plants. With `--exact` that one: the
+same runs with updates of float32.
 """
 
 import argparse
@@ -128,7 +129,8 @@ def page(found: dict[str, list[dict[str, Any]]]) -> str:
 _STEPS, _TURNS = 16, 5
 _PARTS = ("small", "final", 1), ("alone", "silo_own", 1), ("others", "final", 0)
 Figures = dict[str, float | None]
-_MIXED, _END = "## Mixed fleets", "<!-- mixed fleets end here -->"
+_MIXED, _EXACT = "## Mixed fleets", "## Sparse against float32"
+_ENDS = {_MIXED: "<!-- mixed fleets end here -->", _EXACT: "<!-- float32 ends here -->"}
 
 
 def mixed(found: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]], commands: dict[str, str]) -> str:
@@ -155,7 +157,7 @@ def mixed(found: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]], command
             lines.append(f"| {name} | {metric} | {fleet} | {cells} | {seeds} |")
             worth.append(figures)
         told += [compared(name, metric, *worth), "", f"`{commands[name]}`", ""]
-    return "\n".join([*lines, "", *told, *costs(), "", _END])
+    return "\n".join([*lines, "", *told, *costs(), "", _ENDS[_MIXED]])
 
 
 def compared(name: str, metric: str, with_: Figures, without: Figures) -> str:
@@ -204,21 +206,45 @@ def _at(runs: list[dict[str, Any]], key: str, first: int) -> float | None:
     return mean(values) if values else None
 
 
-def with_mixed(page_: str, section_: str) -> str:
-    """Put the section before the first set's, in place of the one that is there."""
-    head, _, rest = page_.partition(f"{_MIXED}\n")
-    if rest:
-        rest = rest.partition(f"{_END}\n")[2].lstrip("\n")
-    else:
-        head, mark, rest = page_.partition("\n## ")
-        head, rest = f"{head}\n", mark.lstrip("\n") + rest
-    return f"{head}{section_}\n\n{rest}" if section_ else page_
+def kept(page_: str, title: str) -> str:
+    """A section that is made by itself, as the page has it; empty without one."""
+    _, mark, rest = page_.partition(f"{title}\n")
+    return f"{mark}{rest.partition(_ENDS[title])[0]}{_ENDS[title]}" if mark else ""
 
 
-def kept_mixed(page_: str) -> str:
-    """The section as the page has it; empty without one."""
-    _, mark, rest = page_.partition(f"{_MIXED}\n")
-    return f"{mark}{rest.partition(_END)[0]}{_END}" if mark else ""
+def with_sections(page_: str, sections: dict[str, str]) -> str:
+    """Put these sections before the first set's, in place of those that are there."""
+    for title in _ENDS:
+        page_ = page_.replace(f"{kept(page_, title)}\n\n", "") if kept(page_, title) else page_
+    head, mark, rest = page_.partition("\n## ")
+    return "".join([f"{head}\n", *(f"{text}\n\n" for text in sections.values() if text), mark.lstrip("\n"), rest])
+
+
+def exact(found: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]], rounds: int) -> str:
+    """The section on what compression costs, from runs as they are and with float32, by set and seed."""
+    lines = [
+        _EXACT, "",
+        "Made by `python -m tests.learning --exact`: the same runs, and with `--codec float32` by the same seeds.",
+        "`lost` is what `final` loses by the sparse codec: points of 100, of an rmse per cent; below 0 it gains.",
+        "The ratio is of four bytes a value to whole signed messages.", "",
+        "| set | metric | `final`, float32 | `final`, sparse | lost | by seed | bytes an update | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, pairs in found.items():
+        metric, plain, sparse = pairs[0][0]["metric"], *(mean(pair[i]["final"] for pair in pairs) for i in (1, 0))
+        lost = [_lost(metric, one["final"], other["final"]) for one, other in pairs]
+        error = f" ± {stdev(lost) / len(lost) ** 0.5:.1f}" if len(lost) > 1 else ""
+        by_seed = ", ".join(f"{value:+.1f}" for value in lost)
+        sent, ratio = (mean(one[key] for one, _ in pairs) for key in ("bytes_up_per_update", "ratio_up"))
+        figures = f"{plain:.4g} | {sparse:.4g} | {mean(lost):+.1f}{error} | {by_seed} | {sent:.0f} | {ratio:.0f}"
+        lines.append(f"| {name} | {metric} | {figures} |")
+    command = f"`tundish {' '.join(_arguments('SET', 'SET.npz', 'SEED', rounds))} --codec float32`"
+    lines += ["", command, "", _ENDS[_EXACT]]
+    return "\n".join(lines)
+
+
+def _lost(metric: str, value: float, plain: float) -> float:
+    return 100 * (value / plain - 1) if metric == "rmse" else 100 * (plain - value)
 
 
 def run_mixed(names: list[str], data: Path, seeds: list[int], rounds: int) -> str:
@@ -237,6 +263,12 @@ def run_mixed(names: list[str], data: Path, seeds: list[int], rounds: int) -> st
     return mixed(found, commands)
 
 
+def run_exact(name: str, data: Path, seeds: list[int], rounds: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Run one set as it is and with float32, by seed."""
+    path = data / name / f"{name}.npz"
+    return [(run(name, path, n, rounds), run(name, path, n, rounds, "--codec", "float32")) for n in seeds]
+
+
 def main() -> int:
     """Run everything that is asked for, and write page and curves."""
     parser = argparse.ArgumentParser(prog="python -m tests.learning", description=__doc__)
@@ -244,26 +276,32 @@ def main() -> int:
     parser.add_argument("--seeds", default="0,1,2", help="seeds (0,1,2)")
     parser.add_argument("--only", default="", help="sets, else all")
     parser.add_argument("--rounds", type=int, default=24, help="rounds (24)")
-    parser.add_argument("--mixed", action="store_true", help="the section on mixed fleets alone")
+    section = parser.add_mutually_exclusive_group()
+    section.add_argument("--mixed", action="store_true", help="the section on mixed fleets alone")
+    section.add_argument("--exact", action="store_true", help="the section on updates of float32 alone")
     args = parser.parse_args()
     where = ROOT / "docs" / "learning.md"
     seeds = [int(seed) for seed in args.seeds.split(",")]
     before = where.read_text()
+    sections = {title: kept(before, title) for title in _ENDS}
     names = args.only.split(",") if args.only else sorted(path.stem for path in TASKS.glob("*.toml"))
-    if args.mixed:
-        where.write_text(with_mixed(before, run_mixed(names, args.data, seeds, args.rounds)))
-        return 0
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name in names:
-        data = args.data / name / f"{name}.npz"
-        if not data.exists():
-            sys.stderr.write(f"{name} is left out: no {data}\n")
-            continue
-        found[name] = [run(name, data, seed, args.rounds) for seed in seeds]
-        draw(name, found[name])
-    if not found:
+    there = [name for name in names if (args.data / name / f"{name}.npz").exists()]
+    for name in set(names) - set(there):
+        sys.stderr.write(f"{name} is left out: not in {args.data}\n")
+    if not there:
         raise SystemExit(f"no recorded data in {args.data}")
-    where.write_text(with_mixed(page(found).rstrip() + "\n", kept_mixed(before)))
+    if args.mixed:
+        sections[_MIXED] = run_mixed(there, args.data, seeds, args.rounds)
+    elif args.exact:
+        pairs = {name: run_exact(name, args.data, seeds, args.rounds) for name in there}
+        sections[_EXACT] = exact(pairs, args.rounds)
+    else:
+        found: dict[str, list[dict[str, Any]]] = {}
+        for name in there:
+            found[name] = [run(name, args.data / name / f"{name}.npz", seed, args.rounds) for seed in seeds]
+            draw(name, found[name])
+        before = page(found).rstrip() + "\n"
+    where.write_text(with_sections(before, sections))
     return 0
 
 

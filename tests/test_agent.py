@@ -19,7 +19,7 @@ import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
-from broker import ledger, topics
+from broker import ledger, stick, topics
 from broker.journal import Journal
 from broker.messages import (
     MAX_PAYLOAD,
@@ -559,6 +559,7 @@ def test_a_gateway_without_a_network_takes_part_by_files(tmp_path: Path, capsys:
         capsys.readouterr()
         for _ in range(2):  # nothing is counted twice
             assert main(["edge", "export", *cell, "--updates", str(updates)]) == 0
+            assert topics.Accepted(PATH).topic not in dict(stick.read(updates))  # nobody asked for a word
             assert main(["broker", "import", *office, str(updates)]) == 0
             assert f"{PATH}, {TASK}: an update of round 1, " in capsys.readouterr().out
             p.until(lambda: p.aggregator().get("counted") == [str(PATH)])

@@ -7,8 +7,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import closing
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,30 @@ import msgspec
 import pytest
 
 from broker import messages as m
-from broker import topics
+from broker import stick, topics
 from broker.charter import Acceptance, CharterText, bodies, load_charter, parse_charter
 from broker.config import load_federation
 from broker.journal import Journal
 from broker.link import Inbound
 from broker.messages import Plan, Signer
+from edge.agent import Agent
 from edge.charter import Keeper
 from edge.clauses import Clauses, breach
 from edge.cli import main
 from edge.config import Policy, load_config
 from edge.events import Answer, ModelStored, PlanSeen, PolicyChanged, StartTraining, StopTraining, WindowsReady
+from edge.lab import stage
+from edge.lab.processes import free_port
 from edge.participant import Participant
 from edge.ring import Samples
+from edge.runner import Runner
 from edge.shop import Shop
 from edge.status import read_status
 from edge.store import State
 from models.errors import PeerError, UserError
 from tests.brokers import BrokerProcess
 from tests.test_agent import PATH, TASK
+from tests.test_agent import Plant as Staged
 from tests.test_agent import plant as staged
 from tests.test_service import Gateway, delta, gateways, open_plan, until
 from tests.test_service import Plant as Federation
@@ -217,7 +223,9 @@ def test_who_accepts_late_joins_and_another_charter_ends_a_training() -> None:
     g = Participant(Policy(), 10, clauses=clauses())
     for event in (ModelStored(0, bytes(32)), WindowsReady(10), PlanSeen(plan())):
         g.handle(event)
-    assert g.handle(PolicyChanged(AGREED, None)) == []  # the text is not here yet
+    (absent,) = g.handle(PolicyChanged(AGREED, None))
+    assert isinstance(absent, Answer)
+    assert (absent.verdict, absent.reason) == ("declined", f"charter {DIGEST.hex()} has not come yet")
     joined, started = g.handle(PolicyChanged(AGREED, clauses()))
     assert joined == Answer(1, "joined", "ok", "")
     assert isinstance(started, StartTraining)
@@ -226,6 +234,31 @@ def test_who_accepts_late_joins_and_another_charter_ends_a_training() -> None:
     assert stop == StopTraining()
     assert isinstance(declined, Answer)
     assert (declined.verdict, declined.code) == ("declined", "charter")
+
+
+def test_a_round_is_declined_for_what_holds_now_whichever_comes_first() -> None:
+    """A plan and its charter come in any order: what the charter says of the round is heard all the same."""
+    for root, code in (("corvid", "members"), ("acme", "min-gateways")):
+        g, seen = Participant(AGREED, 10), plan(min_gateways=2 if root == "acme" else 3)
+        (early,) = g.handle(PlanSeen(seen))
+        assert isinstance(early, Answer)
+        assert early.reason == f"charter {DIGEST.hex()} has not come yet"
+        (answer,) = g.handle(PolicyChanged(AGREED, clauses(root=root)))
+        assert isinstance(answer, Answer)
+        assert (answer.round, answer.verdict, answer.code) == (1, "declined", code)
+        assert g.handle(PolicyChanged(AGREED, clauses(root=root))) == []
+        assert g.handle(PlanSeen(seen)) == []
+
+
+def test_a_round_that_is_under_an_accepted_charter_again_is_joined() -> None:
+    """As after an aggregator's restart with the charter that this site waits for, in the middle of a round."""
+    g = Participant(AGREED, 10, clauses=clauses())
+    for other in (bytes(32), b""):
+        (declined,) = g.handle(PlanSeen(plan(other)))
+        assert isinstance(declined, Answer)
+        assert declined.verdict == "declined"
+    assert g.handle(PlanSeen(plan())) == [Answer(1, "joined", "ok", "")]
+    assert g.handle(PlanSeen(plan())) == []
 
 
 # -- what a gateway keeps ------------------------------------------------------------------------------------------
@@ -238,8 +271,8 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
     sent: list[tuple[str, bytes]] = []
     with closing(State(tmp_path)) as state, closing(Samples(tmp_path, 1 << 26)) as samples:
 
-        def publish(topic: str, payload: bytes, *, retain: bool) -> bool:
-            assert retain
+        def publish(topic: str, payload: bytes, *, retain: bool = False) -> bool:
+            assert retain == topic.endswith("/charter")
             sent.append((topic, payload))
             return True
 
@@ -267,8 +300,9 @@ def said(text: str, time_ms: int, signer: Signer = FEDERATION) -> Inbound:
 
 async def heard(keeper: Keeper, inbound: Inbound) -> None:
     keeper.hear(inbound)
-    if keeper._keeping:
-        await keeper._keeping
+    if keeper._news.is_set():
+        keeper._news.clear()
+        await keeper._keep(*keeper._heard)
 
 
 def held(shop: Shop) -> bytes | None:
@@ -336,15 +370,115 @@ async def test_charters_that_nobody_of_the_federation_said(shop: Shop) -> None:
     assert (kinds(shop), shop.charter) == ([], None)
 
 
-async def test_a_charter_that_the_disk_does_not_take_is_taken_later(shop: Shop) -> None:
+@asynccontextmanager
+async def running(keeper: Keeper) -> AsyncIterator[None]:
+    """The keeper at work, until it is stopped wherever it stands."""
+    job = asyncio.create_task(keeper.run())
+    try:
+        yield
+        assert not job.done(), job.exception()
+    finally:
+        job.cancel()
+        await asyncio.gather(job, return_exceptions=True)
+
+
+async def test_a_charter_that_the_disk_does_not_take_is_taken_later(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It comes once, as by file; what is heard meanwhile takes its place, if it is newer."""
+    monkeypatch.setattr("edge.charter._RETRY_S", 0.01)
+    caplog.set_level("ERROR")  # whoever ran a command in this process may have set it otherwise
     keeper = Keeper(shop, lambda: None)
     shop.state._db.execute("PRAGMA query_only = ON")  # SQLite refuses to write, as on a disk that is read-only
-    await heard(keeper, said(CHARTER, 5))
-    assert held(shop) is None
-    shop.state._db.execute("PRAGMA query_only = OFF")
-    await heard(keeper, said(CHARTER, 5))
+    async with running(keeper):
+        for text, time_ms in ((NOISY, 5), (CHARTER, 7), (MASKED, 6)):
+            keeper.hear(said(text, time_ms))
+            before = len(caplog.records)
+            await until(lambda before=before: len(caplog.records) > before + 1)  # type: ignore[misc]
+        assert held(shop) is None
+        shop.state._db.execute("PRAGMA query_only = OFF")
+        await until(lambda: held(shop))
+        (shop.folder / "charter.toml").unlink()
+        (shop.folder / "charter.toml").mkdir()  # the file of the charter, too, may be what can't be written
+        before = len(caplog.records)
+        keeper.hear(said(MASKED, 8))
+        await until(lambda: len(caplog.records) > before)
+        assert (held(shop), kinds(shop)) == (DIGEST, ["charter"])
+        (shop.folder / "charter.toml").rmdir()
+        await until(lambda: held(shop) == clauses(MASKED).digest)
+    assert (shop.folder / "charter.toml").read_text() == MASKED
+    assert kinds(shop) == ["charter", "charter"]
+
+
+async def test_a_charter_that_comes_often_and_a_policy_that_changes_meanwhile(shop: Shop) -> None:
+    changes: list[bytes | None] = []
+    keeper = Keeper(shop, lambda: changes.append(held(shop)))
+    agree(shop, DIGEST)
+    async with running(keeper):
+        for time_ms in (5, 5, 6):
+            keeper.hear(said(CHARTER, time_ms))
+        await asyncio.sleep(0)  # it has begun
+        agree(shop, clauses(NOISY).digest)
+        await asyncio.gather(keeper.say(), keeper.say())
+        agree(shop, DIGEST)
+        await keeper.say()
+        await until(lambda: changes)
+    assert changes == [DIGEST]
+    assert kinds(shop).count("charter") == 1
+    assert m.peek(shop.state.get("charter/said") or b"", Acceptance).digest == words(shop)[-1] == DIGEST
+
+
+async def test_the_ledger_has_the_charter_of_the_plan_that_was_answered(shop: Shop, tmp_path: Path) -> None:
+    """Though the next plan comes before the answer to the one before is written."""
+    shop.config = load_config(gateway_files(tmp_path / "site", "acme", "mqtt://127.0.0.1", ""))
+    runner = Runner("wear", shop.config.tasks["wear"], shop)
+    others = [bytes([i]) * 32 for i in range(3)]
+    for number, other in enumerate(others):
+        runner.on_plan(msgspec.structs.replace(plan(other), round=number + 1))
+    await until(lambda: not runner._jobs)
+    entries = [json.loads(line) for line in shop.state.ledger()]
+    assert [entry["body"]["charter"] for entry in entries if entry["kind"] == "declined"] == [d.hex() for d in others]
+
+
+async def test_an_agent_that_is_stopped_waits_for_what_its_state_has_begun(tmp_path: Path) -> None:
+    """As a charter's commit on a slow disk: the last entry of the ledger comes after it, and the end is clean."""
+    file, folder, go_on = tmp_path / "gateway.toml", tmp_path / "state", threading.Event()
+    file.write_text('[gateway]\npath = "acme/b/c/d/e"\n[mqtt]\nurl = "mqtt://127.0.0.1:1"\n')
+    agent = Agent(load_config(file), folder, lambda: load_config(file))
+    ran = asyncio.create_task(agent.run())
+    await until(lambda: (read_status(folder) or {}).get("running"))
+    slow = asyncio.create_task(agent.state.commit(lambda: go_on.wait(60)))
+    await asyncio.sleep(0)
+    agent.stop()
+    await until(lambda: not (read_status(folder) or {"running": True})["running"])
+    go_on.set()
+    await ran
+    assert await slow
+    with closing(State(folder)) as state:
+        assert [json.loads(line)["kind"] for line in state.ledger()][-1] == "checkpoint"
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_gateway_that_is_stopped_while_a_charter_comes(shop: Shop, turns: int) -> None:
+    """Wherever that was: after the next start the file, the state and the word are of one charter."""
+    agree(shop, DIGEST)
+    async with running(keeper := Keeper(shop, lambda: None)):
+        keeper.hear(said(CHARTER, 5))
+        for _ in range(turns):
+            await asyncio.sleep(0.001)
+    await shop.state.commit(lambda: None)  # what was begun in the state's thread is done
+    shop.charter = None
+    async with running(again := Keeper(shop, lambda: None)):
+        if held(shop):
+            assert (shop.folder / "charter.toml").read_text() == CHARTER
+            again.hear(said(NOISY, 4))  # an older one, as from an old file, takes nothing back
+            await asyncio.sleep(0.01)
+        again.hear(said(CHARTER, 5))
+        await until(lambda: words(shop)[-1:] == [DIGEST])
+        await asyncio.sleep(0.01)
     assert held(shop) == DIGEST
-    assert kinds(shop) == ["charter"]
+    assert (shop.folder / "charter.toml").read_text() == CHARTER
+    assert kinds(shop) == ["charter", "acceptance"]
 
 
 # -- the aggregator ------------------------------------------------------------------------------------------------
@@ -475,16 +609,32 @@ async def test_enterprises_meet_in_one_federation_each_with_its_own_policy(tmp_p
 # -- both, as processes --------------------------------------------------------------------------------------------
 
 
+def put_in_force(folder: Path) -> tuple[str, str]:
+    """Put a charter beside the aggregator of a stage; return what names it, and its text."""
+    text = CHARTER.replace('"wear"', f'"{TASK}"').replace('"acme", "borealis"', '"demo"').replace("= 3", "= 1")
+    (folder / "aggregator" / "charter.toml").write_text(text)
+    federation = folder / "aggregator" / "federation.toml"
+    federation.write_text(federation.read_text().replace("join =", 'charter = "charter.toml"\njoin ='))
+    return hashlib.sha256(text.encode()).hexdigest(), text
+
+
+def cut_off(p: Staged, toml: Path) -> None:
+    """Let the gateway reach no broker; another one is there, so that a round opens, and sends nothing."""
+    other, path = Signer.generate(), topics.GatewayPath.parse(stage.gateway_path(1))
+    there = topics.Status(path).topic
+    birth = other.seal(m.Birth(1, 5, 5, other.public_key, "test", (TASK,)), there)
+    p.client.publish(there, birth, qos=1, retain=True)
+    p.until(lambda: p.aggregator().get("state") == "open", gateway=False)
+    key = json.loads((p.stage.aggregator_state / "status.json").read_text())["public_key"]
+    alone = toml.read_text().replace(f":{p.stage.mqtt_port}", f":{free_port()}")
+    toml.write_text(f'{alone}\n[federation]\nname = "{stage.FEDERATION}"\nkey = "{key}"\n')
+
+
 def test_no_update_leaves_a_site_before_it_has_accepted_the_charter(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with staged(tmp_path, "amqtt") as p:
-        folder, toml = tmp_path / "aggregator", tmp_path / "plant1" / "gateway.toml"
-        text = CHARTER.replace('"wear"', f'"{TASK}"').replace('"acme", "borealis"', '"demo"').replace("= 3", "= 1")
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        (folder / "charter.toml").write_text(text)
-        federation = folder / "federation.toml"
-        federation.write_text(federation.read_text().replace("join =", 'charter = "charter.toml"\njoin ='))
+        toml, (digest, _) = tmp_path / "plant1" / "gateway.toml", put_in_force(tmp_path)
         for process in (*p.stage.plcs, p.stage.aggregator, p.gateway):
             process.start()
         p.until(lambda: p.aggregator().get("gateways", {}).get(str(PATH), {}).get("code") == "charter")
@@ -526,3 +676,61 @@ def test_no_update_leaves_a_site_before_it_has_accepted_the_charter(
     with closing(Journal(p.stage.aggregator_state)) as journal:
         assert [body["digest"] for body in bodies(journal.ledger_lines(), "acceptance")] == [digest]
         assert [body["charter"] for body in bodies(journal.ledger_lines(), "opened")] == [digest]
+
+
+def test_a_site_without_a_network_accepts_the_charter_by_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with staged(tmp_path, "amqtt") as p:
+        toml, state = tmp_path / "plant1" / "gateway.toml", p.stage.gateway_state(0)
+        digest, text = put_in_force(tmp_path)
+        p.stage.aggregator.start()
+        cut_off(p, toml)
+        office = ["-c", str(tmp_path / "aggregator" / "federation.toml"), "--state", str(p.stage.aggregator_state)]
+        cell = ["-c", str(toml), "--state", str(state)]
+        for process in (*p.stage.plcs, p.gateway):
+            process.start()
+        p.until(lambda: "public_key" in p.status())
+        assert main(["broker", "enrol", *office, "--path", str(PATH), "--key", str(p.status()["public_key"])]) == 0
+        models, updates = tmp_path / "cell.models", tmp_path / "cell.updates"
+
+        def down() -> None:
+            assert main(["broker", "export", *office, "--path", str(PATH), str(models)]) == 0
+            assert main(["edge", "import", str(models), *cell]) == 0
+
+        def export() -> str:
+            capsys.readouterr()
+            assert main(["edge", "export", *cell, "--updates", str(updates)]) == 0
+            return capsys.readouterr().out
+
+        down()
+        p.until(lambda: (p.status().get("charter") or {}).get("digest") == digest)
+        p.until(lambda: "waits for acceptance" in p.task().get("answer", "") and p.task()["model"] == 0)
+        assert (state / "charter.toml").read_text() == text
+        assert "0 updates, 0 votes\n" in export()
+        assert stick.read(updates) == []
+        # The line in the file may as well be written while the gateway is stopped.
+        p.gateway.kill()
+        toml.write_text(toml.read_text().replace("[policy]", f'[policy]\ncharter = "{digest}"'))
+        p.gateway.start()
+        down()
+        p.until(lambda: p.status().get("outbox") == 1)
+        assert not p.status()["mqtt"]["connected"]
+        assert "1 updates, 0 votes, the word on the charter\n" in export()
+        word, update = topics.Accepted(PATH).topic, topics.Uplink(PATH, TASK, "update").topic
+        assert [topic for topic, _ in stick.read(updates)] == [word, update]
+        for known in ("", ", which changes nothing"):  # and nothing is counted twice
+            assert main(["broker", "import", *office, str(updates)]) == 0
+            first, second, _ = capsys.readouterr().out.splitlines()
+            assert first == f"{PATH}: accepts charter {digest}{known}"
+            assert second.startswith(f"{PATH}, {TASK}: an update of round 1, ")
+            p.until(lambda: p.aggregator().get("counted") == [str(PATH)])
+        down()
+        p.until(lambda: p.status()["outbox"] == 0)
+        assert not {topic for topic in p.heard if topic.startswith(f"{PATH}/")}
+    with closing(State(state)) as kept:
+        kinds = [json.loads(line)["kind"] for line in kept.ledger()]
+    assert kinds.index("acceptance") < kinds.index("update") < kinds.index("receipt")
+    with closing(Journal(p.stage.aggregator_state)) as journal:
+        assert [body["path"] for body in bodies(journal.ledger_lines(), "acceptance")] == [str(PATH)]
+        assert list(journal.counted(TASK, 1)) == [str(PATH)]

@@ -63,6 +63,27 @@ def test_the_page_of_figures_says_where_a_set_misses() -> None:
     assert "`final` is 1.020 of the better" in learning.page({"tiles": [better]})
 
 
+def test_sections_that_are_made_by_themselves_stay_when_the_page_is_made_anew() -> None:
+    page = "# What\n\ntable\n\n## one\n\ntext\n"
+    mixed, exact = (f"{title}\n\nx\n\n{end}" for title, end in learning._ENDS.items())
+    titles = list(learning._ENDS)
+    both = learning.with_sections(page, dict(zip(titles, (mixed, exact), strict=True)))
+    assert both == f"# What\n\ntable\n\n{mixed}\n\n{exact}\n\n## one\n\ntext\n"
+    assert [learning.kept(both, title) for title in titles] == [mixed, exact]
+    again = learning.with_sections(both, {titles[0]: mixed.replace("x", "y"), titles[1]: ""})
+    assert again == f"# What\n\ntable\n\n{mixed.replace('x', 'y')}\n\n## one\n\ntext\n"
+    assert learning.kept(page, titles[0]) == ""
+
+
+def test_what_compression_costs_is_told_in_points_and_of_an_rmse_in_per_cent() -> None:
+    sent = {"bytes_up_per_update": 500.0, "ratio_up": 100.0}
+    pairs = [({"metric": "auroc", "final": 0.8 + n / 100, **sent}, {"final": 0.81}) for n in (0, 2)]
+    rmse = [({"metric": "rmse", "final": 5.5, **sent}, {"final": 5.0})]
+    text = learning.exact({"tiles": pairs, "nox": rmse}, 24)
+    assert "| tiles | auroc | 0.81 | 0.81 | +0.0 ± 1.0 | +1.0, -1.0 | 500 | 100 |" in text
+    assert "| nox | rmse | 5 | 5.5 | +10.0 | +10.0 | 500 | 100 |" in text
+
+
 def test_pictures_are_learnt_and_judged_by_auroc(tmp_path: Path) -> None:
     x, y = pictures(240, 12, 12)
     found = run(save(tmp_path / "p.npz", x, y, np.arange(240) % 2), rounds=8)

@@ -3,10 +3,12 @@
 import asyncio
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from securesystemslib.signer import CryptoSigner
-from tuf.api.metadata import Metadata, Snapshot, TargetFile, Targets, Timestamp
+from tuf.api.metadata import Metadata, MetaFile, Snapshot, TargetFile, Targets, Timestamp
 
 from broker import topics
 from broker.channels import MAX_METADATA, Channel, Custom, target_of
@@ -29,8 +31,8 @@ from edge.releases import Releases
 from edge.store import State
 from models.errors import PeerError, UserError
 from models.spec import Alarm, Round
-from tests.brokers import BrokerProcess
-from tests.test_service import Plant, delta, gateways, open_plan, until
+from tests.brokers import BROKERS, BrokerProcess, need_mosquitto
+from tests.test_service import WAIT_S, Gateway, Plant, delta, gateways, open_plan, until
 
 HERE, THERE = "acme/lyon/press/line4/cell2", "acme/lyon/press/line4/cell3"
 DAY_MS = 86_400_000
@@ -64,6 +66,26 @@ class Office:
             repository.release(channel, "wear", files)
         return self.journal.metadata()
 
+    def renew(self, *signers: int) -> dict[str, bytes]:
+        repository = self.repository(*signers)
+        with self.journal.transaction():
+            repository.renew()
+        return self.journal.metadata()
+
+    def backup(self, folder: Path) -> Path:
+        """Copy the journal, as nobody writes to it."""
+        self.journal.close()
+        copy = folder / "backup.db"
+        shutil.copy(self.journal.path, copy)
+        self.journal = Journal(self.journal.path.parent)
+        return copy
+
+    def restore(self, copy: Path) -> None:
+        """Put that copy back."""
+        self.journal.close()
+        shutil.copy(copy, self.journal.path)
+        self.journal = Journal(self.journal.path.parent)
+
     @property
     def online(self) -> CryptoSigner:
         """The key that whoever takes the aggregator over has."""
@@ -91,7 +113,10 @@ class Cell:
             self.releases.take(name, data)
         found = self.releases.look(["wear", "other"])
         assert found.keys() <= {"wear"}
-        return (one.release, one.channel, one.version) if (one := found.get("wear")) else None
+        if "wear" not in found:
+            return None
+        one = self.found = found["wear"]
+        return one.release, one.channel, one.version
 
 
 def cell(office: Office, tmp_path: Path, path: str = HERE) -> Cell:
@@ -251,6 +276,10 @@ def test_a_channel_that_is_withheld_takes_no_canary_back(office: Office, tmp_pat
     full.releases._folder.write_bytes(b"")
     assert full.sees(files) is None
     assert "Error" in full.releases.problem
+    assert full.releases.changed  # so it is looked at again
+    full.releases._folder.unlink()
+    assert full.sees({}) == (3, "stable", 3)
+    assert not full.releases.changed
 
 
 def test_rollback_older_metadata_is_not_taken(office: Office, tmp_path: Path) -> None:
@@ -321,6 +350,99 @@ def test_other_keys_take_over_where_those_before_say_so(office: Office, tmp_path
     assert one.releases.problem == ""
 
 
+def worn_out(office: Office, files: dict[str, bytes]) -> Iterator[dict[str, bytes]]:
+    """What lets no later version in, as whoever has the online key can sign it: of each role that is signed by it."""
+    most = 10**9
+
+    def timestamp(signed: Timestamp) -> None:
+        signed.version = most
+
+    yield files | {"timestamp": forged(files["timestamp"], timestamp, office.online)}
+
+    def version(signed: Targets | Snapshot) -> None:
+        signed.version = most
+
+    def canary(signed: Snapshot) -> None:
+        signed.version, signed.meta["canary.json"] = most, MetaFile(most)
+
+    def snapshot(signed: Timestamp) -> None:
+        signed.version, signed.snapshot_meta = signed.version + 1, MetaFile(most)
+
+    yield files | {
+        "canary": forged(files["canary"], version, office.online),
+        "snapshot": forged(files["snapshot"], canary, office.online),
+        "timestamp": forged(files["timestamp"], snapshot, office.online),
+    }
+
+
+def test_from_a_stolen_online_key_gateways_go_on(office: Office, tmp_path: Path) -> None:
+    office.release(1, "stable", 0, 1)
+    before = office.release(2, "canary", version=2)
+    thief, cells = office.online, [cell(office, tmp_path) for _ in range(2)]
+    for one, bad in zip(cells, worn_out(office, before), strict=True):
+        assert one.sees(before) == (2, "canary", 2)
+        assert one.sees(bad) == (2, "canary", 2)
+    office.release(3, "stable", 0, 2, version=2)
+    files = office.release(4, "stable", 0, 2, version=3)
+    for one in cells:
+        assert one.sees(files) is None
+        assert "BadVersionNumberError" in one.releases.problem
+    for signers in ((), (0,)):
+        with pytest.raises(UserError, match="too few: root is signed by 2 keys"):
+            office.renew(*signers)
+    assert (office.journal.metadata(), office.online.public_key) == (files, thief.public_key)
+    files = office.renew(0, 1)
+    assert {name for name in files if name.startswith("root")} == {"root1", "root2"}
+    assert office.online.public_key != thief.public_key
+    for one in (*cells, cell(office, tmp_path)):
+        assert one.sees(files) == (4, "stable", 3)
+        assert one.releases.problem == ""
+        # What is signed by the key before is nothing to those who have the new root, of whatever version.
+        for version in (1, 99, 2**40):
+            bad = json.loads(files["timestamp"])
+            bad["signed"]["version"] = version
+            assert one.sees({"timestamp": forged(json.dumps(bad).encode(), lambda _: None, thief)}) is None
+            assert "UnsignedMetadataError" in one.releases.problem
+        assert one.sees(files) == (4, "stable", 3)
+    files = office.release(5, "canary", version=4)
+    assert [one.sees(files) for one in cells] == [(5, "canary", 4)] * 2
+
+
+def test_of_a_restored_journal_gateways_go_on(office: Office, tmp_path: Path) -> None:
+    one, other = (office.release(1, "stable", 0, 1), cell(office, tmp_path))[1], cell(office, tmp_path)
+    copy = office.backup(tmp_path)
+    office.release(2, "stable", 0, 1, version=2)
+    # A root that the copy knows nothing of: somebody else may go to the canaries, and the operators' keys were changed.
+    office.table = msgspec.structs.replace(office.table, keys=office.keys[:2])
+    files = office.release(3, "stable", 0, 1, version=3)
+    assert "root2" in files
+    assert one.sees(files) == (3, "stable", 3)
+    office.restore(copy)
+    assert "root2" not in office.journal.metadata()
+    assert one.sees(office.renew(0, 1)) is None  # by a root2 of its own
+    assert "UnsignedMetadataError" in one.releases.problem
+    # One new root for each that was lost, and one more.
+    assert one.sees(office.renew(0, 1)) == (1, "stable", 1)
+    files = office.release(3, "stable", 0, 1, version=30)  # a number that was given before
+    assert [each.sees(files) for each in (one, other)] == [(3, "stable", 30)] * 2
+    assert (one.releases.problem, other.releases.problem) == ("", "")
+
+
+def test_a_restored_journal_counts_lower_until_it_has_another_online_key(office: Office, tmp_path: Path) -> None:
+    office.release(1, "stable", 0, 1)
+    one, copy = cell(office, tmp_path), office.backup(tmp_path)
+    for number in (2, 3):
+        files = office.release(number, "stable", 0, 1, version=number)
+    assert one.sees(files) == (3, "stable", 3)
+    key = one.found.key
+    office.restore(copy)
+    assert one.sees(office.release(2, "stable", 0, 1, version=20)) is None
+    assert "BadVersionNumberError" in one.releases.problem
+    assert one.sees(office.renew(0, 1)) == (2, "stable", 20)
+    assert one.found.key != key  # by which an installer knows that numbers begin anew
+    one.state.close()
+
+
 def test_a_key_is_its_owners_alone_and_is_not_replaced(tmp_path: Path) -> None:
     file = tmp_path / "release.key"
     key = new_key(file)
@@ -352,11 +474,107 @@ def told_in_one_line(plant: Plant, key: Path, capsys: pytest.CaptureFixture[str]
         (["rollback", "--to", 3, "--key", key], 2, "--to: 3 was not released; released were: [1]"),
         (["rollback", "--key", key], 2, "--to: nothing older was released; released were: [1]"),
         (["rollback", "--channel", "stable"], 2, "--to"),
+        (
+            ["release", "--new-online-key", "--key", key, "--to", "stable"],
+            2,
+            "--new-online-key: is for all tasks; leave",
+        ),
+        (["release", "--new-online-key"], 2, "--key: too few: root is signed by 1 keys of [release]"),
     ]
     for options, code, says in wrong:
         assert run(plant, *options) == code
         assert says in (err := capsys.readouterr().err)
         assert err.count("\n") == 1
+
+
+async def test_a_running_aggregator_publishes_what_another_online_key_signs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with BrokerProcess("amqtt") as broker:
+        plant = Plant(tmp_path, broker.url, min_gateways=1)
+        key, prefix = tmp_path / "release.key", topics.ReleaseFile("press", "").topic
+        renew = partial(run, plant, "release", "--new-online-key", "--key", key)
+        assert renew() == 2
+        assert "federation.toml: release: missing" in capsys.readouterr().err
+        with plant.config.open("a") as file:
+            file.write(f'[release]\nkeys = ["{new_key(key)}"]\n')
+        assert renew() == 1
+        assert "nothing is released yet" in capsys.readouterr().err
+        async with gateways(broker.url, 1) as (g,), plant.service():
+            g.link.subscribe(f"{prefix}+")
+            g.send(await open_plan([g]), delta(1))
+            await until(lambda: g.has(1))
+            assert await asyncio.to_thread(run, plant, "release", "--to", "stable", "--key", key) == 0
+            await until(lambda: f"{prefix}timestamp" in g.heard)
+            assert await asyncio.to_thread(renew) == 0
+            assert "the online key is" in capsys.readouterr().out
+            await until(lambda: f"{prefix}root2" in g.heard)
+            with closing(Journal(plant.state)) as journal:
+                files, ledger = journal.metadata(), list(journal.ledger_lines())
+            await until(lambda: all(g.heard.get(prefix + name, [b""])[-1] == data for name, data in files.items()))
+    assert sum(json.loads(line)["kind"] == "release-key" for line in ledger) == 1
+    with closing(State(tmp_path / "cell")) as state:
+        releases = Releases(state, tmp_path / "cell" / "releases", HERE)
+        await releases.pin(files["root1"])
+        for name, data in files.items():
+            releases.take(name, data)
+        assert releases.look(["wear"])["wear"].release == 1
+
+
+async def retains(url: str, *versions: int) -> None:
+    """Wait until a new client gets the weights of just these versions."""
+    wanted = {topics.Chunk("press", "wear", version, "weights0").topic for version in versions}
+
+    async def found() -> set[str]:
+        late = Gateway(url, "late")
+        late.link.start()
+        try:
+            await until(lambda: "_fl/press/status" in late.heard)
+            return {topic for topic, said in late.heard.items() if "/weights" in topic and said[-1]}
+        finally:
+            await late.link.stop()
+
+    async with asyncio.timeout(WAIT_S):
+        while await found() != wanted:  # noqa: ASYNC110 - another process is waited for
+            await asyncio.sleep(0.1)
+
+
+@pytest.fixture(params=BROKERS)
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "mosquitto":
+        need_mosquitto()
+    with BrokerProcess(request.param) as process:
+        yield process.url
+
+
+async def test_no_more_is_retained_than_what_gateways_may_be_fetching(url: str, tmp_path: Path) -> None:
+    plant, key = Plant(tmp_path, url, min_gateways=1, rounds=7), tmp_path / "release.key"
+    with plant.config.open("a") as file:
+        file.write(f'[release]\nkeys = ["{new_key(key)}"]\ncanary = ["{THERE}"]\n')
+
+    async def release(version: int, channel: Channel = "stable") -> None:
+        options = "--to", channel, "--version", version, "--key", key
+        assert await asyncio.to_thread(run, plant, "release", *options) == 0
+
+    async with gateways(url, 1) as (g,), plant.service():
+        for number in range(1, 8):
+            g.send(await open_plan([g], number), delta(number))
+            await until(partial(g.has, number))
+            if number == 1:
+                await release(1)
+    async with plant.service():
+        await retains(url, 1, 6, 7)
+        await release(2, "canary")
+        await release(3)
+        await retains(url, 1, 2, 3, 6, 7)  # whoever is fetching the one before can end that
+        await release(6)
+        await retains(url, 2, 3, 6, 7)
+        await release(4)
+        await retains(url, 2, 4, 6, 7)  # what is the way to the newest model stays, released or not
+    for version in (5, 3):  # while the aggregator is down
+        await release(version)
+    async with plant.service():
+        await retains(url, 2, 3, 6, 7)
 
 
 async def test_what_was_released_can_be_fetched_for_as_long_as_it_is(

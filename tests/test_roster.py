@@ -462,13 +462,13 @@ async def test_gateways_go_by_the_roster(tmp_path: Path, capsys: pytest.CaptureF
                 line = (
                     "the federation does not know this gateway: ask the operator to enrol it: tundish broker enrol -c"
                 )
-                assert f"{line} federation.toml --path {paths[1]} --key {key}" in shown(1)
+                await until(lambda: f"{line} federation.toml --path {paths[1]} --key {key}" in shown(1))
                 for i in range(2):
                     await operator(plant, "--path", paths[i], "--key", status(i)["public_key"])
                 await until(lambda: roster(0) == roster(1) == (2, 2, True))
                 assert "roster   2 gateways of 2 enterprises" in shown(0)
-                assert "ENROL" not in shown(0)
                 await until(lambda: answer()[0] == "joined")
+                await until(lambda: "ENROL" not in shown(0))  # its plan has come as well
                 await operator(plant, "--path", paths[1], "--revoke")
                 await until(lambda: answer() == ("declined", "roster"))
                 await until(lambda: roster(1) == (1, 1, False))

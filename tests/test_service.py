@@ -232,11 +232,19 @@ class Gateway:
         self.link.publish(topic, self.signer.seal(Answer(1, number, verdict, code, reason, 1), topic))
 
     def send(
-        self, plan: Plan, delta: Vector, samples: int = 100, *, base: int | None = None, loss: float | None = None
+        self,
+        plan: Plan,
+        delta: Vector,
+        samples: int = 100,
+        *,
+        base: int | None = None,
+        loss: float | None = None,
+        quality: int = 1_000_000,
     ) -> bytes:
         topic = topics.Uplink(self.path, "wear", "update").topic
         payload = codec.encode(delta, 32).data
-        update = Update(1, plan.round, plan.base if base is None else base, samples, 0.5, payload, base_loss=loss)
+        base = plan.base if base is None else base
+        update = Update(1, plan.round, base, samples, 0.5, payload, base_loss=loss, quality=quality)
         envelope = self.signer.seal(update, topic)
         self.link.publish(topic, envelope)
         return envelope
@@ -268,6 +276,23 @@ async def open_plan(there: list[Gateway], number: int = 1) -> Plan:
 
 def delta(i: int) -> Vector:
     return np.full(SHARED, i + 1, np.float32)
+
+
+async def test_an_update_counts_by_how_good_its_data_was(broker: BrokerProcess, tmp_path: Path) -> None:
+    plant = Plant(tmp_path, broker.url, min_gateways=2, more='weigh = "quality"\n')
+    async with gateways(broker.url, 2) as there, plant.service():
+        plan = await open_plan(there)
+        await until(lambda: all(g.model() is not None for g in there))
+        for g, quality in zip(there, (1_000_000, 500_000), strict=True):
+            g.answer(1, "joined")
+            g.send(plan, delta(0 if quality == 1_000_000 else 6), quality=quality)
+        await until(lambda: all((m := g.manifest()) and m.version == 1 and g.model() is not None for g in there))
+        manifest = there[0].manifest()
+        assert manifest
+        assert manifest.samples == 150
+        expected = plant.first.copy()
+        expected[:SHARED] += np.float32((1 * 100 + 7 * 50) / 150)
+        assert np.allclose(there[0].weights(), expected, rtol=1e-6)
 
 
 async def test_a_full_round(broker: BrokerProcess, tmp_path: Path) -> None:

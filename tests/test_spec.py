@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from models.errors import UserError
-from models.spec import MAX_TASK_BYTES, load_task, net_names, parse_task, task_digest
+from models.spec import MAX_TASK_BYTES, Round, load_task, net_names, parse_task, task_digest
 from models.tomlfile import line_of, seconds, size_bytes
 
 TASK = """\
@@ -211,6 +211,14 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
         "of one round",
         "sync",
     ),
+    "a ring that weighs": (
+        "min_gateways = 3",
+        'codec = "ring"\nweigh = "quality"',
+        30,
+        "round.weigh",
+        "themselves",
+        "samples",
+    ),
     "a codec": ("min_gateways = 3", 'codec = "zip"', 29, "round.codec", "zip", CODECS),
     "a share": ("min_gateways = 3", "keep = 0.0", 29, "round.keep", "out of range", "write 0.001 to 0.5"),
     "a buffer in step": ("min_gateways = 3", "buffer = 4", 29, "round.buffer", "waits for everybody", 'mode = "async"'),
@@ -305,3 +313,9 @@ def test_lines_of_keys() -> None:
         ("b", "z"): 2, ("q",): 1,
     }  # fmt: skip
     assert {path: line_of(text, path) for path in found} == found
+
+
+def test_an_update_weighs_its_windows_or_what_was_good_of_them() -> None:
+    plain, by_quality = Round(), Round(weigh="quality")
+    assert plain.weight(100, 500_000) == 100
+    assert [by_quality.weight(100, quality) for quality in (1_000_000, 505_000, 1)] == [100, 50, 1]

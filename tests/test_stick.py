@@ -1,6 +1,7 @@
 """Messages by file: what a file may be, and what the aggregator makes of one."""
 
 import asyncio
+import hashlib
 import os
 from collections.abc import Callable
 from contextlib import closing
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker import stick, topics
+from broker.charter import Acceptance, CharterText, bodies
 from broker.journal import Journal
 from broker.messages import MAX_PAYLOAD, Answer, Birth, ModelManifest, Receipt, Signer, Update, open_envelope
 from broker.roster import RosterPart
@@ -110,6 +112,7 @@ async def test_an_update_by_file_counts_as_one_by_mqtt(tmp_path: Path, capsys: p
             said = dict(stick.read(models))
             place = topics.RosterOf("press", 0).topic
             assert len(open_envelope(said[place], place, there[0].key, RosterPart).members) == 2
+            assert topics.CharterInForce("press").topic not in said  # there is none
             code, text = await run("export", models, "--path", "a/b")
             assert (code, "write acme/lyon/press/line4/cell2" in text) == (2, True)
             place = topics.Manifest("press", "wear").topic
@@ -181,13 +184,119 @@ async def test_no_birth_and_no_answer_come_by_file(tmp_path: Path, capsys: pytes
 
     before = known()
     assert take(plant, file) == 1
-    assert capsys.readouterr().out.count("only updates and votes come by file") == 3
+    assert capsys.readouterr().out.count("only updates, votes and acceptances come by file") == 3
     assert known() == before
     async with plant.service() as service:
         await until(lambda: not stick.waiting(plant.state))
         assert service.status()["refused"] == {"topic": 3}
         assert not service.status()["tasks"]["wear"]["gateways"]
     assert known()[0] == before[0]
+
+
+CHARTER = """\
+title = "One line"
+purpose = "To foresee wear."
+tasks = ["wear"]
+members = ["acme"]
+min_gateways = 3
+retention = "Until the round is closed."
+contributions = "By windows."
+[privacy]
+mode = "plain"
+[model]
+recipients = ["acme"]
+terms = "None."
+"""
+DIGEST = hashlib.sha256(CHARTER.encode()).digest()
+
+
+def with_charter(plant: Plant) -> str:
+    """Put a charter beside an aggregator; return what federation.toml was without."""
+    plain = plant.config.read_text()
+    (plant.config.parent / "charter.toml").write_text(CHARTER)
+    plant.config.write_text(plain.replace("[mqtt]", 'charter = "charter.toml"\n[mqtt]'))
+    return plain
+
+
+async def test_the_charter_in_force_goes_by_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plant, file = Plant(tmp_path, NOWHERE), tmp_path / "models"
+    plain = with_charter(plant)
+    enrol(plant, Signer.generate())
+    export = ["broker", "export", "-c", str(plant.config), "--state", str(plant.state), "--path", str(CELL), str(file)]
+    for text in (CHARTER, ""):  # and that there is none any more
+        assert await asyncio.to_thread(main, export) == 1  # no aggregator has put that in force yet
+        assert "restart tundish broker run first" in capsys.readouterr().err
+        (plant.state / "status.json").unlink(missing_ok=True)
+        async with plant.service():
+            await until(plant.has_status)
+            assert await asyncio.to_thread(main, export) == 0
+        # Ahead of what is held against them.
+        (roster, _), (topic, sealed), *_ = stick.read(file)
+        assert (roster, topic) == (topics.RosterOf("press", 0).topic, topics.CharterInForce("press").topic)
+        with closing(Journal(plant.state)) as journal:
+            assert open_envelope(sealed, topic, journal.signer().public_key, CharterText).text == text
+        plant.config.write_text(plain)
+
+
+def bad_words(good: bytes, word: str, signer: Signer) -> list[tuple[str, bytes]]:
+    """What is no acceptance of this gateway: damaged, of others, for others, or of another kind."""
+    elsewhere, root = word.replace("cell9", "cell8"), word.replace("acme", "corvid")
+    said = Acceptance(1, DIGEST, 10)
+    return [
+        *((word, good[:i]) for i in range(0, len(good), 9)),
+        *((word, good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :]) for i in range(0, len(good), 7)),
+        (word, Signer.generate().seal(said, word)), (word, signer.seal(said, elsewhere)), (elsewhere, good),
+        (elsewhere, signer.seal(said, elsewhere)), (root, signer.seal(said, root)), (word, bytes(MAX_PAYLOAD)),
+        (word, signer.seal(Acceptance(1, DIGEST * 2, 10), word)),
+        (word, signer.seal(Answer(1, 1, "", "", "", 5), word)),
+    ]  # fmt: skip
+
+
+async def test_an_acceptance_comes_by_file_and_what_follows_goes_by_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant, signer, other = Plant(tmp_path, NOWHERE), Signer.generate(), bytes(32)
+    with_charter(plant)
+    enrol(plant, signer)
+    word, where = topics.Accepted(CELL).topic, topics.Uplink(CELL, "wear", "update").topic
+    envelope = signer.seal(Update(1, 1, 0, 100, None, codec.encode(delta(8), 32).data), where)
+    update = where, envelope
+
+    def accept(digest: bytes, time_ms: int) -> tuple[str, bytes]:
+        return word, signer.seal(Acceptance(1, digest, time_ms), word)
+
+    async def take_in(*messages: tuple[str, bytes]) -> list[str]:
+        """The lines that `import` prints, once the aggregator has taken the file."""
+        stick.write(tmp_path / "updates", messages)
+        take(plant, tmp_path / "updates")
+        await until(lambda: not stick.waiting(plant.state))
+        return capsys.readouterr().out.splitlines()[:-1]
+
+    async with plant.service() as service:
+
+        def status() -> tuple[list[str], dict[str, int]]:
+            return service.status()["charter"]["accepted"], service.status()["outcomes"]
+
+        await until(plant.has_status)
+        refused = f"refused: {CELL}, wear: charter: this gateway has not accepted the charter in force"
+        accepted = f"{CELL}: accepts charter {DIGEST.hex()}"
+        lines = await take_in(update, accept(other, 5), update)
+        assert lines == [refused, f"{CELL}: accepts charter {other.hex()}", refused]
+        hostile = bad_words(accept(DIGEST, 10)[1], word, signer)
+        lines = await take_in(*hostile)
+        assert len(lines) == len(hostile)
+        assert all(line.startswith("refused: ") for line in lines)
+        assert status() == ([], {})
+        lines = await take_in(accept(DIGEST, 10), update)
+        assert lines == [accepted, f"{CELL}, wear: an update of round 1, {len(envelope)} bytes"]
+        assert status() == ([str(CELL)], {"unknown-round": 1})  # no round is open here, but it is looked for
+        assert await take_in(accept(b"", 20)) == [f"{CELL}: accepts no charter"]
+        # An old copy changes nothing, and what is in the file with it is refused.
+        assert await take_in(accept(DIGEST, 10), update) == [f"{accepted}, which changes nothing", refused]
+        assert status() == ([], {"unknown-round": 1})
+    with closing(Journal(plant.state)) as journal:
+        said = [body["digest"] for body in bodies(journal.ledger_lines(), "acceptance")]
+    assert said == [other.hex(), DIGEST.hex(), ""]
 
 
 def test_as_many_messages_as_may_be(tmp_path: Path) -> None:

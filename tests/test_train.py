@@ -52,13 +52,14 @@ LAYOUT = Layout(
 )  # fmt: skip
 
 
-def fill(folder: Path, seconds: int = 400) -> None:
+def fill(folder: Path, seconds: int = 400, bad: Callable[[str, int], bool] = lambda *_: False) -> None:
     """The target is the sum of two signals that move by themselves; a segment lasts 20 s."""
     store, random = Samples(folder, 1 << 30), np.random.default_rng(0)
     for at in range(seconds):
         a, b = random.normal(size=2).tolist()
         values = {"p/a": a, "p/b": 10 * b, "p/rul": a + b, "p/part": float(at // 20), "p/run": 1.0}
-        store.append([Sample(tag, START + at * SECOND, value, Quality.GOOD) for tag, value in values.items()])
+        quality = {tag: Quality.BAD if bad(tag, at) else Quality.GOOD for tag in values}
+        store.append([Sample(tag, START + at * SECOND, value, quality[tag]) for tag, value in values.items()])
     store.close()
 
 
@@ -133,6 +134,7 @@ async def test_a_child_learns_from_the_store(tmp_path: Path) -> None:
     assert result.samples >= 200
     assert result.steps == 20 * (result.samples // 16)
     assert result.loss < 0.1
+    assert result.quality == 1
     assert result.scale.mean == pytest.approx((0, 0), abs=1)
     assert result.scale.std == pytest.approx((1, 10), rel=0.2)
     x, y = result.holdout.x, result.holdout.y
@@ -140,6 +142,12 @@ async def test_a_child_learns_from_the_store(tmp_path: Path) -> None:
     assert not (tmp_path / "job").exists()
     again = await run(job(tmp_path), tmp_path / "job")
     assert np.array_equal(again.vector, result.vector)
+
+
+async def test_a_result_says_what_share_of_its_values_was_good(tmp_path: Path) -> None:
+    fill(tmp_path, bad=lambda tag, at: tag == "p/b" and at % 8 == 3)
+    result = await run(job(tmp_path, epochs=1), tmp_path / "job")
+    assert result.quality == pytest.approx(1 - 1 / 16, abs=0.01)
 
 
 async def test_half_a_net_trains_its_half_and_grows_when_it_may(tmp_path: Path) -> None:

@@ -29,7 +29,10 @@ from models.width import cut, slices
 
 @dataclass
 class Gateway:
-    """One plant's half: its number, width, state machine, key, and the error that its last updates left."""
+    """One plant's half: its number, width, state machine, key, and the error that its last updates left.
+
+    `quality` is the share of good values in its windows, in millionths.
+    """
 
     index: int
     windows: int
@@ -38,6 +41,7 @@ class Gateway:
     machine: p.Participant
     residual: Vector
     width: float = 1
+    quality: int = 1_000_000
     steps: int = 0
     sent: list[int] = field(default_factory=list)
 
@@ -72,6 +76,7 @@ class Fleet:
                 p.Participant(Policy(), 1, windows=len(site.train)),
                 np.zeros(int(self.shared.sum()) if widths[i] == 1 else self.slices[widths[i]].size, np.float32),
                 widths[i],
+                max(1, round(1e6 * np.isfinite(site.train.x).mean())),
             )
             for i, site in enumerate(sites)
             if widths[i]
@@ -184,6 +189,7 @@ class Fleet:
             encoded.data,
             loss_said,
             round(4 * gateway.width),
+            gateway.quality,
         )
         topic = topics.Uplink(topics.GatewayPath.parse(gateway.path), self.task.name, "update").topic
         envelope = gateway.signer.seal(update, topic)
@@ -196,8 +202,9 @@ class Fleet:
                 gateway.machine.handle(events.Settled(one.round, one.word))
                 if one.word == rounds.COUNTED:
                     late = self.federation.number - action.round
-                    self.payloads[gateway.path, action.round] = (encoded.data, count, late)
-                    self.losses[gateway.path] = loss, count
+                    weight = self.task.round.weight(count, gateway.quality)
+                    self.payloads[gateway.path, action.round] = (encoded.data, weight, late)
+                    self.losses[gateway.path] = loss, weight
         return actions
 
     def _close(self) -> None:

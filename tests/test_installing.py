@@ -1,0 +1,343 @@
+"""What a gateway installs of what is released: the aggregator's own commands, files as for a line with no way out."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from securesystemslib.signer import CryptoSigner
+from tuf.api.metadata import Metadata, MetaFile, TargetFile
+
+from broker import stick
+from broker.channels import Custom, target_of
+from broker.genesis import put_first_model, task_row
+from broker.journal import BallotRow, Journal, ModelRow
+from broker.release import new_key
+from edge.agent import Agent
+from edge.cli import main
+from edge.config import load_config
+from edge.ring import Samples
+from edge.store import State, ledger_lines
+from models import codec
+from models.delta import Layout, weights_digest
+from models.export import export
+from models.spec import parse_task
+from tests.test_drift import Floor
+
+torch.set_num_threads(1)
+WAIT_S = 60
+PATH = "acme/lyon/press/line4/cell2"
+TASK = 'name = "wear"\nkind = "anomaly"\nnet = "autoencoder"\n[window]\nlength = 4\n[[signal]]\nname = "T"\n'
+
+
+class Office:
+    """An aggregator's files: a journal that learns a version at a word, and the operator's key."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.state, self.key = folder, folder / "state", folder / "release.key"
+        self.config = folder / "federation.toml"
+        (folder / "wear.toml").write_text(TASK)
+        self.config.write_text(
+            '[federation]\nname = "press"\nroots = ["acme"]\n[mqtt]\nurl = "mqtt://127.0.0.1"\n'
+            f'[[task]]\nfile = "wear.toml"\n[release]\nkeys = ["{new_key(self.key)}"]\ncanary = ["{PATH}"]\n'
+        )
+        task = parse_task(TASK)
+        graph, layout, self.first = export(task, 0)
+        with closing(Journal(self.state)) as journal:
+            self.public_key = journal.signer().public_key.hex()
+            with journal.transaction():
+                put_first_model(journal, task, TASK, graph=graph, vector=self.first, layout=layout, now_ms=1)
+
+    def learn(self, version: int) -> None:
+        """Let a round have made a version."""
+        vector = self.first + np.random.default_rng(version).normal(0, 0.1, self.first.size).astype(np.float32)
+        weights, digest = codec.encode(vector, codec.EXACT).data, weights_digest(vector)
+        row = ModelRow(version, version, weights, digest, 3, 9, time.time_ns() // 1_000_000)
+        with closing(Journal(self.state)) as journal, journal.transaction():
+            journal.put_model("wear", row)
+
+    def regraph(self) -> None:
+        """Let the task have another graph, which does the same."""
+        with closing(Journal(self.state)) as journal, journal.transaction():
+            row = journal.task("wear")
+            assert row
+            model = onnx.load_from_string(codec.inflate(row.graph, row.graph_size))
+            model.doc_string = "again"
+            made = task_row(row.text, model.SerializeToString(), Layout.from_json(row.layout))
+            values = made.graph, made.graph_size, made.graph_digest
+            journal._db.execute("UPDATE tasks SET graph = ?, graph_size = ?, graph_digest = ?", values)
+
+    def run(self, *options: object) -> int:
+        return main(["broker", *map(str, options), "-c", str(self.config), "--state", str(self.state)])
+
+    def release(self, version: int, channel: str = "stable") -> None:
+        assert self.run("release", "--to", channel, "--version", version, "--key", self.key) == 0
+
+    def messages(self) -> dict[str, bytes]:
+        """What goes to the gateway, by topic."""
+        file = self.folder / "cell2.models"
+        assert self.run("export", "--path", PATH, file) == 0
+        return dict(stick.read(file))
+
+
+class Cell:
+    """A gateway's process, here, whose broker can't be reached."""
+
+    def __init__(self, folder: Path, office: Office) -> None:
+        self.folder, self.office, self.file = folder / "gateway", office, folder / "gateway.toml"
+        (folder / "plc.csv").write_text("tag,address\na,a\n")
+        (folder / "rows.csv").write_text("a\n1\n")
+        self.file.write_text(
+            f'[gateway]\npath = "{PATH}"\n[mqtt]\nurl = "mqtt://127.0.0.1:1"\n'
+            f'[federation]\nname = "press"\nkey = "{office.public_key}"\n'
+            '[[source]]\nname = "plc"\ndriver = "replay"\nurl = "rows.csv"\ntags = "plc.csv"\n'
+            '[task.wear]\nsignals = { T = "plc/a" }\n'
+        )
+
+    @asynccontextmanager
+    async def runs(self) -> AsyncIterator["Cell"]:
+        self.agent = Agent(load_config(self.file), self.folder, partial(load_config, self.file))
+        running = asyncio.create_task(self.agent.run())
+        try:
+            yield self
+            assert not running.done(), running.exception()
+        finally:
+            self.agent.stop()
+            await running
+
+    def take(self, messages: dict[str, bytes], *, without: str = "-") -> None:
+        """Bring a file of messages, but for those whose topic has some word in it."""
+        file = self.folder / "brought"
+        stick.write(file, [(topic, data) for topic, data in messages.items() if without not in topic])
+        stick.leave(self.folder, file)
+
+    @property
+    def task(self) -> dict[str, Any]:
+        return self.agent.snapshot()["tasks"]["wear"]  # type: ignore[index, no-any-return]
+
+    def ledger(self, *kinds: str) -> list[dict[str, Any]]:
+        """The ledger's entries of some kinds."""
+        entries = [json.loads(line) for line in ledger_lines(self.folder)]
+        return [entry for entry in entries if entry["kind"] in kinds]
+
+    async def until(self, **status: object) -> None:
+        await self.when(lambda: self.task | status == self.task)
+
+    async def when(self, condition: Callable[[], object]) -> None:
+        try:
+            async with asyncio.timeout(WAIT_S):
+                while not condition():  # noqa: ASYNC110 - what is waited for happens in threads and children
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            pytest.fail(str(self.agent.snapshot()))
+
+    async def taken(self) -> None:
+        """Wait until all that was brought has been heard, and nothing of it is left to be fetched."""
+        await self.when(lambda: not any((self.folder / stick.INBOX).iterdir()))
+
+
+@pytest.fixture
+def office(tmp_path: Path) -> Office:
+    return Office(tmp_path)
+
+
+def forged(messages: dict[str, bytes], thief: CryptoSigner, change: Callable[[dict[str, Any]], None]) -> None:
+    """Let some of the metadata say something else, signed by the online key."""
+    prefix = "_fl/press/_release/"
+    made = {name: Metadata[Any].from_bytes(messages[prefix + name]) for name in ("canary", "snapshot", "timestamp")}
+    change({name: one.signed for name, one in made.items()})
+    for name, one in made.items():
+        one.sign(thief)
+        messages[prefix + name] = one.to_bytes()
+
+
+async def test_numbers_of_releases_begin_anew_under_another_online_key(office: Office, tmp_path: Path) -> None:
+    for version in (1, 2):
+        office.learn(version)
+    office.release(1)
+    office.release(2, "canary")
+    with closing(Journal(office.state)) as journal:
+        key = journal.signer("release").to_bytes()
+    thief = CryptoSigner(Ed25519PrivateKey.from_private_bytes(key))
+    cell, last = Cell(tmp_path, office), 2**53
+
+    def highest(signed: dict[str, Any]) -> None:
+        """The highest release that can be said, of the version that the canary has."""
+        name = target_of("canary", "wear", PATH)
+        one: TargetFile = signed["canary"].targets[name]
+        custom = one.unrecognized_fields["custom"]
+        one.unrecognized_fields["custom"] = msgspec.to_builtins(Custom(last, custom["version"], custom["model"]))
+        for role in signed.values():
+            role.version += 9
+        signed["snapshot"].meta["canary.json"] = MetaFile(signed["canary"].version)
+        signed["timestamp"].snapshot_meta = MetaFile(signed["snapshot"].version)
+
+    async with cell.runs():
+        cell.take(office.messages())
+        await cell.until(release=2, scoring_model=2, model=2)
+        bad = office.messages()
+        forged(bad, thief, highest)
+        cell.take(bad)
+        await cell.until(release=last)
+        office.release(1)
+        cell.take(office.messages())
+        await cell.when(lambda: "BadVersionNumberError" in str(cell.agent.snapshot()["problem"]))
+        assert office.run("release", "--new-online-key", "--key", office.key) == 0
+        cell.take(office.messages())
+        await cell.until(release=3, scoring_model=1, problem="")
+        assert cell.agent.snapshot()["problem"] == ""
+        office.release(2, "canary")
+        cell.take(office.messages())
+        await cell.until(release=4)
+    async with cell.runs():  # it is known after a restart, too
+        assert (cell.task["release"], cell.task["problem"]) == (4, "")
+        assert office.run("release", "--new-online-key", "--key", office.key) == 0
+        runner, tried = cell.agent.runners["wear"], len(cell.ledger("model-adopted", "model-kept"))
+        installer, before = runner.installer, runner.installer.key
+        cell.take(office.messages())
+        await cell.when(lambda: installer.key != before)
+        # The same model by another key is not fetched, and tried, again.
+        assert (cell.task["release"], len(cell.ledger("model-adopted", "model-kept"))) == (4, tried)
+        # A journal that was restored may give a number twice: that is told.
+        assert installer._wanted
+        installer.on_release(replace(installer._wanted, digest=bytes(32)), runner.model)
+        assert cell.task["problem"] == "release 4 is another one than that which is installed and stays"
+
+
+async def test_without_the_metadata_of_releases_no_candidate_scores(office: Office, tmp_path: Path) -> None:
+    office.learn(1)
+    cell, said = Cell(tmp_path, office), office.messages()
+    async with cell.runs():
+        cell.take(said)
+        await cell.until(model=1, scoring_model=1, problem="")  # as yet nobody has released anything
+        office.release(1)
+        cell.take(office.messages(), without="_release/")  # the model is the same, and its manifest says so
+        await cell.when(lambda: "their metadata is missing" in str(cell.agent.snapshot()["problem"]))
+        office.learn(2)
+        cell.take(office.messages(), without="_release/")
+        await cell.until(model=2)
+        await cell.taken()
+        assert (cell.task["scoring_model"], cell.task["release"]) == (1, 0)
+    async with cell.runs():  # it is known after a restart, whatever is withheld then
+        office.learn(3)
+        cell.take(office.messages(), without="_release/first")
+        await cell.until(model=3)
+        await cell.taken()
+        assert (cell.task["scoring_model"], cell.task["release"]) == (1, 0)
+        assert "their metadata is missing" in str(cell.agent.snapshot()["problem"])
+        office.release(3)
+        cell.take(office.messages())
+        await cell.until(release=2, scoring_model=3)
+        assert cell.agent.snapshot()["problem"] == ""
+
+
+async def test_one_that_is_new_waits_for_the_metadata_of_releases(office: Office, tmp_path: Path) -> None:
+    office.learn(1)
+    office.release(1)
+    office.learn(2)
+    cell = Cell(tmp_path, office)
+    async with cell.runs():
+        cell.take(office.messages(), without="_release/first")
+        await cell.until(model=2)
+        await cell.taken()
+        assert (cell.task["scoring_model"], cell.task["state"]) == (None, "idle")
+        cell.take(office.messages())
+        await cell.until(release=1, scoring_model=1, model=2)
+        assert cell.agent.snapshot()["problem"] == ""
+
+
+async def test_a_model_that_is_voted_down_meanwhile_is_not_released(
+    office: Office, capsys: pytest.CaptureFixture[str]
+) -> None:
+    office.learn(1)
+    command = partial(office.run, "release", "--to", "stable", "--key", office.key)
+    with closing(Journal(office.state)) as journal:
+        with journal.transaction():
+            running = asyncio.create_task(asyncio.to_thread(command))
+            await asyncio.sleep(1)  # until it waits for this transaction
+            journal.open_ballot("wear", BallotRow(1, 0, 1, b"", b""))
+            journal.close_ballot("wear", 1, kept=False)
+        assert await running == 1
+        assert "no model of wear may be released yet" in capsys.readouterr().err
+        assert (journal.releases("wear"), journal.metadata()) == ([], {})
+
+
+def end_first_run() -> None:
+    """Kill the next child of this process that runs a graph for the first time."""
+    children, until = Path(f"/proc/self/task/{os.getpid()}/children"), time.monotonic() + WAIT_S
+    while time.monotonic() < until:
+        for pid in children.read_text().split():
+            with contextlib.suppress(OSError):
+                if b"models.graphcheck" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(int(pid), signal.SIGKILL)
+                    return
+        time.sleep(0.005)
+    pytest.fail("no graph was run")
+
+
+async def test_a_fault_of_this_machine_makes_no_release_forgotten(office: Office, tmp_path: Path) -> None:
+    office.learn(1)
+    cell = Cell(tmp_path, office)
+    async with cell.runs():
+        cell.take(office.messages())
+        await cell.until(model=1)
+        await cell.taken()
+        # Its graph is a new one here, and its first run is ended, as where memory runs out.
+        office.regraph()
+        office.release(1)
+        said, ended = office.messages(), asyncio.create_task(asyncio.to_thread(end_first_run))
+        cell.take(said, without="model/manifest")
+        await ended
+        await cell.when(lambda: "release 1 can't be installed yet: graph: its first run was" in cell.task["problem"])
+        await cell.until(release=1, scoring_model=1, problem="")
+        # A disk that is read-only for a while.
+        state = cell.agent.state._db
+        state.execute("PRAGMA query_only = ON")
+        office.learn(2)
+        office.release(2)
+        cell.take(office.messages(), without="model/manifest")
+        await cell.when(lambda: "release 2 can't be installed yet: state can't be stored" in cell.task["problem"])
+        assert cell.task["release"] == 1
+        state.execute("PRAGMA query_only = OFF")
+        await cell.until(release=2, scoring_model=2, problem="")
+    installed = [entry["body"]["release"] for entry in cell.ledger("release-installed")]
+    assert installed == [1, 2]
+
+
+@pytest.mark.parametrize("before", [False, True])
+async def test_who_is_told_of_releases_elects_nothing_of_the_federation(tmp_path: Path, *, before: bool) -> None:
+    with closing(State(tmp_path)) as state, closing(Samples(tmp_path, 1 << 26)) as samples:
+        floor = Floor(tmp_path, state, samples)
+        model, result, releases = floor.model, floor.trained(), floor.shop.releases
+        result = replace(result, own=result.vector + 1e-3)
+        if before:
+            releases.tell(msgspec.structs.replace(model.manifest, released=True))
+            await releases._telling
+        runner = floor.runner()
+        live, scoring = runner.live, runner.scoring
+        assert live
+        scoring.begin()
+        await scoring.elect(model, model, result)
+        scorer = live.scorer
+        assert scorer
+        assert scorer.kind == ("own" if before else "mix")
+        if not before:  # what scored goes on
+            releases.tell(msgspec.structs.replace(model.manifest, released=True))
+            await releases._telling
+            await scoring.elect(model, model, result)
+            assert live.scorer is scorer
+        await runner.stop()
