@@ -54,7 +54,7 @@ def acl(federation: str, gateways: Iterable[str], operators: Iterable[str] = (),
 
 def _for_all(tree: str) -> list[str]:
     """What a federation says to every gateway."""
-    parts = ("status", f"{RELEASE}/#", "charter", "+/round", "+/model/#")
+    parts = ("status", f"{RELEASE}/#", "charter", "roster", "roster/+", "+/round", "+/model/#")
     return [f"topic read {tree}/{part}" for part in parts]
 
 

@@ -21,8 +21,10 @@ class Database:
         with blame_disk(self.path):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)
-            # The other files that SQLite makes take the mode of this one.
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            # The other files that SQLite makes take the mode of this one. Only a new file is opened here: to close one
+            # takes all of this process's locks on it away (POSIX), and then another process ends SQLite's log under us.
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             self.path.chmod(0o600)
             self._db = sqlite3.connect(self.path, isolation_level=None)
             self._prepare()
@@ -71,9 +73,10 @@ class Database:
                 "install the version that wrote it, or choose another --state"
             )
 
-    def _do(self, query: str, *values: Any) -> None:
+    def _do(self, query: str, *values: Any) -> int:
+        """Execute, and return how many rows changed."""
         with blame_disk(self.path):
-            self._db.execute(query, values)
+            return self._db.execute(query, values).rowcount
 
     def _rows(self, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         with blame_disk(self.path):

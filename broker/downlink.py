@@ -27,6 +27,7 @@ from broker.messages import (
     WEIGHTS,
     FederationBirth,
     FirstRoot,
+    Message,
     ModelManifest,
     Object,
     Plan,
@@ -199,6 +200,12 @@ class Downlink:
         """Put the plan of the latest round."""
         topic = topics.RoundPlan(self._federation, task).topic
         self.put(topic, self._signer.seal(plan, topic))
+
+    def put_roster(self, number: int, part: Message) -> None:
+        """Put a part of the roster ahead of what waits: gateways hold a plan against it."""
+        topic = topics.RosterOf(self._federation, number).topic
+        self._waiting.pop(topic, None)
+        self._waiting = {topic: self._signer.seal(part, topic), **self._waiting}
 
     def receipt(self, task: str, path: str, receipt: Receipt) -> tuple[str, bytes]:
         """Seal a receipt; return (topic, envelope)."""

@@ -14,7 +14,8 @@ from broker.config import EnrolmentTable
 from broker.journal import Journal
 from broker.messages import VERSION, Admission, Request
 from broker.pki import Authority, requested_key
-from models.errors import PeerError
+from broker.roster import MAX_GATEWAYS
+from models.errors import LocalError, PeerError
 
 
 def fingerprint(authority: Authority) -> str:
@@ -44,7 +45,9 @@ def admission_of(journal: Journal, authority: Authority, federation: str, reques
 
 
 def admit(journal: Journal, path: str, key: bytes, how: str) -> None:
-    """Put a gateway into the roster, inside of a transaction; `how` is `key`, `file` or `token`."""
+    """Put a gateway into the roster, inside of a transaction; `how` is `key`, `file` or `token`. LocalError if full."""
+    if journal.roster_size() >= MAX_GATEWAYS and journal.key_of(path) is None:
+        raise LocalError(f"the roster has {MAX_GATEWAYS} gateways, which is the most; revoke one that is gone")
     now_ms = _now_ms()
     journal.add_to_roster(path, key, now_ms, "enrolled")
     journal.note(now_ms, "enrolled", {"path": path, "key": key.hex(), "how": how})

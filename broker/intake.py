@@ -16,13 +16,13 @@ from broker.config import FederationConfig
 from broker.journal import Journal
 from broker.link import Inbound
 from broker.messages import Answer, Birth, Death, Message, Update, Vote, open_envelope, peek
+from broker.roster import MAX_GATEWAYS
 from models import codec, ringcode
 from models.errors import PeerError
 from models.ringcode import Ring
 from models.spec import Task
 from models.width import Places
 
-MAX_GATEWAYS = 10_000
 MAX_STRANGERS = 64
 WHOLE = 4  # quarters of a net
 # No weight of a net moves by this much in a round; a sum of such values stays far from float32's end.
@@ -118,7 +118,7 @@ _BY_FILE = {"update", "vote"}
 
 
 class Intake:
-    """Reads inbound messages; pins first births in the journal, so it belongs inside a transaction."""
+    """Reads inbound messages; keeps keys of births in the journal, so it belongs inside a transaction."""
 
     def __init__(
         self,
@@ -179,7 +179,12 @@ class Intake:
             raise
         if birth.public_key != key:
             raise PeerError("key", f"{name} names another key than the one it signs with")
+        self._keep_agreement_key(name, birth)
         return HeardBirth(name, birth, pinned=False)
+
+    def _keep_agreement_key(self, path: str, birth: Birth) -> None:
+        if birth.agreement_key:
+            self._journal.put_agreement_key(path, birth.agreement_key, birth.session)
 
     def _first_birth(self, path: str, inbound: Inbound, now_ms: int) -> Birth:
         if self._config.join != "first-seen":
@@ -199,6 +204,7 @@ class Intake:
         offered = peek(inbound.payload, Birth).public_key
         birth = open_envelope(inbound.payload, inbound.topic, offered, Birth)
         self._journal.add_to_roster(path, offered, now_ms, "first-seen")
+        self._keep_agreement_key(path, birth)
         return birth
 
     def _acceptance(self, path: topics.GatewayPath, inbound: Inbound) -> Heard:

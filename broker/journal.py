@@ -1,4 +1,4 @@
-"""The only SQL of the aggregator: what it must know again after a crash.
+"""The only SQL of the aggregator, with `members`: what it must know again after a crash.
 
 SQLite in WAL mode with synchronous=FULL and one writer. A commit is what an MQTT acknowledgement and a receipt stand
 for. The folder is 0700 and the file 0600, because the aggregator's private key is in it. Times are milliseconds since
@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from broker import ledger
-from broker.database import Database
-from broker.messages import Signer
+from broker.members import Members
 from broker.round import STALEST
 
 # Versions whose weights are kept: enough to go back, and to lead on whoever trains on an old one.
@@ -27,14 +26,6 @@ class RoundRow(NamedTuple):
     opened_ms: int
     deadline_ms: int
     state: str
-
-
-class TokenRow(NamedTuple):
-    """Of an enrolment token: the path that it is for, until when, and whether it has been used."""
-
-    path: str
-    expires_ms: int
-    used: bool
 
 
 class ModelRow(NamedTuple):
@@ -93,67 +84,8 @@ class TaskRow(NamedTuple):
     graph_digest: bytes
 
 
-class Journal(Database):
-    """An open journal: `transaction` and the rest of `Database`, and what is kept."""
-
-    # Keys and roster.
-
-    def signer(self, name: str = "aggregator") -> Signer:
-        """Return the aggregator's own key, or another of its; the first call makes it, outside of a transaction."""
-        row = self._one("SELECT private_key FROM keys WHERE name = ?", name)
-        if row:
-            return Signer.from_bytes(row[0])
-        with self.transaction():  # of two who come at once, the first one's stays
-            self._do("INSERT OR IGNORE INTO keys VALUES (?, ?)", name, Signer.generate().to_bytes())
-        return self.signer(name)
-
-    def replace_signer(self, name: str) -> Signer:
-        """Make another key in the place of one that is the aggregator's; it belongs into a transaction."""
-        made = Signer.generate()
-        self._do("INSERT OR REPLACE INTO keys VALUES (?, ?)", name, made.to_bytes())
-        return made
-
-    def roster(self) -> dict[str, bytes]:
-        """Gateway path -> raw Ed25519 public key (32 bytes)."""
-        return dict(self._rows("SELECT path, public_key FROM roster"))
-
-    def roster_size(self) -> int:
-        """Count the gateways that have a key."""
-        row = self._one("SELECT count(*) FROM roster")
-        return int(row[0]) if row else 0
-
-    def key_of(self, path: str) -> bytes | None:
-        """One gateway's raw public key (32 bytes); None when it is not in the roster."""
-        row = self._one("SELECT public_key FROM roster WHERE path = ?", path)
-        return row[0] if row else None
-
-    def data_version(self) -> int:
-        """A number that changes when another process (`enrol`) wrote to the journal."""
-        row = self._one("PRAGMA data_version")
-        return int(row[0]) if row else 0
-
-    def add_to_roster(self, path: str, public_key: bytes, now_ms: int, how: str) -> None:
-        """Remember a gateway's key (`how`: `first-seen` or `enrolled`); an earlier one is replaced."""
-        self._do("INSERT OR REPLACE INTO roster VALUES (?, ?, ?, ?)", path, public_key, now_ms, how)
-
-    def remove_from_roster(self, path: str) -> None:
-        """Forget a gateway's key and its token: from now on it is a stranger."""
-        self._do("DELETE FROM roster WHERE path = ?", path)
-        self._do("DELETE FROM tokens WHERE path = ?", path)
-
-    def add_token(self, digest: bytes, path: str, expires_ms: int) -> None:
-        """Let the one who knows what has this digest enrol as a path, once; an earlier one of that path is no good."""
-        self._do("DELETE FROM tokens WHERE path = ?", path)
-        self._do("INSERT INTO tokens VALUES (?, ?, ?, 0)", digest, path, expires_ms)
-
-    def token(self, digest: bytes) -> TokenRow | None:
-        """What is known of a token; None if it is none of ours."""
-        row = self._one("SELECT path, expires_ms, used FROM tokens WHERE hash = ?", digest)
-        return TokenRow(row[0], row[1], bool(row[2])) if row else None
-
-    def spend_token(self, digest: bytes) -> None:
-        """Remember that it was used."""
-        self._do("UPDATE tokens SET used = 1 WHERE hash = ?", digest)
+class Journal(Members):
+    """An open journal: `transaction` and the rest of `Database`, keys and roster of `Members`, and what is kept."""
 
     # Tasks and models.
 

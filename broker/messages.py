@@ -47,7 +47,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 
 class Birth(Message, frozen=True, tag="birth"):
-    """Retained on a gateway's status topic: it is there, with this key.
+    """Retained on a gateway's status topic: it is there, with these keys: Ed25519, and X25519 (RFC 7748) to agree by.
 
     `session` grows with each start (milliseconds at start), so an older birth or death is known to be old.
     """
@@ -57,6 +57,7 @@ class Birth(Message, frozen=True, tag="birth"):
     public_key: PublicKey
     software: Text
     tasks: Annotated[tuple[Text, ...], msgspec.Meta(max_length=64)]
+    agreement_key: PublicKey | None = None
 
 
 class Death(Message, frozen=True, tag="death"):

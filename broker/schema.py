@@ -1,10 +1,10 @@
 """The tables of the journal, and what leads to them from those of earlier versions."""
 
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 10
 SCHEMA = """
 CREATE TABLE keys(name TEXT PRIMARY KEY, private_key BLOB NOT NULL) STRICT;
 CREATE TABLE roster(path TEXT PRIMARY KEY, public_key BLOB NOT NULL, since_ms INTEGER NOT NULL,
-    how TEXT NOT NULL) STRICT;
+    how TEXT NOT NULL, agreement_key BLOB, session INTEGER NOT NULL DEFAULT 0) STRICT;
 CREATE TABLE tokens(hash BLOB PRIMARY KEY, path TEXT NOT NULL, expires_ms INTEGER NOT NULL,
     used INTEGER NOT NULL DEFAULT 0) STRICT;
 CREATE TABLE tasks(task TEXT PRIMARY KEY, text TEXT NOT NULL, layout TEXT NOT NULL, graph BLOB NOT NULL,
@@ -54,4 +54,8 @@ CREATE TABLE tokens(hash BLOB PRIMARY KEY, path TEXT NOT NULL, expires_ms INTEGE
     6: _BALLOTS,
     7: _RELEASES,
     8: _RECEIPTS,
+    9: """
+ALTER TABLE roster ADD COLUMN agreement_key BLOB;
+ALTER TABLE roster ADD COLUMN session INTEGER NOT NULL DEFAULT 0;
+""",
 }

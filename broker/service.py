@@ -29,6 +29,7 @@ from broker.link import Inbound, Link
 from broker.messages import VERSION, Receipt
 from broker.publish import put_model, put_plan
 from broker.releasing import Releasing
+from broker.roster import Rosters
 from broker.status import write_status
 from models.errors import LocalError, PeerError
 
@@ -96,6 +97,7 @@ class Service:
         self._downlink = Downlink(self._config.name, signer, self._clock())
         table = self._config.release
         self._releasing = None if table is None else Releasing(self._journal, self._downlink, table)
+        self._rosters = Rosters(self._journal, self._downlink)
         self._charters = Charters(self._config.charter, self._journal, self._clock())
         self._charters.enter()
         wanted = {name: job.wanted for name, job in self._jobs.items()}
@@ -167,6 +169,7 @@ class Service:
             self._put_model(job)
             put_plan(self._downlink, job, self._charters.digest)
         self._put_releases()
+        self._rosters.put()
         self._wake.set()
 
     def _on_down(self, reason: str) -> None:
@@ -184,6 +187,7 @@ class Service:
             for inbound in batch:
                 self._hear(inbound, now_ms)
             self._tell_all(federation.Tick(), now_ms)
+            self._rosters.refresh(now_ms)
         for inbound in batch:
             self._link.ack(inbound)
         for topic, payload in self._receipts:
@@ -287,17 +291,11 @@ class Service:
         for action in actions:
             if isinstance(action, rounds.Outcome) and action.word == rounds.COUNTED:
                 self._journal.count_update(
-                    heard.task,
-                    update.round,
-                    heard.path,
-                    digest=heard.digest,
-                    samples=job.task.round.weight(update.samples, update.quality),
-                    metric=update.metric,
-                    payload=update.payload,
-                    base_loss=update.base_loss,
-                    counted_in=job.federation.number,
-                    now_ms=now_ms,
-                )
+                    heard.task, update.round, heard.path, digest=heard.digest,
+                    samples=job.task.round.weight(update.samples, update.quality), metric=update.metric,
+                    payload=update.payload, base_loss=update.base_loss,
+                    counted_in=job.federation.number, now_ms=now_ms,
+                )  # fmt: skip
         self._act(job, actions, now_ms)
 
     def _refuse(self, topic: str, reason: str, detail: str) -> None:

@@ -14,6 +14,7 @@ from broker.journal import Journal
 from broker.link import Inbound
 from broker.publish import put_model, put_plan
 from broker.releasing import Releasing
+from broker.roster import Rosters
 from models.errors import LocalError, PeerError, UserError
 
 
@@ -47,7 +48,7 @@ def import_file(args: argparse.Namespace, config: FederationConfig, state: Path)
 
 
 def export_file(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
-    """Write what the federation says to a gateway: charter, plans, models, releases, receipts of what came by file."""
+    """Write what the federation says to a gateway: charter, roster, plans, models, releases, receipts of files."""
     try:
         path = topics.GatewayPath.parse(args.path)
     except PeerError as error:
@@ -63,6 +64,8 @@ def export_file(args: argparse.Namespace, config: FederationConfig, state: Path)
         for job in jobs.values():
             put_model(downlink, journal, job)
             put_plan(downlink, job, charters.digest)
+        with journal.transaction():
+            Rosters(journal, downlink).refresh(now_ms)
         if config.release:
             Releasing(journal, downlink, config.release).put(jobs)
         retained = [(topic, payload) for topic, payload in downlink.waiting if payload]

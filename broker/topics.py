@@ -135,6 +135,19 @@ class CharterInForce:
 
 
 @dataclass(frozen=True)
+class RosterOf:
+    """A part of the federation's retained, signed roster: number 0 is the first one, and mostly all."""
+
+    federation: str
+    part: int
+
+    @property
+    def topic(self) -> str:
+        """`_fl/{federation}/roster`, and `…/roster/{part}` from 1 on."""
+        return f"{FL}/{self.federation}/roster" + (f"/{self.part}" if self.part else "")
+
+
+@dataclass(frozen=True)
 class RoundPlan:
     """The retained, signed plan of the task's latest round."""
 
@@ -210,6 +223,7 @@ Topic = (
     | Local
     | FederationStatus
     | CharterInForce
+    | RosterOf
     | ReleaseFile
     | RoundPlan
     | Manifest
@@ -234,6 +248,12 @@ def downlink_filters(federation: str, task: str, path: GatewayPath) -> list[str]
     return [f"{base}/round", *(f"{base}/model/{of}" for of in _MANIFESTS), f"{base}/receipt/{path}"]
 
 
+def common_filters(federation: str) -> list[str]:
+    """Filters for what a federation says to all of its gateways, beside its tasks."""
+    base = f"{FL}/{federation}"
+    return [f"{base}/charter", f"{base}/roster", f"{base}/roster/+", f"{base}/{RELEASE}/+"]
+
+
 def parse(topic: str) -> Topic:
     """Inverse of every `.topic`; PeerError("topic") for anything that none of them writes."""
     levels = topic.split("/")
@@ -249,6 +269,10 @@ def _of_federation(levels: list[str]) -> Topic | None:
     match levels:
         case ["_fl", federation, "status" | "charter" as what]:
             return FederationStatus(federation) if what == "status" else CharterInForce(federation)
+        case ["_fl", federation, "roster"]:
+            return RosterOf(federation, 0)
+        case ["_fl", federation, "roster", part] if re.fullmatch(r"[1-9][0-9]{0,5}", part):
+            return RosterOf(federation, int(part))
         case ["_fl", federation, "_release", name]:
             return ReleaseFile(federation, name)
         case ["_fl", federation, task, "round"]:

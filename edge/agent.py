@@ -25,19 +25,22 @@ from broker.topics import (
     Manifest,
     ReceiptFor,
     ReleaseFile,
+    RosterOf,
     RoundPlan,
     Status,
+    common_filters,
     downlink_filters,
     parse,
 )
 from edge.charter import Keeper
 from edge.config import Config, Policy
 from edge.health import Watch
-from edge.identity import own_signer, with_own_tls
+from edge.identity import own_agreement_key, own_signer, with_own_tls
 from edge.reload import Plan, plan
 from edge.renewal import Renewal
 from edge.resend import Resender
 from edge.ring import Samples
+from edge.roster import Members
 from edge.runner import Runner
 from edge.shop import Shop
 from edge.sources import Sources
@@ -71,7 +74,7 @@ class Agent:
         self.samples = Samples(folder, config.store_bytes, config.store_days, self.watch.take)
         self.samples.retag(config.meanings)
         self.stopped, self._hangup = asyncio.Event(), asyncio.Event()
-        signer = own_signer(self.state)
+        signer, self._agreement_key = own_signer(self.state), own_agreement_key(self.state)
         self.session = self.state.next_session()
         self._enter(signer)
         self.status = Status(config.path).topic
@@ -87,7 +90,8 @@ class Agent:
             self.link.publish, self.stick.subscribe, self.link.unsubscribe,
         )  # fmt: skip
         self.trust = Trust(self.shop)
-        self.charter = Keeper(self.shop, self._rechartered)
+        self.charter = Keeper(self.shop, self._bound_anew)
+        self.members = Members(self.shop, self._bound_anew)
         self.runners = {name: Runner(name, table, self.shop) for name, table in config.tasks.items()}
         self.renewal = Renewal(self.shop)
         self.sources = Sources(folder / "pki", self._sink)
@@ -209,7 +213,7 @@ class Agent:
             log.info("reload: the policy from now on: %s", body["policy"])
             await self.state.commit(lambda: self.state.record("policy", body))
 
-    def _rechartered(self) -> None:
+    def _bound_anew(self) -> None:
         """Let every task's participant look at its plan anew."""
         for runner in self.runners.values():
             runner.guard("charter", partial(runner.reconfigure, rewire=False))
@@ -279,8 +283,8 @@ class Agent:
 
     async def _announce(self) -> None:
         """Say who is here, once the ledger has it; at later connections the same is said again."""
-        now_ms, key = int(time.time() * 1000), self.shop.signer.public_key
-        birth = m.Birth(m.VERSION, self.session, now_ms, key, SOFTWARE, tuple(self.config.tasks))
+        now_ms, keys = int(time.time() * 1000), (self.shop.signer.public_key, self._agreement_key)
+        birth = m.Birth(m.VERSION, self.session, now_ms, keys[0], SOFTWARE, tuple(self.config.tasks), keys[1])
         envelope = self.shop.signer.seal(birth, self.status)
 
         def work() -> None:
@@ -297,9 +301,8 @@ class Agent:
         log.warning("mqtt: %s; scoring goes on, updates wait in the outbox", reason)
 
     def _follow(self, tasks: Iterable[str]) -> None:
-        """Read what the pinned federation says to all, of releases, and of our tasks."""
-        common = CharterInForce(self.shop.federation), ReleaseFile(self.shop.federation, "+")
-        self.link.subscribe(*(one.topic for one in common))
+        """Read what the pinned federation says to all, and of our tasks."""
+        self.link.subscribe(*common_filters(self.shop.federation))
         for task in tasks:
             self.link.subscribe(*downlink_filters(self.shop.federation, task, self.config.path))
 
@@ -319,7 +322,7 @@ class Agent:
         if isinstance(topic, FederationStatus):
             self._federation(topic, inbound)
             return
-        if isinstance(topic, CharterInForce | ReleaseFile) and topic.federation == self.shop.federation:
+        if isinstance(topic, CharterInForce | RosterOf | ReleaseFile) and topic.federation == self.shop.federation:
             self._to_all(topic, inbound)
             return
         if isinstance(topic, Local) and topic.what == "feedback" and topic.name in self.runners:
@@ -343,10 +346,12 @@ class Agent:
             case ReceiptFor():
                 runner.on_receipt(m.open_envelope(inbound.payload, inbound.topic, key, m.Receipt))
 
-    def _to_all(self, topic: CharterInForce | ReleaseFile, inbound: Inbound) -> None:
+    def _to_all(self, topic: CharterInForce | RosterOf | ReleaseFile, inbound: Inbound) -> None:
         """What the pinned federation says to all of its gateways."""
         if isinstance(topic, ReleaseFile):
             self.shop.releases.hear(topic.name, inbound, self.shop.federation_key)
+        elif isinstance(topic, RosterOf):
+            self.members.hear(topic.part, inbound)
         else:
             self.charter.hear(inbound)
 
@@ -381,6 +386,7 @@ class Agent:
             "restart": self._restart,
             "federation": {"name": self.shop.federation, "key": self.shop.federation_key.hex()},
             "charter": self.charter.status(),
+            "roster": self.members.status,
             "sources": sources_status(self.sources.drivers, self._tags),
             "tasks": {name: runner.status() for name, runner in self.runners.items()},
             "outbox": len(self.state.waiting),

@@ -1,4 +1,4 @@
-"""What a charter binds at this gateway: which plans it leaves, and which it does not. Pure."""
+"""What a charter and the roster bind at this gateway: which plans they leave, and which they do not. Pure."""
 
 from dataclasses import dataclass
 
@@ -34,6 +34,13 @@ def breach(policy: Policy, clauses: Clauses | None, plan: m.Plan) -> tuple[str, 
         clauses.charter, clauses.task, [clauses.root],
         min_gateways=plan.min_gateways, secure=plan.secure_aggregation,
     )  # fmt: skip
+
+
+def too_few(policy: Policy, members: int | None) -> tuple[str, str] | None:
+    """Say that fewer gateways are in the roster than the policy wants in a sum; None where no roster has come."""
+    if members is None or members >= policy.min_gateways:
+        return None
+    return "roster", f"policy wants {policy.min_gateways} gateways in a sum, the federation's roster has {members}"
 
 
 def terms_of(plan: m.Plan | None) -> dict[str, object]:

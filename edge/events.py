@@ -92,10 +92,14 @@ class Reconnected:
 
 @dataclass(frozen=True)
 class PolicyChanged:
-    """What this gateway allows from now on, and what the charter that it holds says of the task."""
+    """What this gateway allows from now on, what the charter that it holds says of the task, and how many are in.
+
+    Of a federation without a roster, `members` is None.
+    """
 
     policy: Policy
     clauses: Clauses | None = None
+    members: int | None = None
 
 
 Event = (

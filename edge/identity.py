@@ -1,6 +1,7 @@
 """Who this gateway is: its signing key, its TLS key, and what it and the operator exchange, by file or by token.
 
-state.db            the Ed25519 key that signs what it says; made on the first start
+state.db            the Ed25519 key that signs what it says, and the X25519 key that it agrees on others by
+                    (RFC 7748); made on the first start
 tls/key.pem         its TLS key, made by `tundish edge export`, or by `import` of a token
 tls/cert.pem, ca.pem    what `tundish edge import` brought
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from broker import admission, stick
 from broker.est import Token, is_token
@@ -25,7 +27,7 @@ from models.errors import PeerError, UserError
 
 log = logging.getLogger(__name__)
 
-_TLS = "tls"
+_TLS, _AGREEMENT = "tls", "agreement-key"
 
 
 def own_signer(state: State) -> Signer:
@@ -39,6 +41,18 @@ def own_signer(state: State) -> Signer:
         state.record("key-made", {"public_key": signer.public_key.hex()})
     log.info("made this gateway's key: %s", signer.public_key.hex())
     return signer
+
+
+def own_agreement_key(state: State) -> bytes:
+    """The public half (32 bytes) of this gateway's X25519 key; the first call makes it. It never leaves state.db."""
+    stored = state.get(_AGREEMENT)
+    key = X25519PrivateKey.generate() if stored is None else X25519PrivateKey.from_private_bytes(stored)
+    public = key.public_key().public_bytes_raw()
+    if stored is None:
+        with state.transaction():
+            state.put(_AGREEMENT, key.private_bytes_raw())
+            state.record("key-made", {"agreement_key": public.hex()})
+    return public
 
 
 def with_own_tls(settings: MqttSettings, folder: Path) -> MqttSettings:

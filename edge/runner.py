@@ -46,20 +46,19 @@ class Runner:
         self.name, self.table, self.shop = name, table, shop
         self.memory = Memory(shop.state, name)
         self.scoring = Scoring(shop, self.memory, self._spawn, self._wish)
-        self._ear = Ear(shop, self.memory)
+        self._ear, self._trainer = Ear(shop, self.memory), Trainer()
         self.model: Model | None = None
         self.fetch: Fetch | None = None
         self.problem, self._envelope = "", b""
         self._stored: tuple[Model, Scorer | None] | None = None
         self._wanted_ms, self._stored_before = -1, 0
-        self._installing = asyncio.Lock()
-        self._jobs: set[asyncio.Task[None]] = set()
+        self._installing, self._jobs = asyncio.Lock(), set[asyncio.Task[None]]()
         self.installer = Installer(shop, self.memory, self.scoring, self._spawn, self._installing)
-        self._trainer = Trainer()
         self._said: events.Answer | None = None
         self._training: asyncio.Task[None] | None = None
         handled, vote = self.memory.handled(), self.memory.vote()
-        self.participant = p.Participant(shop.config.policy, 1, handled=handled, vote=vote, clauses=shop.clauses(name))
+        self.participant = p.Participant(shop.config.policy, 1, handled=handled, vote=vote)
+        self.participant.handle(shop.rules(name))
         self.participant.handle(shop.may_train())
         self.guard("start", self._load)
 
@@ -93,7 +92,7 @@ class Runner:
 
     def reconfigure(self, *, rewire: bool) -> None:
         """Take up a new configuration; with `rewire` the windows begin again."""
-        self._do(self.participant.handle(events.PolicyChanged(self.shop.config.policy, self.shop.clauses(self.name))))
+        self._do(self.participant.handle(self.shop.rules(self.name)))
         if not rewire:
             return
         self.table = self.shop.config.tasks[self.name]

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from broker.charter import Named
 from broker.messages import Signer
+from broker.roster import Roster
 from broker.round import FOREVER_MS
 from edge.clauses import Clauses
 from edge.config import Config
-from edge.events import MayTrain
+from edge.events import MayTrain, PolicyChanged
 from edge.hours import holds, opens
 from edge.releases import Releases
 from edge.ring import Samples
@@ -93,6 +94,7 @@ class Shop:
     federation: str = ""
     federation_key: bytes = b""
     charter: Named | None = None
+    roster: Roster | None = None
 
     def __post_init__(self) -> None:
         self.releases = Releases(self.state, self.folder / "releases", str(self.config.path))
@@ -102,10 +104,11 @@ class Shop:
         self.refused[error.reason] += 1
         log.warning("%s refused: %s", what, error)
 
-    def clauses(self, task: str) -> Clauses | None:
-        """What the charter that is held says of a task; None where none is."""
-        held = self.charter
-        return Clauses(held.digest, held.charter, task, self.config.path.enterprise) if held else None
+    def rules(self, task: str) -> PolicyChanged:
+        """What binds this gateway in a task: its policy, the charter that is held, how many the roster has."""
+        held, roster = self.charter, self.roster
+        clauses = Clauses(held.digest, held.charter, task, self.config.path.enterprise) if held else None
+        return PolicyChanged(self.config.policy, clauses, roster.gateways if roster else None)
 
     def may_train(self) -> MayTrain:
         """Say whether training may start now, by `train_when`, and when at the earliest if not."""

@@ -39,6 +39,8 @@ def _print_status(status: dict[str, Any], *, alive: bool, tags: bool) -> None:
         print(f"  RESTART  to take up {', '.join(status['restart'])}")
     _print_certificate(status.get("certificate"))
     _print_charter(status.get("charter"))
+    if roster := status.get("roster"):
+        print(f"  roster   {roster['gateways']} gateways of {roster['enterprises']} enterprises")
     _print_stranger(status)
     for name, health in status["sources"].items():
         _print_source(name, health)
@@ -109,12 +111,20 @@ def _print_charter(charter: dict[str, Any] | None) -> None:
 
 
 def _print_stranger(status: dict[str, Any]) -> None:
-    """Say that the aggregator may not know this gateway: it never answered an update, or none was ever asked for."""
-    planned = any(task["round"] is not None for task in status["tasks"].values())
-    if status["mqtt"]["connected"] and not status.get("answered", True) and (status["outbox"] or not planned):
-        what = "receipt" if status["outbox"] else "plan"
+    """Say that the aggregator may not know this gateway: by its roster, or since no update was ever answered or asked.
+
+    The roster has no paths: one who is in it may be known by another.
+    """
+    if not status["mqtt"]["connected"]:
+        return
+    planned, why = any(task["round"] is not None for task in status["tasks"].values()), ""
+    if not status.get("answered", True) and (status["outbox"] or not planned):
+        why = f"no {'receipt' if status['outbox'] else 'plan'} for this gateway yet"
+    if not (status.get("roster") or {}).get("has_this", True):
+        why = "the federation does not know this gateway"
+    if why:
         enrol = f"tundish broker enrol -c federation.toml --path {status['path']} --key {status['public_key']}"
-        print(f"  ENROL    no {what} for this gateway yet: ask the operator to enrol it: {enrol}")
+        print(f"  ENROL    {why}: ask the operator to enrol it: {enrol}")
 
 
 def _print_source(name: str, health: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 _FEDERATIONS = (
     "manifest", "terms", "graph", "weights", "scoring", "residual", "personal", "average", "handled", "answered",
     "vote", "release-root", "released", "released-key", "released-manifest", "released-terms", "released-graph",
-    "charter",
+    "charter", "roster",
 )  # fmt: skip
 # Of each file; 2,000 as it comes. What is written once and read by another process gains nothing from more.
 _CACHE_KIB = 256

@@ -174,7 +174,7 @@ def test_a_round_completes_and_scores_say_by_which_model(tmp_path: Path, kind: s
     lines = [json.loads(line) for line in state.ledger()]
     ledger.verify(state.ledger())
     kinds = [line["kind"] for line in lines]
-    assert kinds[:3] == ["key-made", "session", "checkpoint"]
+    assert kinds[:4] == ["key-made", "key-made", "session", "checkpoint"]
     assert kinds.index("birth") < kinds.index("update")
     assert kinds.index("federation-pinned") < kinds.index("update")
     assert [line["body"]["outcome"] for line in lines if line["kind"] == "receipt"] == ["counted"]

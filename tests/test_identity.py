@@ -349,7 +349,7 @@ TOPICS = (
     f"{HERE}/_fl/status", f"{HERE}/_fl/wear/update", f"{HERE}/_inference/wear", f"{HERE}/_health/plc",
     f"{HERE}/_drift/wear", f"{HERE}/_raw/a", f"{HERE}/_feedback/wear",
     f"{THERE}/_fl/wear/update", f"{THERE}/_inference/wear",
-    f"{HERE}/_fl/charter", f"_fl/{FEDERATION}/charter",
+    f"{HERE}/_fl/charter", f"_fl/{FEDERATION}/charter", f"_fl/{FEDERATION}/roster", f"_fl/{FEDERATION}/roster/1",
     f"_fl/{FEDERATION}/status", f"_fl/{FEDERATION}/wear/round", f"_fl/{FEDERATION}/wear/model/manifest",
     f"_fl/{FEDERATION}/_release/timestamp", f"_fl/{FEDERATION}/wear/model/stable",
     f"_fl/{FEDERATION}/wear/model/7/step0", f"_fl/{FEDERATION}/wear/receipt/{HERE}",
@@ -519,7 +519,7 @@ def test_a_site_is_bridged_and_speaks_for_its_own_gateways_alone(
             assert {topic for topic in aggregator.got if topic.startswith("acme")} == {
                 f"{HERE}/_fl/wear/update", f"{THERE}/_fl/status",
             }  # fmt: skip
-            said = [f"_fl/{FEDERATION}/{part}" for part in ("charter", "wear/round", "wear/model/manifest")]
+            said = [f"_fl/{FEDERATION}/{part}" for part in ("charter", "roster", "wear/round", "wear/model/manifest")]
             for topic in (f"_fl/{FEDERATION}/wear/receipt/{other}", f"_fl/{FEDERATION}/wear/receipt/{HERE}", *said):
                 assert aggregator.may_write(topic)
             until(lambda: said[-1] in heard)

@@ -233,6 +233,21 @@ def test_one_aggregator_a_folder(tmp_path: Path, journal: Journal) -> None:
     Journal(tmp_path / "state").claim()
 
 
+def test_what_is_committed_stays_when_others_have_come_and_gone(tmp_path: Path, journal: Journal) -> None:
+    """One in this process, as for an enrolment over the network; then one in another, as for `broker enrol`."""
+    folder = tmp_path / "state"
+    with journal.transaction():
+        journal.add_to_roster("a/b/c/d/e", bytes(32), 1, "enrolled")
+    Journal(folder).close()
+    other = "import sys, pathlib; from broker.journal import Journal; Journal(pathlib.Path(sys.argv[1])).close()"
+    subprocess.run([sys.executable, "-c", other, str(folder)], check=True)
+    with journal.transaction():
+        journal.add_to_roster("a/b/c/d/f", bytes(32), 1, "enrolled")
+    look = "import sys, sqlite3; print(*sqlite3.connect(sys.argv[1]).execute('SELECT count(*) FROM roster').fetchone())"
+    seen = subprocess.run([sys.executable, "-c", look, str(folder / "journal.db")], check=True, capture_output=True)
+    assert seen.stdout == b"2\n"
+
+
 def test_refuses_an_unknown_schema(tmp_path: Path) -> None:
     Journal(tmp_path).close()
     db = sqlite3.connect(tmp_path / "journal.db")
@@ -242,7 +257,8 @@ def test_refuses_an_unknown_schema(tmp_path: Path) -> None:
         Journal(tmp_path)
 
 
-_TO_8 = "DROP TABLE receipts;"
+_TO_9 = "ALTER TABLE roster DROP COLUMN session; ALTER TABLE roster DROP COLUMN agreement_key;"
+_TO_8 = f"{_TO_9} DROP TABLE receipts;"
 _TO_7 = f"{_TO_8} DROP TABLE metadata; DROP TABLE releases;"
 _TO_6 = f"{_TO_7} DROP TABLE ballots; DROP TABLE votes;"
 _TO_5 = f"{_TO_6} DROP TABLE tokens;"
@@ -265,6 +281,7 @@ UNDO = {
     6: _TO_6,
     7: _TO_7,
     8: _TO_8,
+    9: _TO_9,
 }
 
 
@@ -282,6 +299,8 @@ def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path, version: int) -
     with journal.transaction():
         journal.put_task("wear", TaskRow("", "[]", b"", 0, b""))
         journal.put_model("wear", row)
+        journal.add_to_roster("a/b/c/d/e", bytes(32), 1, "enrolled")
+        journal.put_agreement_key("a/b/c/d/e", bytes(32), 5)
     journal.close()
     tables = columns(tmp_path)
     db = sqlite3.connect(tmp_path / "journal.db")
@@ -289,6 +308,7 @@ def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path, version: int) -
     db.close()
     for _ in range(2):
         journal = Journal(tmp_path)
+        assert list(journal.members()) == [("a/b/c/d/e", bytes(32), None)]
         assert (journal.residual("wear"), journal.model("wear"), journal.steps("wear", 0, 8)) == (b"", row, [])
         with journal.transaction():
             journal.put_residual("wear", b"")
@@ -298,6 +318,27 @@ def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path, version: int) -
     with journal.transaction():
         count(journal, 1, "a")
     journal.close()
+
+
+def test_an_agreement_key_gives_way_to_that_of_a_later_birth_alone(journal: Journal) -> None:
+    path, old, new = "a/b/c/d/e", b"o" * 32, b"n" * 32
+
+    def known() -> list[bytes | None]:
+        return [key for _, _, key in journal.members()]
+
+    with journal.transaction():
+        journal.put_agreement_key(path, old, 5)
+        assert known() == []  # a stranger's
+        journal.add_to_roster(path, bytes(32), 1, "enrolled")
+        for key, session, kept in ((None, 0, None), (old, 5, old), (new, 5, old), (old, 9, old), (new, 10, new)):
+            if key:
+                journal.put_agreement_key(path, key, session)
+            assert known() == [kept]
+        journal.put_agreement_key(path, old, 9)  # said before, and heard again
+        assert known() == [new]
+        journal.add_to_roster(path, bytes(32), 2, "enrolled")  # of a new enrolment nothing is known yet
+        journal.put_agreement_key(path, old, 9)
+        assert known() == [old]
 
 
 def test_steps_lead_to_a_version_without_a_gap(journal: Journal) -> None:

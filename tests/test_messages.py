@@ -42,6 +42,7 @@ DIGEST = bytes(32)
 OBJECT = Object("weights", 3, 12, DIGEST, (DIGEST,))
 MESSAGES: list[AnyMessage | CharterText | Acceptance] = [
     Birth(1, 5, 6, DIGEST, "tundish 0.1.0", ("wear",)),
+    Birth(1, 5, 6, DIGEST, "tundish 0.1.0", ("wear",), DIGEST),
     Death(1, 1_700_000_000_000),
     Answer(1, 3, "declined", "too-few", "12 windows, 64 are needed", 9),
     UPDATE,
@@ -97,6 +98,13 @@ def test_vectors() -> None:
     assert SIGNER.seal(UPDATE, TOPIC).hex() == ENVELOPE
     assert open_envelope(bytes.fromhex(ENVELOPE), TOPIC, bytes.fromhex(PUBLIC), Update) == UPDATE
     assert Signer.from_bytes(SIGNER.to_bytes()).public_key == SIGNER.public_key
+
+
+def test_a_birth_of_a_gateway_from_before_it_had_an_agreement_key() -> None:
+    fields = ["birth", 1, 5, 6, DIGEST, "tundish 0.1.0", ["wear"]]
+    assert open_envelope(sealed(fields), TOPIC, SIGNER.public_key, Birth).agreement_key is None
+    for bad in (b"", bytes(31), bytes(33), 7):
+        assert refused(sealed([*fields, bad]), Birth) == "schema"
 
 
 def test_truncated_at_every_byte() -> None:

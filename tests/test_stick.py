@@ -16,6 +16,7 @@ from broker import stick, topics
 from broker.charter import Acceptance, CharterText, bodies
 from broker.journal import Journal
 from broker.messages import MAX_PAYLOAD, Answer, Birth, ModelManifest, Receipt, Signer, Update, open_envelope
+from broker.roster import RosterPart
 from broker.service import FILED
 from edge.cli import main
 from edge.handback import Fetch
@@ -109,6 +110,8 @@ async def test_an_update_by_file_counts_as_one_by_mqtt(tmp_path: Path, capsys: p
             plan = await open_plan(there)
             assert (await run("export", models, "--path", path))[0] == 0
             said = dict(stick.read(models))
+            place = topics.RosterOf("press", 0).topic
+            assert len(open_envelope(said[place], place, there[0].key, RosterPart).members) == 2
             assert topics.CharterInForce("press").topic not in said  # there is none
             code, text = await run("export", models, "--path", "a/b")
             assert (code, "write acme/lyon/press/line4/cell2" in text) == (2, True)
@@ -227,8 +230,9 @@ async def test_the_charter_in_force_goes_by_file(tmp_path: Path, capsys: pytest.
         async with plant.service():
             await until(plant.has_status)
             assert await asyncio.to_thread(main, export) == 0
-        (topic, sealed), *_ = stick.read(file)
-        assert topic == topics.CharterInForce("press").topic
+        # Ahead of what is held against them.
+        (roster, _), (topic, sealed), *_ = stick.read(file)
+        assert (roster, topic) == (topics.RosterOf("press", 0).topic, topics.CharterInForce("press").topic)
         with closing(Journal(plant.state)) as journal:
             assert open_envelope(sealed, topic, journal.signer().public_key, CharterText).text == text
         plant.config.write_text(plain)
