@@ -65,7 +65,8 @@ class Link:
     With `manual_ack` the owner calls `ack` for every message it was given, whatever it thinks of it: only then is
     the broker told (QoS 1) and are the message's bytes given back to the inbound queue, which holds 32 MiB at most.
     An `on_message` that raises has not kept its message: the link logs it, acknowledges, and goes on.
-    `error` is the last failure in one line with its remedy, "" while all is well; `counters` only grow.
+    `error` is the last failure in one line with its remedy, "" while all is well; `counters` only grow; `refused` is
+    why the broker (MQTT 5) did not take the last message on a topic.
     """
 
     def __init__(
@@ -90,7 +91,8 @@ class Link:
         self._manual_ack = manual_ack
         self._five = settings.version != "3.1.1"
         self._filters: dict[str, None] = {}
-        self._sent: dict[int, int] = {}
+        self.refused: dict[str, str] = {}
+        self._sent: dict[int, tuple[str, int]] = {}
         self._lock = threading.Lock()
         self._held = 0  # inbound bytes not yet given back; guarded by the lock, because both threads change it
         self._lost = False
@@ -104,6 +106,11 @@ class Link:
     def version(self) -> Literal["5", "3.1.1"]:
         """The protocol of the current or next connection."""
         return "5" if self._five else "3.1.1"
+
+    @property
+    def status(self) -> dict[str, object]:
+        """How it is; plain JSON types."""
+        return {"connected": self.connected, "version": self.version, "error": self.error, "refused": {**self.refused}}
 
     def start(self) -> None:
         """Connect in the background; UserError when a certificate, key or password file can't be used."""
@@ -138,7 +145,8 @@ class Link:
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> bool:
         """Hand a message to the network thread; False when offline, full, or too large for the broker."""
-        full = len(self._sent) >= OUTBOUND_MESSAGES or sum(self._sent.values()) + len(payload) > OUTBOUND_BYTES
+        waiting = len(payload) + sum(size for _, size in self._sent.values())
+        full = len(self._sent) >= OUTBOUND_MESSAGES or waiting > OUTBOUND_BYTES
         if not self.connected or full:
             self.counters["publish-full" if full else "publish-offline"] += 1
             return False
@@ -151,7 +159,7 @@ class Link:
         if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
             return False
         if qos:
-            self._sent[info.mid] = len(payload)
+            self._sent[info.mid] = topic, len(payload)
         self.counters["published"] += 1
         return True
 
@@ -163,7 +171,7 @@ class Link:
         if self._lost and not self._held:
             # Messages were dropped unacknowledged; a session that is taken up again delivers them once more.
             self._lost = False
-            self._replace("the inbound queue was full")
+            self.renew("the inbound queue was full")
 
     # The network thread. Each of these only measures, then hands over to the loop.
 
@@ -287,6 +295,7 @@ class Link:
         self._max_packet = max_packet
         self.connected, self.error = True, ""
         self._sent.clear()
+        self.refused.clear()
         self.counters["connections"] += 1
         log.info("mqtt: connected to %s with MQTT %s", self._settings.url, self.version)
         if self._filters:
@@ -317,7 +326,7 @@ class Link:
     def _fall_back(self, why: str) -> None:
         if not self.connected and self._five:
             self._five = False
-            self._replace(why)
+            self.renew(why)
 
     def _fault(self, problem: str, remedy: str) -> None:
         line = f"mqtt {self._settings.url}: {problem}; {remedy}"
@@ -325,7 +334,7 @@ class Link:
             log.warning("%s", line)
         self.error = line
 
-    def _replace(self, why: str) -> None:
+    def renew(self, why: str) -> None:
         """Begin again with a new client: paho can't change the version, nor take up its session, in another way."""
         log.info("mqtt: new connection with MQTT %s (%s)", self.version, why)
         self._hush()
@@ -361,8 +370,10 @@ class Link:
             self._held = max(0, self._held - len(inbound.payload) - _OVERHEAD)
 
     def _published(self, mid: int, refusal: str) -> None:
-        self._sent.pop(mid, None)
+        topic, _ = self._sent.pop(mid, ("", 0))
+        self.refused.pop(topic, None)
         if refusal:
+            self.refused[topic] = refusal
             self.counters["publish-refused"] += 1
             self._fault(f"a message was refused ({refusal})", "allow it in the broker's ACL")
 

@@ -380,7 +380,7 @@ class Agent:
             "pid": os.getpid(),
             "time_ms": int(time.time() * 1000),
             "resident_mb": round(resident_bytes(os.getpid()) / 2**20, 1),
-            "mqtt": {"connected": self.link.connected, "version": self.link.version, "error": self.link.error},
+            "mqtt": self.link.status,
             "certificate": self.renewal.status(),
             "problem": self._unread or self.trust.problem or self.shop.releases.problem,
             "restart": self._restart,

@@ -1,14 +1,18 @@
-"""When an update that has no receipt is sent again: at once after a connection, then less and less often."""
+"""What is said again: an update that has no receipt, at once after a connection, then less and less often.
+
+And everything, by a new connection, where the broker does not let this gateway speak: it may have been told meanwhile.
+"""
 
 import time
 from collections.abc import Container
 
 from broker.link import Link
-from broker.topics import GatewayPath, Uplink
+from broker.topics import GatewayPath, Status, Uplink
 from edge.store import State
 
 _EVERY_S = (5.0, 60.0)
 _SOON_S = 0.2
+_ANEW_S = 60.0
 
 
 class Resender:
@@ -17,6 +21,7 @@ class Resender:
     def __init__(self, state: State, link: Link, path: GatewayPath) -> None:
         self._state, self._link, self._path = state, link, path
         self._at, self._every_s = 0.0, _EVERY_S[0]
+        self._anew = 0.0
 
     def hurry(self) -> None:
         """Somebody is there again who may answer."""
@@ -25,6 +30,10 @@ class Resender:
     def tick(self, tasks: Container[str]) -> None:
         """Send what is due of these tasks."""
         now = time.monotonic()
+        if Status(self._path).topic not in self._link.refused:
+            self._anew = now + _ANEW_S
+        elif now >= self._anew:
+            self._link.renew("the broker may have been told meanwhile who this gateway is")
         if not self._link.connected or now < self._at:
             return
         waiting = self._state.waiting

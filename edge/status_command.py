@@ -111,11 +111,17 @@ def _print_charter(charter: dict[str, Any] | None) -> None:
 
 
 def _print_stranger(status: dict[str, Any]) -> None:
-    """Say that the aggregator may not know this gateway: by its roster, or since no update was ever answered or asked.
+    """Say that the broker or the aggregator may not know this gateway.
+
+    The aggregator: by its roster, or since no update was ever answered or asked.
 
     The roster has no paths: one who is in it may be known by another.
     """
     if not status["mqtt"]["connected"]:
+        return
+    if refused := status["mqtt"].get("refused", {}).get(f"{status['path']}/_fl/status"):
+        why = "it was not told of this gateway (tundish broker acl, and a reload), or this gateway was taken out"
+        print(f"  REFUSED  the broker lets this gateway say nothing ({refused}): {why}; tried again every minute")
         return
     planned, why = any(task["round"] is not None for task in status["tasks"].values()), ""
     if not status.get("answered", True) and (status["outbox"] or not planned):

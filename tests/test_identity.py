@@ -1,6 +1,7 @@
 """Who may take part: the authority, enrolment by files, and a real Mosquitto that holds everybody to his topics."""
 
 import argparse
+import asyncio
 import contextlib
 import json
 import os
@@ -26,11 +27,14 @@ from paho.mqtt.enums import CallbackAPIVersion
 from broker import cli as broker_cli
 from broker.acl import BRIDGE_FOLDER
 from broker.journal import Journal
+from broker.link import Link
 from broker.pki import AGGREGATOR, Authority, key_pem, make_request, requested_key
+from broker.topics import Status
 from edge import cli as edge_cli
 from edge.config import load_config
 from edge.identity import Issued, with_own_tls
 from edge.lab.processes import free_port, mosquitto_path
+from edge.resend import Resender
 from edge.status import read_status
 from edge.store import State
 from models.errors import LocalError, PeerError, UserError
@@ -474,6 +478,44 @@ def test_a_revoked_gateway_that_is_connected_is_deaf_and_mute_after_a_reload(
         operator.run("enrol", "--path", HERE, "--end-connection")
     for one in (stays, aggregator):
         one.close()
+
+
+async def test_a_gateway_that_the_broker_does_not_know_yet_speaks_again_once_it_does(
+    broker: tuple[Operator, int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge.resend._ANEW_S", 0.5)
+    operator, port, folder = broker
+    pki, late = operator.state / "pki", folder / "late"
+    enrolled(operator, late, OLD)
+    assert edge(late, "import", late / "cell.admission") == 0
+    config = load_config(gateway_toml(late, OLD, port))
+    path, ups = config.path, list[str]()
+
+    def up() -> None:
+        ups.append("up")
+        link.publish(Status(path).topic, b"birth", retain=True)
+
+    settings = with_own_tls(config.mqtt, late / "state")
+    link = Link(settings, client_id=OLD, will=None, on_message=lambda _: None, on_up=up, on_down=lambda _: None)
+    resender = Resender(State(late / "state"), link, path)
+    aggregator = Party(port, pki / "ca.pem", pki / "aggregator.pem", pki / "aggregator.key")
+    link.start()
+
+    async def until_then(condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not condition():
+                resender.tick(())
+                await asyncio.sleep(0.05)
+
+    await until_then(lambda: link.refused and len(ups) > 1)
+    assert link.status["refused"] == {Status(path).topic: "Not authorized"}
+    assert operator.run("acl", "--out", folder / "mosquitto", "--port", port) == 0
+    assert operator.mosquitto
+    operator.mosquitto.send_signal(signal.SIGHUP)
+    await until_then(lambda: Status(path).topic in aggregator.got)
+    await until_then(lambda: not link.refused)
+    await link.stop()
+    aggregator.close()
 
 
 def test_a_site_is_bridged_and_speaks_for_its_own_gateways_alone(
