@@ -88,7 +88,7 @@ def mosquitto_conf(folder: Path, port: int, clients: int) -> str:
     return "\n".join([*lines, ""])
 
 
-def bridge_conf(site: str, address: str, folder: Path = BRIDGE_FOLDER) -> str:
+def bridge_conf(site: str, address: str) -> str:
     """Write what a site's Mosquitto needs to forward its gateways' federation traffic to `address` (host:port).
 
     Raw values, scores, drift, health and feedback match neither topic line, so they stay whatever a gateway publishes.
@@ -100,9 +100,9 @@ def bridge_conf(site: str, address: str, folder: Path = BRIDGE_FOLDER) -> str:
         f"connection tundish-{site.replace('/', '-')}",
         f"address {address}",
         f"remote_clientid {site}",
-        f"bridge_cafile {folder / 'ca.pem'}",
-        f"bridge_certfile {folder / 'bridge.pem'}",
-        f"bridge_keyfile {folder / 'bridge.key'}",
+        f"bridge_cafile {BRIDGE_FOLDER / 'ca.pem'}",
+        f"bridge_certfile {BRIDGE_FOLDER / 'bridge.pem'}",
+        f"bridge_keyfile {BRIDGE_FOLDER / 'bridge.key'}",
         "bridge_insecure false",
         f"topic +/+/+/+/+/{FL}/# out 1",
         f"topic {FL}/# in 1",

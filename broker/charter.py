@@ -186,18 +186,22 @@ def bodies(lines: Iterable[str], kind: str) -> Iterator[dict[str, Any]]:
 class Charters:
     """The aggregator's part: publishes the charter in force, and knows who has accepted it.
 
-    `time_ms` is that of the aggregator's start, so that what it says now is newer than what it said before.
+    The same charter has the same time until there is another, whose time is later, whatever the clock says.
     """
 
     def __init__(self, named: Named | None, journal: "Journal", time_ms: int) -> None:
         """Take up what the ledger says; it writes nothing."""
-        self.named, self._journal, self._time_ms = named, journal, time_ms
+        self.named, self._journal = named, journal
         self._said: dict[str, dict[str, Any]] = {
             body["path"]: body for body in bodies(journal.ledger_lines(), ACCEPTANCE)
         }
         before = list(bodies(journal.ledger_lines(), CHARTER))
         self._silent = named is None and not before
-        self.in_force = self.digest.hex() == (before[-1]["digest"] if before else "")
+        last: dict[str, Any] = before[-1] if before else {"digest": ""}
+        self.in_force = bool(self.digest.hex() == last["digest"])
+        # Entries of earlier versions have no time.
+        since_ms = int(last.get("time_ms", time_ms if self.in_force else -1))
+        self._time_ms = since_ms if self.in_force else max(time_ms, since_ms + 1)
 
     def enter(self) -> None:
         """Put it in force: where the ledger has another charter, or none, note that there."""
@@ -206,7 +210,8 @@ class Charters:
         title = self.named.charter.title if self.named else ""
         log.warning("charter from now on: %s %s", self.digest.hex() or "none", title)
         with self._journal.transaction():
-            self._journal.note(self._time_ms, CHARTER, {"digest": self.digest.hex(), "title": title})
+            body = {"digest": self.digest.hex(), "title": title, "time_ms": self._time_ms}
+            self._journal.note(self._time_ms, CHARTER, body)
         self.in_force = True
 
     @property

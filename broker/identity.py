@@ -112,7 +112,9 @@ def acl(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
         _revoke_bridge(authority, site)
     for site in args.bridge:
         _certify_bridge(authority, site, args.port, config)
-    authority.renew()
+    for path in authority.renew():
+        if path.name == "bridge.pem":
+            print(f"{path.parent} has another certificate: carry it over to that site's broker again")
     with closing(Journal(state)) as journal:
         gateways = sorted(journal.roster())
     operators = sorted(p.stem for p in (authority.folder / OPERATORS).glob("*.pem"))
@@ -164,7 +166,7 @@ def _revoke_operator(authority: Authority, name: str) -> None:
 
 
 def _bridges(authority: Authority) -> list[str]:
-    return sorted(path.name.replace("+", "/") for path in (authority.folder / BRIDGES).glob("*"))
+    return sorted(path.parent.name.replace("+", "/") for path in (authority.folder / BRIDGES).glob("*/bridge.pem"))
 
 
 def _certify_bridge(authority: Authority, site: str, port: int, config: FederationConfig) -> None:
@@ -174,6 +176,8 @@ def _certify_bridge(authority: Authority, site: str, port: int, config: Federati
     except PeerError:
         raise UserError("--bridge", 0, "", f"{site!r} is no site", "write enterprise/site: acme/lyon") from None
     _check_root("--bridge", enterprise, config)
+    if len(site) > MOST_NAME:
+        raise UserError("--bridge", 0, "", f"{len(site)} characters", f"a certificate takes {MOST_NAME} at most")
     folder = authority.folder / BRIDGES / site.replace("/", "+")
     if not (folder / "bridge.pem").exists():
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

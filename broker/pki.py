@@ -91,16 +91,17 @@ class Authority:
         part.rename(folder / "ca.key")
         return made
 
-    def renew(self) -> None:
-        """Make the pairs anew that were made here and have less than a third of their time left."""
+    def renew(self) -> list[Path]:
+        """Make the pairs anew that were made here and have less than a third of their time left; return those."""
         pairs: list[tuple[Path, Role]] = [(self.folder / "broker.pem", "broker")]
         pairs += [(self.folder / f"{AGGREGATOR}.pem", "client")]
         pairs += [(path, "client") for path in sorted((self.folder / OPERATORS).glob("*.pem"))]
         pairs += [(path, "client") for path in sorted((self.folder / BRIDGES).glob("*/bridge.pem"))]
-        for path, role in pairs:
-            if not _lasts(path):
-                file = str(path.relative_to(self.folder).with_suffix(""))
-                self.make_pair(file, role, _hosts(path), name=_common_name(path))
+        old = [(path, role) for path, role in pairs if not _lasts(path)]
+        for path, role in old:
+            file = str(path.relative_to(self.folder).with_suffix(""))
+            self.make_pair(file, role, _hosts(path), name=_common_name(path))
+        return [path for path, _ in old]
 
     def brokers_host(self) -> str:
         """Return the first name or address by which the MQTT broker is reached; LocalError if there is none."""

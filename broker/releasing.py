@@ -10,12 +10,23 @@ from broker.job import Job
 from broker.journal import Journal
 from broker.messages import WEIGHTS
 from broker.publish import put_model
+from models.errors import UserError
 
 log = logging.getLogger(__name__)
 
 # Releases of a channel whose weights stay retained: who fetches the one before may end that.
 _RETAINED = 2
 _LOOK_MS = 3_600_000
+
+
+def releasing(journal: Journal, downlink: Downlink, table: ReleaseTable | None) -> "Releasing | None":
+    """Releases where federation.toml has `[release]`; UserError where it has no more."""
+    if table is not None:
+        return Releasing(journal, downlink, table)
+    if "timestamp" in journal.metadata():
+        problem = "missing, but models were released, and gateways score with these alone"
+        raise UserError("federation.toml", 0, "release", problem, "put it back as it was")
+    return None
 
 
 class Releasing:

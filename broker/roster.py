@@ -25,6 +25,8 @@ ROSTER = "roster"  # kind of ledger entries
 MAX_GATEWAYS = 10_000
 # An entry has 140 bytes at most, so a part stays below MAX_PAYLOAD.
 PER_PART = 1500
+# From one roster to the next where X25519 keys alone changed: who says key after key moves nobody more often than this.
+_LEAST_MS = 10_000
 MOST_PARTS = -(-MAX_GATEWAYS // PER_PART)
 
 
@@ -84,6 +86,10 @@ def members_of(journal: "Journal") -> Members:
     return tuple(Member(enterprise, key, agreement or None) for enterprise, key, agreement in sorted(found))
 
 
+def _who(members: Members) -> list[tuple[str, bytes]]:
+    return [(one.enterprise, one.public_key) for one in members]
+
+
 class Collector:
     """Puts the parts of a roster together, of the newest alone: at most `MOST_PARTS` messages are kept."""
 
@@ -116,14 +122,15 @@ class Collector:
 class Rosters:
     """The aggregator's part: publishes the roster, and notes in the ledger which one held from when on.
 
-    The same roster is the same bytes, after a restart too.
+    Each start says it under a later time: of a journal that was restored, gateways know a newer one.
     """
 
     def __init__(self, journal: "Journal", downlink: "Downlink") -> None:
         """Take up what the ledger says."""
         self._journal, self._downlink = journal, downlink
         last = list(bodies(journal.ledger_lines(), ROSTER))
-        self._last = (last[-1]["time_ms"], bytes.fromhex(last[-1]["digest"])) if last else (-1, b"")
+        self._last_ms: int = last[-1]["time_ms"] if last else -1
+        self._said_ms = 0
         self._seen: tuple[int, int] | None = None
         self._said: Roster | None = None
 
@@ -131,16 +138,18 @@ class Rosters:
         """Note and put the roster where it is another one than before; inside of a transaction."""
         if self._seen == (seen := self._journal.roster_version()):
             return
-        self._seen, members = seen, members_of(self._journal)
-        if self._said and self._said.members == members:
+        members, before = members_of(self._journal), self._said
+        if before and before.members == members:
+            self._seen = seen
             return
-        digest, (time_ms, before) = digest_of(members), self._last
-        said = Roster(time_ms if digest == before else max(now_ms, time_ms + 1), digest, members)
-        if digest != before:
-            body = {"digest": digest.hex(), "time_ms": said.time_ms, "gateways": said.gateways}
-            self._journal.note(now_ms, ROSTER, body | {"enterprises": said.enterprises})
-            log.info("roster: %d gateways of %d enterprises", said.gateways, said.enterprises)
-        self._said, self._last = said, (said.time_ms, digest)
+        if before and _who(before.members) == _who(members) and abs(now_ms - self._said_ms) < _LEAST_MS:
+            return  # looked at again later
+        self._seen, self._said_ms = seen, now_ms
+        said = Roster(max(now_ms, self._last_ms + 1), digest_of(members), members)
+        body = {"digest": said.digest.hex(), "time_ms": said.time_ms, "gateways": said.gateways}
+        self._journal.note(now_ms, ROSTER, body | {"enterprises": said.enterprises})
+        log.info("roster: %d gateways of %d enterprises", said.gateways, said.enterprises)
+        self._said, self._last_ms = said, said.time_ms
         self.put()
 
     def put(self) -> None:

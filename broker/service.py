@@ -28,7 +28,7 @@ from broker.journal import Journal
 from broker.link import Inbound, Link
 from broker.messages import VERSION, Receipt
 from broker.publish import put_model, put_plan
-from broker.releasing import Releasing
+from broker.releasing import releasing
 from broker.roster import Rosters
 from broker.status import write_status
 from models.errors import LocalError, PeerError
@@ -96,7 +96,7 @@ class Service:
         log.info("federation %s, public key %s", self._config.name, self._public_key)
         self._downlink = Downlink(self._config.name, signer, self._clock())
         table = self._config.release
-        self._releasing = None if table is None else Releasing(self._journal, self._downlink, table)
+        self._releasing = releasing(self._journal, self._downlink, table)
         self._rosters = Rosters(self._journal, self._downlink)
         self._charters = Charters(self._config.charter, self._journal, self._clock())
         self._charters.enter()

@@ -78,24 +78,27 @@ class Keeper:
         Return False where the disk refused.
         """
         state, held = self._shop.state, self._shop.charter
-        if (named and named.digest) == (held and held.digest):
-            return True
+        same = (named and named.digest) == (held and held.digest)
         text = named.text if named else ""
         body: dict[str, object] = {
             "digest": named.digest.hex() if named else "", "title": named.charter.title if named else "",
         }  # fmt: skip
 
         def work() -> None:
-            state.put(_HELD, text.encode())
             state.put(_SINCE, str(time_ms).encode())
-            state.record(CHARTER, body)
+            if not same:
+                state.put(_HELD, text.encode())
+                state.record(CHARTER, body)
 
         try:
-            await asyncio.to_thread(stick.put, self._shop.folder / FILE, text.encode())
+            if not same:
+                await asyncio.to_thread(stick.put, self._shop.folder / FILE, text.encode())
             await state.commit(work)  # last: what is held is not stored again
         except (LocalError, OSError) as error:
             log.error("the charter can't be stored: %s", error)
             return False
+        if same:
+            return True
         self._shop.charter = named
         log.warning("charter of the federation: %s %s", body["digest"] or "none", body["title"])
         await self.say()  # first: of who has not accepted it, the aggregator takes no update
@@ -107,9 +110,10 @@ class Keeper:
         shop = self._shop
         async with self._saying:
             digest = accepted(shop)
-            said = m.peek(self._said, Acceptance).digest if self._said else b""
-            if digest != said:
-                word = Acceptance(m.VERSION, digest, int(time.time() * 1000))
+            said = m.peek(self._said, Acceptance) if self._said else Acceptance(m.VERSION, b"", 0)
+            if digest != said.digest:
+                # Later than the last word, whatever the clock says: the aggregator goes by the latest.
+                word = Acceptance(m.VERSION, digest, max(int(time.time() * 1000), said.time_ms + 1))
                 envelope = shop.signer.seal(word, self._topic)
                 title = shop.charter.charter.title if shop.charter and digest else ""
                 body: dict[str, object] = {

@@ -72,6 +72,8 @@ class Installer:
                 self.problem = f"release {wanted.release} is older than {self.number}, which is installed and stays"
             elif not same:
                 self.problem = f"release {wanted.release} is another one than that which is installed and stays"
+            else:
+                self.problem = ""
             return
         if wanted == self._underway:
             return

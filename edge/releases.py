@@ -18,7 +18,7 @@ from broker import messages as m
 from broker.channels import CHANNELS, FIRST, MAX_METADATA, MAX_ROOTS, Channel, Custom, Released, check_name, target_of
 from broker.link import Inbound
 from edge.store import State
-from models.errors import PeerError
+from models.errors import LocalError, PeerError
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class Releases:
     def load(self) -> None:
         """Take up what is known, which is forgotten when another federation is trusted; before the event loop."""
         self._root, self._told = self._state.get(_PINNED), self._state.get(_TOLD) is not None
+        self._told_stored = self._told
 
     @property
     def in_force(self) -> bool:
@@ -53,9 +54,18 @@ class Releases:
 
     def tell(self, manifest: m.ModelManifest) -> None:
         """Remember that there are releases, if the aggregator says so: a broker could withhold their metadata."""
-        if manifest.released and not self._told:
+        if manifest.released and not self._told_stored:
             self._told = True
-            self._telling = asyncio.ensure_future(self._state.commit(lambda: self._state.put(_TOLD, b"")))
+            self._telling = asyncio.ensure_future(self._keep_told())
+
+    async def _keep_told(self) -> None:
+        """Over a restart too; what the disk refuses is tried again with the next manifest."""
+        try:
+            await self._state.commit(lambda: self._state.put(_TOLD, b""))
+        except LocalError as error:
+            log.error("that there are releases can't be stored: %s", error)
+        else:
+            self._told_stored = True
 
     def hear(self, name: str, inbound: Inbound, key: bytes) -> None:
         """Take a message below `_release/`; the first root is the aggregator's word, whose `key` it is. PeerError."""
