@@ -42,7 +42,7 @@ def init(args: argparse.Namespace, config: FederationConfig, state: Path) -> int
 
 def enrol(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     """Put a gateway into the roster by its key or its request, or take it out."""
-    path = _path(args.path, config)
+    path = gateway_path(args.path, config)
     if args.end_connection and not args.revoke:
         remedy = "it goes with --revoke, after tundish broker acl and a reload of the MQTT broker"
         raise UserError("--end-connection", 0, "", "of one who may come back at once", remedy)
@@ -203,7 +203,8 @@ def _check_length(path: str) -> None:
         raise UserError("--path", 0, "", f"{len(path)} characters", f"a certificate takes {MOST_NAME} at most")
 
 
-def _path(text: str, config: FederationConfig) -> GatewayPath:
+def gateway_path(text: str, config: FederationConfig) -> GatewayPath:
+    """Read `--path`; UserError if it is none, or below no root of the federation."""
     try:
         path = GatewayPath.parse(text)
     except PeerError as error:
