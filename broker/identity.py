@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 from broker import admission
-from broker.acl import BRIDGE_FOLDER, bridge_conf, mosquitto_conf
+from broker.acl import BRIDGE_FOLDER, bridge_conf, listener_of, mosquitto_conf
 from broker.acl import acl as access_list
 from broker.config import FederationConfig
 from broker.enrolment import admission_of, admit, make_token, url_of
@@ -21,7 +21,7 @@ from broker.topics import GatewayPath, segment
 from models.errors import LocalError, PeerError, UserError
 
 _BROKERS_FILES = ("ca.pem", "broker.pem", "broker.key", "crl.pem")
-_MOST_PORT = 65_535
+_MOST_PORT, _MQTTS_PORT = 65_535, 8883
 
 
 def folder(state: Path) -> Path:
@@ -42,7 +42,7 @@ def init(args: argparse.Namespace, config: FederationConfig, state: Path) -> int
 
 def enrol(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     """Put a gateway into the roster by its key or its request, or take it out."""
-    path = _path(args.path, config)
+    path = gateway_path(args.path, config)
     if args.end_connection and not args.revoke:
         remedy = "it goes with --revoke, after tundish broker acl and a reload of the MQTT broker"
         raise UserError("--end-connection", 0, "", "of one who may come back at once", remedy)
@@ -101,8 +101,10 @@ def _token(args: argparse.Namespace, config: FederationConfig, journal: Journal,
 
 def acl(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     """Write what Mosquitto reads: certificates, revocations, access list, and its configuration."""
-    if not 0 < args.port <= _MOST_PORT:
-        raise UserError("--port", 0, "", f"{args.port} is no port", f"write 1 to {_MOST_PORT}")
+    out: Path = args.out.absolute()
+    port = _port_before(out) if args.port is None else args.port
+    if not 0 < port <= _MOST_PORT:
+        raise UserError("--port", 0, "", f"{port} is no port", f"write 1 to {_MOST_PORT}")
     authority = Authority(folder(state))
     for name in args.revoke_operator:
         _revoke_operator(authority, name)
@@ -115,29 +117,34 @@ def acl(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     for path in authority.renew():
         if path.name == "bridge.pem":
             print(f"{path.parent} has another certificate: carry it over to that site's broker again")
+        _certify_bridge(authority, site, port, config)
+    authority.renew()
     with closing(Journal(state)) as journal:
         gateways = sorted(journal.roster())
     operators = sorted(p.stem for p in (authority.folder / OPERATORS).glob("*.pem"))
     bridges = _bridges(authority)
-    out: Path = args.out.absolute()
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in _BROKERS_FILES:
             shutil.copy(authority.folder / name, out / name)
         (out / "acl").write_text(access_list(config.name, gateways, operators, bridges), encoding="ascii")
-        (out / "mosquitto.conf").write_text(
-            mosquitto_conf(out, args.port, len(gateways) + len(bridges)), encoding="utf-8"
-        )
+        (out / "mosquitto.conf").write_text(mosquitto_conf(out, port, len(gateways) + len(bridges)), encoding="utf-8")
     except OSError as error:
         raise UserError(str(out), 0, "", f"can't be written: {error.strerror}", "name another folder") from error
-    print(f"{out}: {len(gateways)} gateways, {len(operators)} operators, {len(bridges)} bridges")
-    print(
-        f"first time: include_dir or copy {out / 'mosquitto.conf'}; the user mosquitto must be able to read the folder"
-    )
+    print(f"{out}: port {port}, {len(gateways)} gateways, {len(operators)} operators, {len(bridges)} bridges")
+    print(f"first time: include_dir {out} in mosquitto.conf; chown -R mosquitto {out}, so that Mosquitto may read it")
     print(
         "after a change: systemctl reload mosquitto; one who was revoked and is connected is deaf and mute from then on"
     )
     return 0
+
+
+def _port_before(out: Path) -> int:
+    """The port that an earlier `acl` wrote, else MQTT's own with TLS."""
+    try:
+        return listener_of((out / "mosquitto.conf").read_text(encoding="utf-8")) or _MQTTS_PORT
+    except (OSError, ValueError):
+        return _MQTTS_PORT
 
 
 def _certify_operator(authority: Authority, name: str) -> None:
@@ -202,7 +209,8 @@ def _check_length(path: str) -> None:
         raise UserError("--path", 0, "", f"{len(path)} characters", f"a certificate takes {MOST_NAME} at most")
 
 
-def _path(text: str, config: FederationConfig) -> GatewayPath:
+def gateway_path(text: str, config: FederationConfig) -> GatewayPath:
+    """Read `--path`; UserError if it is none, or below no root of the federation."""
     try:
         path = GatewayPath.parse(text)
     except PeerError as error:

@@ -7,6 +7,7 @@ new installs alone. Each change is a version more of the roles that it concerns,
 """
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -43,6 +44,8 @@ _YEAR, _MONTH, _WEEK = timedelta(days=365), timedelta(days=30), timedelta(days=7
 _LIFE = {"root": _YEAR, "targets": _YEAR, "stable": _YEAR, "canary": _MONTH, "snapshot": _MONTH, "timestamp": _WEEK}
 _TOP = ("root", "targets", "snapshot", "timestamp")
 _OFFLINE = ("root", "targets")
+# At INFO it tells of each key that has not signed, where enough others have too.
+logging.getLogger("tuf").setLevel(logging.WARNING)
 S = TypeVar("S", Root, Targets, Snapshot, Timestamp)
 
 
@@ -84,6 +87,12 @@ class Repository:
         self._now = datetime.fromtimestamp(now_ms // 1000, UTC)
         self._online = _signer(journal.signer(_ONLINE))
         self._keys = [SSlibKey.from_crypto(Ed25519PublicKey.from_public_bytes(bytes.fromhex(k))) for k in table.keys]
+
+    def operators(self) -> set[str]:
+        """Public keys (hex) that may sign: those of federation.toml, and those that the newest root has until then."""
+        root = self._root()
+        before = [] if root is None else [root.keys[one] for one in root.roles["root"].keyids]
+        return {str(key.keyval["public"]) for key in (*self._keys, *before)}
 
     def prepare(self) -> None:
         """Let root, targets and both channels be there as federation.toml says; UserError where keys are needed."""

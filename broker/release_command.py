@@ -86,7 +86,7 @@ def _renew(args: argparse.Namespace, config: FederationConfig, state: Path) -> i
         raise UserError("--new-online-key", 0, "", "is for all tasks", "leave out --to, --version and --task")
     now_ms = time.time_ns() // 1_000_000
     with closing(Journal(state)) as journal:
-        repository = Repository(journal, _table(config), now_ms, [load_key(path) for path in args.key])
+        repository = _repository(journal, _table(config), now_ms, args.key)
         with journal.transaction():
             key = repository.renew()
             journal.note(now_ms, "release-key", {"key": key})
@@ -101,6 +101,19 @@ def _table(config: FederationConfig) -> ReleaseTable:
     return config.release
 
 
+def _repository(journal: Journal, table: ReleaseTable, now_ms: int, keys: Sequence[Path]) -> Repository:
+    """The repository, with these keys at hand; UserError for one that may sign nothing of it."""
+    signers = {path: load_key(path) for path in keys}
+    repository = Repository(journal, table, now_ms, list(signers.values()))
+    may = repository.operators()
+    for path, signer in signers.items():
+        public = str(signer.public_key.keyval["public"])
+        if public not in may:
+            problem = f"{path} is none of [release] keys: its public key is {public}"
+            raise UserError("--key", 0, "", problem, f"write it there, or give the file of: {', '.join(sorted(may))}")
+    return repository
+
+
 def _release(
     journal: Journal,
     config: FederationConfig,
@@ -113,7 +126,7 @@ def _release(
     if channel == "canary" and not table.canary:
         raise UserError("federation.toml", 0, "release.canary", "names no gateway", "write their paths")
     now_ms = time.time_ns() // 1_000_000
-    repository = Repository(journal, table, now_ms, [load_key(path) for path in keys])
+    repository = _repository(journal, table, now_ms, keys)
     with journal.transaction():
         version = choose()  # in here, as a running aggregator may end a vote
         rows, model, row = journal.releases(task), journal.model(task, version), journal.task(task)

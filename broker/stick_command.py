@@ -5,10 +5,11 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from broker import intake, stick, topics
+from broker import intake, stick
 from broker.charter import Charters
 from broker.config import FederationConfig
 from broker.downlink import Downlink
+from broker.identity import gateway_path
 from broker.job import Job, load_job
 from broker.journal import Journal
 from broker.link import Inbound
@@ -23,7 +24,7 @@ def import_file(args: argparse.Namespace, config: FederationConfig, state: Path)
     with closing(Journal(state)) as journal:
         wanted = {name: job.wanted for name, job in _jobs(journal, config).items()}
         charters = Charters(config.charter, journal, 0)
-        reader, used = intake.Intake(config, journal, wanted, charters.covers), 0
+        reader, used, answered = intake.Intake(config, journal, wanted, charters.covers), 0, False
         for topic, payload in stick.read(args.file):
             try:
                 heard = reader.read_filed(Inbound(topic, payload, retain=False, qos=1, mid=0), 0)
@@ -31,7 +32,8 @@ def import_file(args: argparse.Namespace, config: FederationConfig, state: Path)
                 print(f"refused: {error}")
                 continue
             match heard:
-                case intake.Refused(path, task, _, _, reason, detail):
+                case intake.Refused(path, task, round_, _, reason, detail):
+                    answered |= round_ is not None  # by a receipt, on which its gateway forgets the update
                     print(f"refused: {path}, {task}: {reason}: {detail}")
                 case intake.HeardUpdate(path, task, update, _):
                     print(f"{path}, {task}: an update of round {update.round}, {len(payload)} bytes")
@@ -42,18 +44,21 @@ def import_file(args: argparse.Namespace, config: FederationConfig, state: Path)
                     new = charters.hear(path, key, word)  # what comes after it in the file goes by it
                     print(f"{path}: accepts {what}{'' if new else ', which changes nothing'}")
             used += not isinstance(heard, intake.Refused)
+    if not used and not answered:
+        print(f"nothing of {args.file} can be used, so the aggregator does not get it")
+        return 1
     stick.leave(state, args.file)
-    print("the aggregator takes it within a second, or when it is started; then: tundish broker export")
+    takes = "takes it" if used else "counts nothing of it, and answers"
+    print(f"the aggregator {takes} within a second, or when it is started; then: tundish broker export")
     return 0 if used else 1
 
 
 def export_file(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     """Write what the federation says to a gateway: charter, roster, plans, models, releases, receipts of files."""
-    try:
-        path = topics.GatewayPath.parse(args.path)
-    except PeerError as error:
-        raise UserError("--path", 0, "", error.detail, "write acme/lyon/press/line4/cell2") from error
+    path = gateway_path(args.path, config)
     with closing(Journal(state)) as journal:
+        if journal.key_of(str(path)) is None:
+            raise UserError("--path", 0, "", f"nobody is enrolled as {path}", "enrol it first: tundish broker enrol")
         signer, jobs = journal.signer(), _jobs(journal, config)
         downlink, now_ms = Downlink(config.name, signer, 0), int(time.time() * 1000)
         charters = Charters(config.charter, journal, now_ms)

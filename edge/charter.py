@@ -146,7 +146,7 @@ class Keeper:
         said = bool(accepted(self._shop))
         return {
             "digest": held.digest.hex(), "title": held.charter.title, "accepted": said,
-            "file": str(self._shop.folder / FILE),
+            "file": str(self._shop.folder / FILE), "policy": self._shop.config.policy.charter or "",
         }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from models.errors import PeerError, TundishError, UserError
 
+_SIGPIPE = 128 + 13
 CODECS = ("sparse", "int2", "int4", "int8", "float32", "ring")
 
 
@@ -348,7 +349,22 @@ def _simulate(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command: 0 done, 1 it says no, 2 somebody's input is wrong (one line on standard error says what)."""
+    """Run one command: 0 done, 1 it says no, 2 somebody's input is wrong (one line on standard error says what).
+
+    141 if whoever read standard output has gone (`| head -1`), as a shell says of a command that SIGPIPE ended.
+    """
+    try:
+        try:
+            return _command(argv)
+        finally:
+            print(end="", flush=True)  # here, since an error at the interpreter's end is caught by nobody
+    except BrokenPipeError:
+        # What is in the buffer still goes somewhere: https://docs.python.org/3/library/signal.html#note-on-sigpipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _SIGPIPE
+
+
+def _command(argv: list[str] | None) -> int:
     level = os.environ.get("TUNDISH_LOG", "INFO").upper()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     arguments = sys.argv[1:] if argv is None else argv

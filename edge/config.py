@@ -23,6 +23,11 @@ from models.width import WIDTHS
 SOURCE_KEYS = ("name", "driver", "url", "tags")
 
 
+# What stands in a refusal, and in an editor.
+_KEY = "the 64 digits of the public key that tundish broker status prints, in lower case"
+_CHARTER = "the 64 digits that sha256sum charter.toml prints, in lower case"
+
+
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of the file's tables."""
 
@@ -38,7 +43,7 @@ class FederationTable(_Struct, frozen=True, kw_only=True):
     """Which federation to follow, and its key (hex); without them the first one seen is pinned and logged."""
 
     name: str | None = None
-    key: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")] | None = None
+    key: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$", description=_KEY)] | None = None
 
 
 class TaskTable(_Struct, frozen=True, kw_only=True):
@@ -70,7 +75,7 @@ class Policy(_Struct, frozen=True, kw_only=True):
     min_gateways: int = 1
     secure_aggregation: Literal["required", "allowed"] = "allowed"
     max_epsilon: float | None = None
-    charter: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")] | None = None
+    charter: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$", description=_CHARTER)] | None = None
 
 
 class StoreTable(_Struct, frozen=True, kw_only=True):

@@ -107,7 +107,9 @@ def _print_charter(charter: dict[str, Any] | None) -> None:
         return
     print(f"  charter  {charter['title']!r} {charter['digest']}")
     if not charter["accepted"]:
-        print(f'  CHARTER  waits for acceptance: read {charter["file"]}, then [policy] charter = "{charter["digest"]}"')
+        other = f": [policy] names {charter['policy']}, which is another file's" if charter.get("policy") else ""
+        how = f'read {charter["file"]}, then [policy] charter = "{charter["digest"]}"'
+        print(f"  CHARTER  waits for acceptance{other}: {how}")
 
 
 def _print_stranger(status: dict[str, Any]) -> None:

@@ -112,6 +112,8 @@ class TomlFile:
         if isinstance(choices, msgspec.inspect.LiteralType):
             words = ", ".join(json.dumps(value) for value in choices.values)
             return self.error(path, what[:1].lower() + what[1:], f"write one of: {words}")
+        if isinstance(choices, msgspec.inspect.Metadata) and (said := choices.extra_json_schema):
+            return self.error(path, "is not what belongs here", f"write {said['description']}")
         return self.error(path, what[:1].lower() + what[1:], "write a value of that type")
 
     def _path(self, where: str) -> list[str | int]:

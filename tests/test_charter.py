@@ -36,6 +36,7 @@ from edge.ring import Samples
 from edge.runner import Runner
 from edge.shop import Shop
 from edge.status import read_status
+from edge.status_command import _print_charter
 from edge.store import State
 from models.errors import PeerError, UserError
 from tests.brokers import BrokerProcess
@@ -313,7 +314,9 @@ def kinds(shop: Shop) -> list[str]:
     return [json.loads(line)["kind"] for line in shop.state.ledger()]
 
 
-async def test_a_gateway_keeps_the_charter_and_says_its_word_once_it_has_one(shop: Shop) -> None:
+async def test_a_gateway_keeps_the_charter_and_says_its_word_once_it_has_one(
+    shop: Shop, capsys: pytest.CaptureFixture[str]
+) -> None:
     changes: list[int] = []
     keeper = Keeper(shop, lambda: changes.append(1))
     assert keeper.status() is None
@@ -322,10 +325,13 @@ async def test_a_gateway_keeps_the_charter_and_says_its_word_once_it_has_one(sho
     assert (words(shop), kinds(shop), len(changes)) == ([], ["charter"], 1)
     assert keeper.status() == {
         "digest": DIGEST.hex(), "title": "Press lines of Acme and Borealis", "accepted": False,
-        "file": str(shop.folder / "charter.toml"),
+        "file": str(shop.folder / "charter.toml"), "policy": "",
     }  # fmt: skip
     agree(shop, bytes(32))  # a charter that nobody has shown
     await keeper.say()
+    _print_charter(keeper.status())
+    text = f"waits for acceptance: [policy] names {'00' * 32}, which is another file's: read {shop.folder}/charter.toml"
+    assert text in capsys.readouterr().out
     assert words(shop) == []
     agree(shop, DIGEST)
     await asyncio.gather(keeper.say(), keeper.say())

@@ -341,8 +341,16 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
         '[federation]\nkey = "AB"\n[policy]',
         28,
         "federation.key",
-        "matching regex",
-        "write a value of that type",
+        "is not what belongs here",
+        "write the 64 digits of the public key that tundish broker status prints, in lower case",
+    ),
+    "a charter in capitals": (
+        "[policy]",
+        f'[policy]\ncharter = "{"AB" * 32}"',
+        28,
+        "policy.charter",
+        "is not what belongs here",
+        "write the 64 digits that sha256sum charter.toml prints, in lower case",
     ),
 }
 

@@ -108,6 +108,22 @@ def enrolled(operator: Operator, folder: Path, path: str = HERE) -> Path:
     return answer
 
 
+def test_the_port_stays_that_of_the_folder(operator: Operator, tmp_path: Path) -> None:
+    """As `acl` runs again after each enrolment, and nobody writes --port each time."""
+    out, site = tmp_path / "mosquitto", operator.state / "pki" / "bridges" / "acme+lyon" / "tundish-bridge.conf"
+
+    def port() -> list[str]:
+        return [line for line in (out / "mosquitto.conf").read_text().splitlines() if line.startswith("listener")]
+
+    for options, now in (((), 8883), (("--port", 18883), 18883), ((), 18883), (("--port", 8884), 8884)):
+        assert operator.run("acl", "--out", out, "--bridge", "acme/lyon", *options) == 0
+        assert port() == [f"listener {now}"]
+        assert f"address localhost:{now}\n" in site.read_text()
+    (out / "mosquitto.conf").write_text("listener 99999\n")
+    with pytest.raises(UserError, match="--port: 99999 is no port; write 1 to 65535"):
+        operator.run("acl", "--out", out)
+
+
 # -- the authority -----------------------------------------------------------------------------------------------------
 
 

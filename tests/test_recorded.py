@@ -1,7 +1,9 @@
 """The bench that decides, on any data: pictures, odd plants, and the recorded sets where they are there."""
 
+import contextlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edge.cli import main
 from edge.lab.fleet import carve, complete_task, load_sites, metric_of
+from edge.lab.plc import data_layout
+from edge.lab.recorded import read_recorded
 from edge.lab.simulate import Scenario, simulate
 from models.errors import UserError
 from models.spec import parse_task
@@ -162,6 +167,98 @@ def test_labels_that_are_no_classes_are_named(tmp_path: Path) -> None:
     x, y = rows()
     with pytest.raises(UserError, match="y_train: labels that are none of the 2 classes; number the classes from 0"):
         run(save(tmp_path / "odd.npz", x, y * 2 - 1, np.zeros(120, np.int64)))
+
+
+def good() -> dict[str, NDArray[Any]]:
+    x, y = rows(24)
+    parts: dict[str, NDArray[Any]] = {"x": x, "y": y, "client": np.arange(24) % 2}
+    return {f"{key}_{part}": value.copy() for part in ("train", "test") for key, value in parts.items()}
+
+
+def short(arrays: dict[str, NDArray[Any]], key: str) -> None:
+    arrays[key] = arrays[key][:-1]
+
+
+def put(arrays: dict[str, NDArray[Any]], key: str, value: Any, at: Any = ...) -> None:
+    """Put a value at a place of an array, or in the place of it."""
+    if at is ...:
+        arrays[key] = value
+    else:
+        arrays[key][at] = value
+
+
+def none_to_train(arrays: dict[str, NDArray[Any]]) -> None:
+    arrays.update({key: value[:0] for key, value in arrays.items() if key.endswith("_train")})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda a: a.pop("client_test"), "client_test: missing; give"),
+        (lambda a: short(a, "y_train"), r"y_train: is \(23,\), and x_train has 24 samples; give one value for each"),
+        (lambda a: short(a, "client_test"), r"client_test: is \(23,\), and x_test has 24 samples"),
+        (lambda a: put(a, "group_train", np.arange(5)), r"group_train: is \(5,\), and x_train has 24 samples"),
+        (
+            lambda a: put(a, "x_test", np.zeros((24, 3))),
+            r"x_test: is \(24, 3\), and x_train is \(24, 4\); give numbers",
+        ),
+        (lambda a: put(a, "x_train", np.zeros(24)), r"x_train: is \(24,\); give numbers: \(N, C, T\)"),
+        (lambda a: put(a, "x_train", np.full((24, 4), "1.5")), "x_train: values of type <U3; give numbers"),
+        (lambda a: put(a, "y_train", np.full(24, "worn")), "y_train: labels of type <U4; number the classes from 0"),
+        (lambda a: put(a, "y_test", np.full(24, None)), "y_test: can't be read as a recorded set; give a whole .npz"),
+        (none_to_train, r"x_train: is \(0, 4\): nothing is in it; give numbers"),
+        (
+            lambda a: put(a, "client_train", -1, 3),
+            "client_train: 1 samples of plants that are none, such as -1; number",
+        ),
+        (
+            lambda a: put(a, "client_names", np.array(["lyon"])),
+            "client_train: 12 samples of plants that are none, such as 1; .* 0 to 0, as client_names has them",
+        ),
+        (lambda a: put(a, "client_train", 1 << 40, 0), "client_train: 1 samples of plants .* such as 1099511627776"),
+        (lambda a: put(a, "client_train", np.zeros(24)), "client_train: plants of type float64; number the plants"),
+    ],
+)
+@pytest.mark.parametrize("pictures_too", [True, False], ids=["simulate", "demo"])
+def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, spoil: Any, said: str, *, pictures_too: bool) -> None:
+    """Both ways into a file say it, and neither drops a sample without a word."""
+    arrays = good()
+    np.savez(tmp_path / "d.npz", **arrays)  # type: ignore[arg-type]
+    assert data_layout(tmp_path / "d.npz", pictures=pictures_too).channels == 4
+    spoil(arrays)
+    np.savez(tmp_path / "d.npz", **arrays)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=said) as error:
+        data_layout(tmp_path / "d.npz", pictures=pictures_too)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_cut_off_or_damaged_anywhere_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "d.npz"
+    np.savez_compressed(path, **good())  # type: ignore[arg-type]
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 37):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="can't be read as a recorded set"):
+            read_recorded(path)
+    for at in range(40, len(whole) // 2, 41):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        with contextlib.suppress(UserError):  # no field of a zip's local headers must be right
+            read_recorded(path)
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    with pytest.raises(UserError, match="can't be read as a recorded set"):
+        read_recorded(tmp_path / "one.npy")
+
+
+@pytest.mark.parametrize("command", [["simulate", "task.toml"], ["demo"]], ids=["simulate", "demo"])
+def test_the_command_says_it_in_one_line(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "task.toml").write_text(TASK)
+    (tmp_path / "d.npz").write_bytes(b"PK\x03\x04 and no more")
+    out = ["--out", str(tmp_path / "out")] if command[0] == "demo" else []
+    words = [word.replace("task.toml", str(tmp_path / "task.toml")) for word in command]
+    assert main([*words, "--data", str(tmp_path / "d.npz"), *out]) == 2
+    assert re.fullmatch(r"tundish: .*d\.npz: can't be read as a recorded set; .*\n", capsys.readouterr().err)
 
 
 def test_a_holdout_is_of_whole_groups_and_of_every_class(tmp_path: Path) -> None:

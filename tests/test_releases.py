@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
@@ -209,6 +210,12 @@ def test_too_few_keys_release_nothing(office: Office, tmp_path: Path) -> None:
     both = [load_key(office.files[0]), load_key(office.files[2])]
     files = consistent(office, before | {"stable": forged(before["stable"], newer, *both)})
     assert one.sees(files) == (9, "stable", 1)
+
+
+def test_a_release_by_enough_keys_says_nothing_of_the_others(office: Office, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        office.release(1, "stable", 0, 1)
+    assert not caplog.text
 
 
 def test_the_online_key_reaches_canaries_alone(office: Office, tmp_path: Path) -> None:
@@ -467,6 +474,8 @@ def run(plant: Plant, *options: object) -> int:
 def told_in_one_line(plant: Plant, key: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What can't be released, or given again; version 1 is released, and 3 is the newest."""
     capsys.readouterr()
+    other = plant.state / "other.key"
+    public = new_key(other)
     wrong: list[tuple[list[object], int, str]] = [
         (["release"], 2, "--to: missing; write --to canary or --to stable"),
         (["release", "--to", "stable", "--task", "no"], 2, "--task: no task 'no'; write one of: wear"),
@@ -480,6 +489,11 @@ def told_in_one_line(plant: Plant, key: Path, capsys: pytest.CaptureFixture[str]
             "--new-online-key: is for all tasks; leave",
         ),
         (["release", "--new-online-key"], 2, "--key: too few: root is signed by 1 keys of [release]"),
+        (
+            ["release", "--to", "stable", "--key", other],
+            2,
+            f"--key: {other} is none of [release] keys: its public key is {public}; write it there, or give the file",
+        ),
     ]
     for options, code, says in wrong:
         assert run(plant, *options) == code

@@ -108,13 +108,11 @@ async def test_an_update_by_file_counts_as_one_by_mqtt(tmp_path: Path, capsys: p
 
         async with gateways(broker.url, 2) as there, plant.service():
             plan = await open_plan(there)
-            assert (await run("export", models, "--path", path))[0] == 0
+            assert (await run("export", models, "--path", there[0].path))[0] == 0
             said = dict(stick.read(models))
             place = topics.RosterOf("press", 0).topic
             assert len(open_envelope(said[place], place, there[0].key, RosterPart).members) == 2
             assert topics.CharterInForce("press").topic not in said  # there is none
-            code, text = await run("export", models, "--path", "a/b")
-            assert (code, "write acme/lyon/press/line4/cell2" in text) == (2, True)
             place = topics.Manifest("press", "wear").topic
             manifest = open_envelope(said[place], place, there[0].key, ModelManifest)
             fetch = Fetch("press", "wear", manifest, None)
@@ -146,6 +144,24 @@ async def test_an_update_by_file_counts_as_one_by_mqtt(tmp_path: Path, capsys: p
         assert journal.totals("wear", 1).gateways == 3
 
 
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("a/b", "write acme/lyon/press/line4/cell2"),
+        (str(CELL).replace("acme", "other"), "--path: 'other' does not take part; roots are: acme"),
+        (str(CELL), f"--path: nobody is enrolled as {CELL}; enrol it first: tundish broker enrol"),
+    ],
+)
+def test_export_is_for_one_who_is_enrolled(
+    tmp_path: Path, path: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant, file = Plant(tmp_path, NOWHERE), tmp_path / "models"
+    command = ["broker", "export", "-c", str(plant.config), "--state", str(plant.state), "--path", path, str(file)]
+    assert main(command) == 2
+    assert says in capsys.readouterr().err
+    assert not file.exists()
+
+
 def take(plant: Plant, file: Path) -> int:
     return main(["broker", "import", "-c", str(plant.config), "--state", str(plant.state), str(file)])
 
@@ -166,6 +182,24 @@ def test_a_narrow_gateways_update_is_one(tmp_path: Path, capsys: pytest.CaptureF
     assert f"{CELL}, wear: an update of round 1" in capsys.readouterr().out
 
 
+async def test_an_update_that_cannot_count_is_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its gateway keeps it until there is a receipt, so the aggregator gets the file."""
+    plant, signer = Plant(tmp_path, NOWHERE), Signer.generate()
+    enrol(plant, signer)
+    topic = topics.Uplink(CELL, "wear", "update").topic
+    envelope = signer.seal(Update(1, 1, 0, 100, None, codec.encode(np.ones(3, np.float32), 32).data), topic)
+    stick.write(tmp_path / "updates", [(topic, envelope)])
+    assert take(plant, tmp_path / "updates") == 1
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"refused: {CELL}, wear: ")
+    assert last.startswith("the aggregator counts nothing of it, and answers within a second")
+    async with plant.service():
+        await until(lambda: not stick.waiting(plant.state))
+    with closing(Journal(plant.state)) as journal:
+        ((where, answer),) = journal.receipts(str(CELL))
+        assert open_envelope(answer, where, journal.signer().public_key, Receipt).outcome.startswith("refused-")
+
+
 async def test_no_birth_and_no_answer_come_by_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plant, signer, other = Plant(tmp_path, NOWHERE, join="first-seen"), Signer.generate(), Signer.generate()
     enrol(plant, signer)
@@ -184,8 +218,12 @@ async def test_no_birth_and_no_answer_come_by_file(tmp_path: Path, capsys: pytes
 
     before = known()
     assert take(plant, file) == 1
-    assert capsys.readouterr().out.count("only updates, votes and acceptances come by file") == 3
+    text = capsys.readouterr().out
+    assert text.count("only updates, votes and acceptances come by file") == 3
+    assert text.endswith(f"nothing of {file} can be used, so the aggregator does not get it\n")
     assert known() == before
+    assert not stick.waiting(plant.state)
+    stick.leave(plant.state, file)  # the aggregator does not rely on that
     async with plant.service() as service:
         await until(lambda: not stick.waiting(plant.state))
         assert service.status()["refused"] == {"topic": 3}

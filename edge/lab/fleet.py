@@ -1,8 +1,6 @@
 """Recorded data as a fleet of plants, and the processes that train on it. Workers alone reach torch.
 
-The layout of a file: x_train, y_train, client_train, x_test, y_test, client_test; x (N, C, T) windows, (N, F) rows or
-(N, C, H, W) pictures, `client` the plant of each sample, and group_train (optional) the run, machine or segment that
-a sample belongs to.
+The layout of a file is that of `edge.lab.recorded`.
 """
 
 import os
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 
 from edge.dataset import Dataset
 from edge.lab.plc import DataLayout, data_layout
+from edge.lab.recorded import read_recorded
 from models.alarm import WEEK_S
 from models.delta import Layout, Vector
 from models.errors import UserError
@@ -47,8 +46,8 @@ class Site:
 def complete_task(text: str, data: Path) -> str:
     """Fill in what a task file leaves to the data: kind, net, signals, window and target."""
     layout = data_layout(data, pictures=True)
-    with np.load(data, allow_pickle=False) as z:
-        y = z["y_train"][np.isfinite(z["y_train"])]
+    y = read_recorded(data)["y_train"]
+    y = y[np.isfinite(y)]
     low, high = (float(y.min()), float(y.max())) if y.size else (0.0, 0.0)
     kind = "anomaly" if low == high else "regression" if layout.target == "Double" else "classification"
     head, tail, said = "", "", _said(text)
@@ -84,9 +83,8 @@ def _said(text: str) -> dict[str, Any]:
 def load_sites(task: Task, data: Path) -> list[Site]:
     """Read every plant of a file that has something to train on; UserError if none has, or labels are no classes."""
     layout = data_layout(data, pictures=True)
-    with np.load(data, allow_pickle=False) as z:
-        found = {key: z[key] for key in z.files if z[key].dtype.kind in "fiub"}
-        groups = np.unique(z["group_train"], return_inverse=True)[1] if "group_train" in z.files else None
+    found = read_recorded(data)
+    groups = np.unique(found["group_train"], return_inverse=True)[1] if "group_train" in found else None
     x_train, y_train = _windows(found["x_train"], layout), found["y_train"].astype(np.float32)
     x_test, y_test = _windows(found["x_test"], layout), found["y_test"].astype(np.float32)
     outputs = task.outputs if task.kind == "classification" else None

@@ -34,6 +34,7 @@ from pymodbus.server import ModbusTcpServer
 from pymodbus.simulator import DataType, SimData, SimDevice
 
 from edge.lab.physics import SNAPSHOT, Row, Spindle
+from edge.lab.recorded import read_recorded
 from models.errors import UserError
 
 NAMESPACE = "urn:tundish:plant"
@@ -112,33 +113,33 @@ class Step(NamedTuple):
 
 def data_layout(path: Path, *, pictures: bool = False) -> DataLayout:
     """Return how a recorded set is served; UserError for a file that is none, or holds pictures unless they may be."""
-    with _open(path) as file:
-        shape = file["x_train"].shape
-        if len(shape) not in ({2, 3, 4} if pictures else {2, 3}):
-            problem = f"x_train is {shape}: pictures come from no PLC tag"
-            raise UserError(str(path), 0, "x_train", problem, "use a set of (N, C, T) windows or (N, F) rows")
-        y, given = file["y_train"], file.get("feature_names")
-        length = shape[2] if len(shape) == 3 else max(shape[2:], default=1) ** 2  # noqa: PLR2004 - (N, C, T)
-        channels = shape[1]
-        kind = {2: "rows", 3: "series", 4: "picture"}[len(shape)]
-        if kind == "series" and channels == 1 and length > _LONGEST_SERIES:
-            kind = "waveform"
-        names = [str(name) for name in given] if given is not None and len(given) == channels else []
-        if kind == "waveform":
-            names = ["Waveform"]
-        regression = y.dtype.kind == "f"
-        clients = file.get("client_names")
-        count = int(file["client_train"].max()) + 1
-        return DataLayout(
-            channels=channels,
-            names=_node_names(names or [f"x{index}" for index in range(channels)]),
-            length=length,
-            kind=kind,
-            modbus=0 if kind == "waveform" else min(_MOST_MODBUS, channels - 1),
-            classes=0 if regression else max(2, int(max(y.max(), file["y_test"].max())) + 1),
-            clients=tuple(map(str, clients if clients is not None else range(count))),
-            target="Double" if regression else "Int32",
-        )
+    file = read_recorded(path)
+    shape = file["x_train"].shape
+    if len(shape) not in ({2, 3, 4} if pictures else {2, 3}):
+        problem = f"x_train is {shape}: pictures come from no PLC tag"
+        raise UserError(str(path), 0, "x_train", problem, "use a set of (N, C, T) windows or (N, F) rows")
+    y, given = file["y_train"], file.get("feature_names")
+    length = shape[2] if len(shape) == 3 else max(shape[2:], default=1) ** 2  # noqa: PLR2004 - (N, C, T)
+    channels = shape[1]
+    kind = {2: "rows", 3: "series", 4: "picture"}[len(shape)]
+    if kind == "series" and channels == 1 and length > _LONGEST_SERIES:
+        kind = "waveform"
+    names = [str(name) for name in given] if given is not None and len(given) == channels else []
+    if kind == "waveform":
+        names = ["Waveform"]
+    regression = y.dtype.kind == "f"
+    clients = file.get("client_names")
+    count = int(file["client_train"].max()) + 1
+    return DataLayout(
+        channels=channels,
+        names=_node_names(names or [f"x{index}" for index in range(channels)]),
+        length=length,
+        kind=kind,
+        modbus=0 if kind == "waveform" else min(_MOST_MODBUS, channels - 1),
+        classes=0 if regression else max(2, int(max(y.max(), file["y_test"].max())) + 1),
+        clients=tuple(map(str, clients if clients is not None else range(count))),
+        target="Double" if regression else "Int32",
+    )
 
 
 def tags_csv(layout: DataLayout | None) -> tuple[str, str]:
@@ -162,18 +163,6 @@ def tags_csv(layout: DataLayout | None) -> tuple[str, str]:
     return "\n".join([HEADER, *opcua, ""]), "\n".join([HEADER, *modbus, ""])
 
 
-def _open(path: Path) -> Any:
-    try:
-        file = np.load(path, allow_pickle=False)
-        missing = {"x_train", "y_train", "client_train", "x_test", "y_test"} - set(file.files)
-    except (OSError, ValueError, AttributeError, EOFError) as error:
-        problem = "can't be read as a recorded set"
-        raise UserError(str(path), 0, "", problem, "give a .npz with x_train, y_train, client_train") from error
-    if missing:
-        raise UserError(str(path), 0, min(missing), "missing", "give a .npz with x, y and client of train and test")
-    return file
-
-
 def _node_names(names: Iterable[str]) -> tuple[str, ...]:
     """Return names of `[A-Za-z0-9_-]`, unique and none of the three that are served beside them."""
     taken, out = {"Segment", "Target", "Running"}, []
@@ -194,9 +183,9 @@ def recorded_steps(path: Path, client: int, part: str, seed: int) -> Iterator[St
     time, which starts so that the first pass ends about now.
     """
     layout = data_layout(path)
-    with _open(path) as file:
-        mine = file[f"client_{part}"] == client
-        x, y = file[f"x_{part}"][mine], file[f"y_{part}"][mine]
+    file = read_recorded(path)
+    mine = file[f"client_{part}"] == client
+    x, y = file[f"x_{part}"][mine], file[f"y_{part}"][mine]
     if not len(x):
         clients = ", ".join(f"{number} {name}" for number, name in enumerate(layout.clients))
         raise UserError("--client", 0, str(client), "has no rows in the file", f"take one of: {clients}")

@@ -12,6 +12,7 @@ import numpy as np
 from edge.lab.physics import FEATURES, test_windows
 from edge.lab.plc import CLOCK, DataLayout, data_layout, tags_csv
 from edge.lab.processes import Process, free_port, mqtt_broker, python
+from edge.lab.recorded import read_recorded
 from edge.status import read_status
 from models.errors import UserError
 
@@ -122,8 +123,8 @@ min_windows = 40
 
 
 def _recorded_task(scenario: Scenario, layout: DataLayout) -> str:
-    with np.load(str(scenario.data), allow_pickle=False) as z:
-        low, high = float(z["y_train"].min()), float(z["y_train"].max())
+    y = read_recorded(Path(str(scenario.data)))["y_train"]
+    low, high = float(y.min()), float(y.max())
     # Labels that never change teach nothing: such a set is for anomaly detection.
     kind = "anomaly" if low == high else "regression" if layout.target == "Double" else "classification"
     net = "autoencoder" if kind == "anomaly" else "mlp" if layout.kind == "rows" else "tcn"
@@ -325,9 +326,8 @@ def test_set(scenario: Scenario, folder: Path, i: int) -> Path:
         x, y = test_windows(scenario.seed + 1, i, _SPINDLE_HZ, _TEST_WINDOWS, _SPINDLE_WINDOW)
     else:
         layout = data_layout(scenario.data)
-        with np.load(scenario.data, allow_pickle=False) as z:
-            mine = z["client_test"] == i
-            x = z["x_test"][mine].reshape(-1, layout.channels, layout.length)
-            y = z["y_test"][mine]
+        found = read_recorded(scenario.data)
+        mine = found["client_test"] == i
+        x, y = found["x_test"][mine].reshape(-1, layout.channels, layout.length), found["y_test"][mine]
     np.savez(path, x=x.astype(np.float32), y=y)
     return path
