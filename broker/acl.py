@@ -89,13 +89,13 @@ def mosquitto_conf(folder: Path, port: int, clients: int) -> str:
     return "\n".join([*lines, ""])
 
 
-def bridge_conf(site: str, address: str) -> str:
 def listener_of(conf: str) -> int | None:
     """Return the port that a configuration of `mosquitto_conf` has."""
     found = re.search(r"^listener (\d{1,5})\s*$", conf, re.MULTILINE)
     return int(found[1]) if found else None
 
-def bridge_conf(site: str, address: str, folder: Path = BRIDGE_FOLDER) -> str:
+
+def bridge_conf(site: str, address: str) -> str:
     """Write what a site's Mosquitto needs to forward its gateways' federation traffic to `address` (host:port).
 
     Raw values, scores, drift, health and feedback match neither topic line, so they stay whatever a gateway publishes.

@@ -113,12 +113,10 @@ def acl(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     for site in args.revoke_bridge:
         _revoke_bridge(authority, site)
     for site in args.bridge:
-        _certify_bridge(authority, site, args.port, config)
+        _certify_bridge(authority, site, port, config)
     for path in authority.renew():
         if path.name == "bridge.pem":
             print(f"{path.parent} has another certificate: carry it over to that site's broker again")
-        _certify_bridge(authority, site, port, config)
-    authority.renew()
     with closing(Journal(state)) as journal:
         gateways = sorted(journal.roster())
     operators = sorted(p.stem for p in (authority.folder / OPERATORS).glob("*.pem"))

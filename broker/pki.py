@@ -57,7 +57,8 @@ class Authority:
             self.certificate = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
             key = serialization.load_pem_private_key((key_file or folder / "ca.key").read_bytes(), None)
         except FileNotFoundError as error:
-            raise LocalError(f"{error.filename} is not there; make the authority with tundish broker init") from None
+            remedy = "is --state the aggregator's own? where there is none yet, tundish broker init makes the authority"
+            raise LocalError(f"{error.filename} is not there; {remedy}") from None
         except (OSError, ValueError) as error:
             raise LocalError(f"the authority in {folder} can't be read: {error}") from error
         if not isinstance(key, ec.EllipticCurvePrivateKey):
