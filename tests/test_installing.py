@@ -61,6 +61,7 @@ class Office:
             self.public_key = journal.signer().public_key.hex()
             with journal.transaction():
                 put_first_model(journal, task, TASK, graph=graph, vector=self.first, layout=layout, now_ms=1)
+                journal.add_to_roster(PATH, bytes(32), 1, "enrolled")
 
     def learn(self, version: int) -> None:
         """Let a round have made a version."""
