@@ -144,6 +144,34 @@ async def test_an_update_by_file_counts_as_one_by_mqtt(tmp_path: Path, capsys: p
         assert journal.totals("wear", 1).gateways == 3
 
 
+async def test_where_nobody_is_waited_for_a_file_of_an_earlier_round_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signer, path = Signer.generate(), CELL
+    topic = topics.Uplink(path, "wear", "update").topic
+    with BrokerProcess("amqtt") as broker:
+        plant = Plant(tmp_path, broker.url, min_gateways=1, rounds=9, more='mode = "async"\nbuffer = 1\n')
+        command = ["-c", str(plant.config), "--state", str(plant.state)]
+        async with gateways(broker.url, 1) as (there,), plant.service():
+            first = await open_plan([there])
+            assert (
+                await asyncio.to_thread(
+                    main, ["broker", "enrol", *command, "--path", str(path), "--key", signer.public_key.hex()]
+                )
+                == 0
+            )
+            for number in (1, 2):
+                there.send(await open_plan([there], number), delta(0))
+            await open_plan([there], 3)
+            update = Update(1, first.round, first.base, 100, None, codec.encode(delta(8), 32).data)
+            stick.write(tmp_path / "late", [(topic, signer.seal(update, topic))])
+            assert await asyncio.to_thread(main, ["broker", "import", *command, str(tmp_path / "late")]) == 0
+            await open_plan([there], 4)  # which the file alone has brought about
+    capsys.readouterr()
+    with closing(Journal(plant.state)) as journal:
+        assert journal.totals("wear", 3) == (1, 100, 2.0)
+
+
 @pytest.mark.parametrize(
     ("path", "says"),
     [
