@@ -64,17 +64,27 @@ def with_own_tls(settings: MqttSettings, folder: Path) -> MqttSettings:
 
 
 class Issued(msgspec.Struct, frozen=True):
-    """This gateway's certificate: where it is renewed ("": by file alone), from when until when it is good (ms)."""
+    """This gateway's certificate: where it is renewed ("": by file alone), from when until when it is good (ms).
+
+    `path` is whose it is; empty in a state of an earlier version.
+    """
 
     url: str
     from_ms: int
     until_ms: int
+    path: str = ""
 
     @classmethod
     def stored(cls, state: State) -> "Issued | None":
         """What `keep` stored; None before an enrolment."""
         data = state.get("certificate")
         return None if data is None else msgspec.json.decode(data, type=cls)
+
+    def check(self, path: str, folder: Path) -> None:
+        """UserError where a gateway runs with the state of another."""
+        if self.path and self.path != path:
+            problem = f"{folder} is the state of {self.path}, this gateway is {path}"
+            raise UserError("--state", 0, "", problem, "give its own, or enrol it there under this path")
 
     def keep(self, state: State) -> None:
         """Store it, with a line in the ledger; inside of a transaction."""
@@ -211,8 +221,8 @@ def take_up(place: str, answer: Admission, url: str, folder: Path) -> Issued:
         raise UserError(place, 0, "", "its certificate is for another key than this gateway has now", again)
     write_file(ca, answer.authority)
     write_file(cert, answer.certificate)
-    good = (int(1000 * t.timestamp()) for t in (certificate.not_valid_before_utc, certificate.not_valid_after_utc))
-    return Issued(url, *good)
+    since, until = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    return Issued(url, int(1000 * since.timestamp()), int(1000 * until.timestamp()), answer.path)
 
 
 def _tls_key(folder: Path) -> Any:

@@ -31,6 +31,8 @@ class Renewal:
         """Read what is stored; before the event loop."""
         self.problem = ""
         self._shop, self._issued = shop, Issued.stored(shop.state)
+        if self._issued:
+            self._issued.check(str(shop.config.path), shop.folder)
         self._next_ms = renews_ms(self._issued) if self._issued else None
 
     async def run(self) -> None:

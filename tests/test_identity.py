@@ -194,6 +194,14 @@ def test_a_gateway_is_enrolled_by_two_files(operator: Operator, tmp_path: Path) 
         assert journal.key_of(HERE)
 
 
+def test_a_gateway_does_not_run_with_the_state_of_another(operator: Operator, tmp_path: Path) -> None:
+    folder = tmp_path / "cell2"
+    assert edge(folder, "import", enrolled(operator, folder)) == 0
+    gateway_toml(folder, THERE)
+    with pytest.raises(UserError, match=f"is the state of {HERE}, this gateway is {THERE}"):
+        edge(folder, "run")
+
+
 def test_files_that_are_not_what_they_say_are_told(operator: Operator, tmp_path: Path) -> None:
     folder, other = tmp_path / "cell2", tmp_path / "cell3"
     answer = enrolled(operator, folder)
