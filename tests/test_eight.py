@@ -133,3 +133,11 @@ def test_eight_gateways_from_enrolment_to_audit(tmp_path: Path, capsys: pytest.C
     assert main(["audit", "report", str(stage.gateway_state(0)), "--out", str(tmp_path / "left")]) == 0
     rows = (tmp_path / "left" / "left-this-site.csv").read_text().splitlines()
     assert sum(",update," in row for row in rows) == 2
+
+
+def test_a_stage_in_a_relative_folder_enrols(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need_mosquitto()
+    monkeypatch.chdir(tmp_path)
+    stage = Stage(Scenario(gateways=1, seed=0, rounds=1, broker="mosquitto"), Path("work"))
+    stage.enrol()
+    assert "user demo/plant1/machining/line1/spindle\n" in (tmp_path / "work" / "broker" / "acl").read_text()

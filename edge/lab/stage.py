@@ -249,7 +249,7 @@ class Stage:
             Process("enrolment", command, log).complete()
 
         step(self._broker("init", "--host", "localhost"))
-        pki = self.aggregator_state / "pki"
+        pki = self.aggregator_state.absolute() / "pki"  # a path in federation.toml is relative to that file
         with (self.folder / "aggregator" / "federation.toml").open("a") as file:
             for key, name in (("ca", "ca.pem"), ("cert", "aggregator.pem"), ("key", "aggregator.key")):
                 file.write(f'{key} = "{pki / name}"\n')
