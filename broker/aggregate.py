@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,8 +144,9 @@ def dump_state(state: State) -> bytes:
     if not state:
         return b""
     out = io.BytesIO()
-    arrays: dict[str, NDArray[np.float64]] = dict(state)
-    np.savez(out, allow_pickle=False, **arrays)
+    # No allow_pickle, which NumPy 2.0 takes for one more array; arrays of numbers are never pickled.
+    arrays: dict[str, Any] = dict(state)
+    np.savez(out, **arrays)
     return out.getvalue()
 
 

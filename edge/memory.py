@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -143,8 +144,8 @@ class Memory:
     def keep_holdout(self, data: Dataset) -> None:
         """Store the holdout."""
         buffer = io.BytesIO()
-        labels = {} if data.y is None else {"y": data.y}
-        np.savez(buffer, allow_pickle=False, x=data.x, per_week=np.array(data.per_week), **labels)
+        labels: dict[str, Any] = {} if data.y is None else {"y": data.y}
+        np.savez(buffer, x=data.x, per_week=np.array(data.per_week), **labels)
         self._put("holdout", buffer.getvalue())
 
     def corrections(self) -> dict[int, Correction]:

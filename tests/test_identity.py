@@ -295,6 +295,8 @@ class Party:
             context.load_cert_chain(cert, key)
         self.client.tls_set_context(context)
         self.client.on_connect = lambda _c, _u, _f, reason, _p: self._connected(reason)
+        self.client.on_disconnect = lambda _c, _u, _f, reason, _p: self._ended(reason)
+        self.client.on_subscribe = lambda *_: self._there.set()
         self.client.on_message = lambda _c, _u, message: self.got.add(message.topic)
         self.client.on_publish = lambda _c, _u, mid, reason, _p: self._answers.__setitem__(mid, reason)
         try:
@@ -303,20 +305,24 @@ class Party:
             self.refused = str(error)
             return
         self.client.loop_start()
-        until(lambda: self._there.is_set() or bool(self.refused) or not self.client.is_connected())
+        # Nothing is sent again to one who subscribes too late: he is here once the broker has said so.
+        until(lambda: self._there.is_set() or bool(self.refused))
 
     def _connected(self, reason: Any) -> None:
-        self.refused = str(reason) if reason.is_failure else ""
-        self.client.subscribe("#", qos=1)
-        self._there.set()
+        if reason.is_failure:
+            self.refused = str(reason)
+        else:
+            self.client.subscribe("#", qos=1)
+
+    def _ended(self, reason: Any) -> None:
+        """TLS 1.3 lets a client believe that it is there, until it reads the broker's alert."""
+        if not self._there.is_set():
+            self.refused = self.refused or str(reason)
 
     @property
     def connected(self) -> bool:
-        """Whether he stays: TLS 1.3 lets a client believe so until it reads the broker's alert."""
-        deadline = time.monotonic() + 2
-        while time.monotonic() < deadline and not self._there.is_set():
-            time.sleep(0.05)
-        return self._there.is_set() and not self.refused
+        """Whether he was let in and asked to be told everything."""
+        return self._there.is_set()
 
     def may_write(self, topic: str) -> bool:
         mid = self.client.publish(topic, b"x", qos=1).mid

@@ -148,10 +148,10 @@ def _simulated(path: Path) -> Path:
             x, y = test_windows(seed, plant, _HZ, _COUNT, _LENGTH)
             for key, value in (("x", x), ("y", y), ("client", np.full(len(y), plant))):
                 parts.setdefault(f"{key}_{part}", []).append(value)
-    arrays = {key: np.concatenate(values) for key, values in parts.items()}
+    arrays: dict[str, Any] = {key: np.concatenate(values) for key, values in parts.items()}
     for part in ("train", "test"):
         arrays[f"y_{part}"] = arrays[f"y_{part}"].astype(np.int64)
-    np.savez(path, allow_pickle=False, **arrays)
+    np.savez(path, **arrays)
     return path
 
 
