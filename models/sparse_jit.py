@@ -13,8 +13,10 @@ from models.sparse import Integers, Places
 # A read of three bytes stays within them wherever it begins.
 _PADDING = bytes(4)
 _BYTE = 8
-# How many zeros a byte begins with.
-_ZEROS = np.array([8 - value.bit_length() for value in range(256)], np.int64)
+# How many ones a byte has, and where: from its most significant bit on, and then whatever fills the row.
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
+_ONES = _BITS.sum(1, dtype=np.int64)
+_WHERE = np.argsort(1 - _BITS.astype(np.int64), axis=1, kind="stable")
 _CHUNK, _R_BITS, _MOST = sparse.CHUNK, sparse.R_BITS, sparse.MOST
 
 
@@ -52,7 +54,7 @@ def _members(data, size, at, parent):  # type: ignore[no-untyped-def]
 
 @numba.njit
 def _plane(data, size, at, k, parent, out):  # type: ignore[no-untyped-def]
-    """Read the places of k members into `out`; the bit behind them, -1 if the stream is no such one."""
+    """Read the places of k > 0 members into `out` (k + 8,); the bit behind them, -1 if the stream is no such one."""
     parameters = at
     at += _R_BITS * ((k + _CHUNK - 1) // _CHUNK)
     if at > size:
@@ -62,26 +64,26 @@ def _plane(data, size, at, k, parent, out):  # type: ignore[no-untyped-def]
         at += _field(data, parameters + c // _CHUNK * _R_BITS, _R_BITS) * min(_CHUNK, k - c)
     if at > size:
         return -1
-    # Byte by byte: where the next one is, and how many zeros lie between it and the last.
-    byte, first, last, i = np.int64(data[at >> 3]) & (0xFF >> (at & 7)), at & ~7, at - 1, 0
-    while i < k:
-        if byte:
-            zeros = _ZEROS[byte]
-            out[i] = first + zeros - last - 1
-            last = first + zeros
-            byte &= 0x7F >> zeros
-            i += 1
-        else:
-            first += _BYTE
-            if first >= size:
-                return -1
-            byte = np.int64(data[first >> 3])
-    at = last + 1
+    # Byte by byte: all eight places are written, and as many are kept as it has ones, so that no branch is guessed.
+    byte, first, i = np.int64(data[at >> 3]) & (0xFF >> (at & 7)), at & ~7, 0
+    while True:
+        for b in range(_BYTE):
+            out[i + b] = first + _WHERE[byte, b]
+        i += _ONES[byte]
+        if i >= k:
+            break
+        first += _BYTE
+        if first >= size:
+            return -1
+        byte = np.int64(data[first >> 3])
+    last, at = at - 1, out[k - 1] + 1
     place = -1
     for c in range(0, k, _CHUNK):
         r = _field(data, parameters + c // _CHUNK * _R_BITS, _R_BITS)
         for i in range(c, min(c + _CHUNK, k)):
-            place += 1 + ((out[i] << r) | _field(data, low, r))
+            one = out[i]
+            place += 1 + ((one - last - 1) << r | _field(data, low, r))
+            last = one
             low += r
             out[i] = place
     return at if place < parent else -1
@@ -90,7 +92,8 @@ def _plane(data, size, at, k, parent, out):  # type: ignore[no-untyped-def]
 @numba.njit
 def _decode(data, size, count):  # type: ignore[no-untyped-def]
     at, k = _members(data, size, 0, count)
-    places, values = np.empty(max(k, 0), np.int64), np.ones(max(k, 0), np.int16)
+    # A plane is written by the byte, so beyond its last place.
+    places, values = np.empty(max(k, 0) + _BYTE, np.int64), np.ones(max(k, 0), np.int16)
     if k > 0:
         at = _plane(data, size, at, k, count, places)
     if k < 0 or at < 0 or at + k > size:
@@ -98,7 +101,7 @@ def _decode(data, size, count):  # type: ignore[no-untyped-def]
     signs = at
     at += k
     # Which of the members have a magnitude above m, and their places among those above m - 1.
-    above, found, n, m = np.arange(k), np.empty(k, np.int64), k, 1
+    above, found, n, m = np.arange(k), np.empty(k + _BYTE, np.int64), k, 1
     while n > 0 and m <= _MOST:
         parent = n
         at, n = _members(data, size, at, parent)
@@ -114,7 +117,7 @@ def _decode(data, size, count):  # type: ignore[no-untyped-def]
         return False, places, values
     for i in range(k):
         values[i] *= 1 - 2 * _field(data, signs + i, 1)
-    return True, places, values
+    return True, places[:k], values
 
 
 @numba.njit
