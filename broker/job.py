@@ -109,6 +109,7 @@ def load_job(journal: Journal, file: TaskFile) -> Job:
     shared = layout.mask(task.personal)
     if not shared.any():
         raise UserError(str(file.path), 0, "personal", "nothing is left to share", "take a prefix out")
+    check_personal(task, layout, str(file.path), file.text)
     _check_size(file, int(shared.sum()))
     r = task.round
     every_ms = int(r.every_s * 1000) if r.mode == "sync" else 0
@@ -131,6 +132,13 @@ def load_job(journal: Journal, file: TaskFile) -> Job:
     ring = ring_for(task, layout, load_state(journal.strategy_state(name))) if task.round.codec == "ring" else None
     deadline_ms = last.deadline_ms if last else 0
     return Job(task, row, model, shared, federation, deadline_ms, rate, ring, slices(task, layout))
+
+
+def check_personal(task: Task, layout: Layout, place: str, text: str) -> None:
+    """Refuse a prefix below which the net has nothing: what was to stay at the gateways would travel."""
+    if unknown := layout.unknown(task.personal):
+        remedy = f"this net has: {', '.join(dict.fromkeys(name.partition('.')[0] for name in layout.names))}"
+        raise TomlFile(place, text).error(["personal"], f"the net has no {unknown[0]!r}", remedy)
 
 
 def _check_size(file: TaskFile, count: int) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,15 +58,17 @@ class Model:
     graph: bytes
     vector: Vector
 
-    def personalised(self, own: Vector | None, average: Vector | None = None, *, width: float = 1) -> Vector:
-        """Return the weights (layout.size,), with a gateway's own values where the task keeps them personal.
+    def personalised(
+        self, own: Vector | None, average: Vector | None = None, *, resume: Sequence[str] = (), width: float = 1
+    ) -> Vector:
+        """Return the weights (layout.size,), with a gateway's `own` values where the task keeps them personal.
 
-        Where an `average` of models fits, it is that instead of this model. Of less than the whole `width`, what lies
-        outside the gateway's part is zero.
+        So it is below the prefixes of `resume`, too. Where an `average` of models fits, it is that instead of this
+        model. Of less than the whole `width`, what lies outside the gateway's part is zero.
         """
         shared = self.vector if average is None or average.size != self.vector.size else average
         if own is not None and own.size == self.vector.size:
-            shared = np.where(self.layout.mask(self.task.personal), shared, own)
+            shared = np.where(self.layout.mask((*self.task.personal, *resume)), shared, own)
         return cut(self.layout, width, shared)
 
 

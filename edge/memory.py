@@ -107,11 +107,10 @@ class Memory:
         """Store one of those."""
         self._put(name, vector.tobytes())
 
-    def keep_result(self, result: Result, residual: Vector, *, personal: bool) -> None:
+    def keep_result(self, result: Result, residual: Vector) -> None:
         """Store what a training leaves here; the caller makes it one transaction with its update."""
         self.keep_vector("residual", residual)
-        if personal:
-            self.keep_vector("personal", result.vector)
+        self.keep_vector("personal", result.vector)
         if result.own is not None:
             self.keep_vector("own", result.own)
         self.keep_scale(result.scale)

@@ -269,10 +269,10 @@ class Runner:
             await asyncio.to_thread(self.shop.samples.flush)
             said, home = await self.shop.state.commit(self.memory.corrections), self.shop.folder
             what = model.terms.task_text, live.wiring, model.layout, action.round, said
-            job = job_for(self.shop.config, home, *what, width=width)
-            base = model.personalised(self.scoring.personal, width=width)
+            base, own = await asyncio.to_thread(self.scoring.start, model, width=width)
+            job = job_for(self.shop.config, home, *what, own=own, width=width)
             result = await self._trainer.train(job, base, home / f"training-{self.name}", *self.scoring.begin())
-            await self._send(action, model, result, width)
+            await self._send(action, model, base, result, width)
         except NotEnoughError as error:
             log.info("%s: round %d waits for data: %s", self.name, action.round, error)
             self._stored_before = error.count - live.stats.trainable
@@ -286,22 +286,22 @@ class Runner:
             await asyncio.sleep(_RETRY_S)
             self._do(self.participant.handle(events.TrainingFailed(action.round, str(error)[:400])))
 
-    async def _send(self, action: events.StartTraining, model: Model, result: Result, width: float) -> None:
+    async def _send(
+        self, action: events.StartTraining, model: Model, base: Vector, result: Result, width: float
+    ) -> None:
         """Put what was learnt into the outbox, with the state that belongs to it, in one commit; then send it."""
         residual = await self.shop.state.commit(lambda: self.memory.vector("residual"))
-        personal = self.scoring.personal
-        out = await asyncio.to_thread(seal_update, self.shop, action, model, result, residual, personal, width=width)
-        keeps = not model.layout.mask(model.task.personal).all()
+        out = await asyncio.to_thread(seal_update, self.shop, action, model, result, residual, base, width=width)
 
         def work() -> None:
             self.shop.state.send(Outgoing(out.digest, self.name, action.round, out.envelope))
             self.memory.keep_handled(action.round, action.opened_ms)
-            self.memory.keep_result(result, out.residual, personal=keeps)
+            self.memory.keep_result(result, out.residual)
             self.shop.state.record("update", out.body)
 
         await self.shop.state.commit(work)
         self.problem = ""
-        self.scoring.take_result(result, personal=keeps)
+        self.scoring.take_result(result)
         log.info("%s: round %d: %d windows, %d bytes", self.name, action.round, result.samples, len(out.envelope))
         self._do(self.participant.handle(events.Trained(action.round)))
         self.shop.publish(out.topic, out.envelope)

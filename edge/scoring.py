@@ -12,7 +12,7 @@ import msgspec
 
 from broker.messages import Vote
 from broker.topics import Local
-from edge.candidates import after_training, build, stored
+from edge.candidates import Start, after_training, build, start, stored
 from edge.choose import GLOBAL, OWN
 from edge.config import TaskTable
 from edge.drift import Drift
@@ -120,13 +120,17 @@ class Scoring:
             # Of a model that was kept in place of a newer one, the age is not known after a restart.
             self.live.made_ms = model.manifest.created_ms if scorer.version == model.manifest.version else 0
 
-    def take_result(self, result: Result, *, personal: bool) -> None:
-        """Go by what a training left here; `personal` says that the task keeps some positions to its gateways."""
+    def take_result(self, result: Result) -> None:
+        """Go by what a training left here."""
         self.scale, self.holdout, self.own = result.scale, result.holdout, result.own
         self._learnt_from = self.drift.drifted
         self.drift.learnt(result.reference)
-        if personal:
-            self.personal = result.vector
+        self.personal = result.vector
+
+    def start(self, model: Model, *, width: float, average: Vector | None = None) -> Start:
+        """Where this gateway goes on from a model, or from an average of them; blocks."""
+        here = self.personal, self.holdout, self.scale
+        return start(self._shop.config.scoring, model, average, *here, width=width)
 
     async def judge(self, new: Model, before: Model | None) -> Vote | None:
         """This gateway's vote on a new model; None where it can't judge."""
@@ -140,7 +144,7 @@ class Scoring:
             self.kept = {}
         if live is None:
             return
-        vector = model.personalised(self.personal, width=self._width)
+        vector = (await asyncio.to_thread(self.start, model, width=self._width)).vector
         new = await asyncio.to_thread(build, self._shop.config.scoring, model, vector, self.scale)
         old = live.scorer
         adopt, body = await asyncio.to_thread(contest, new, None if changed else old, holdout)
@@ -176,7 +180,7 @@ class Scoring:
         if newest is not trained and (trained.task.round.full is None or newest.graph != trained.graph):
             return
         table = self._shop.config.scoring
-        vector = newest.personalised(self.personal, self.origin, width=self._width)
+        vector = (await asyncio.to_thread(self.start, newest, width=self._width, average=self.origin)).vector
         found = await asyncio.to_thread(after_training, table, newest, vector, result, federated=federated)
         if not found.scorers:
             return

@@ -54,7 +54,8 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     own.npy, where it lies there too, is the net that has only seen this gateway's data, as the last training left it;
     average.npy the running mean of the global models, from which the tuned model starts.
-    `corrections` are what operators said of windows, by the windows' ends in ms; `width` is the part that is trained.
+    `corrections` are what operators said of windows, by the windows' ends in ms; `own` are prefixes below which
+    the base has this gateway's own values, and `width` is the part that is trained.
     """
 
     task_text: str
@@ -67,6 +68,7 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     memory: int
     cpu_seconds: int
     corrections: dict[int, Correction] = {}
+    own: tuple[str, ...] = ()
     width: float = 1
 
 
@@ -103,6 +105,7 @@ def job_for(
     round_: int,
     said: dict[int, Correction],
     *,
+    own: tuple[str, ...] = (),
     width: float = 1,
 ) -> Job:
     """Make the job of a round: this gateway's caps, a seed that is its own, and what operators said of windows."""
@@ -118,6 +121,7 @@ def job_for(
         memory=config.training_memory,
         cpu_seconds=caps.cpu_seconds,
         corrections=said,
+        own=own,
         width=width,
     )
 

@@ -53,7 +53,7 @@ def run(folder: Path) -> tuple[int, str]:
         tuned = fitted.vector
         if task.training.tune:
             average = _kept(folder, "average")
-            start = tuned if average is None else np.where(layout.mask(task.personal), average, tuned)
+            start = tuned if average is None else np.where(layout.mask(job.own), average, tuned)
             tuned = fit(task, layout, start, x, y, seed=job.seed, epochs=task.training.tune, width=job.width).vector
         if task.training.alone:
             before = _kept(folder, "own")

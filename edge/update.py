@@ -33,23 +33,20 @@ def seal_update(
     model: Model,
     result: Result,
     residual: Vector | None,
-    personal: Vector | None,
+    start: Vector,
     *,
     width: float = 1,
 ) -> Sealed:
-    """Encode and sign what was learnt from `model`; `personal` is what this gateway's own positions were before.
+    """Encode and sign what was learnt from `start`, the weights (layout.size,) that this gateway made of `model`.
 
     `width` is the part of the net that was trained.
     """
     name, shared = model.task.name, model.layout.mask(model.task.personal)
-    delta = (result.vector - model.vector)[shared][slices(model.task, model.layout).get(width, slice(None))]
+    delta = (result.vector - start)[shared][slices(model.task, model.layout).get(width, slice(None))]
     if residual is not None and residual.size == delta.size:
         delta = delta + residual
     encoded = encode(action, delta, result.samples)
-    trained, base = (
-        build(shop.config.scoring, model, vector, result.scale)
-        for vector in (result.vector, model.personalised(personal, width=width))
-    )
+    trained, base = (build(shop.config.scoring, model, vector, result.scale) for vector in (result.vector, start))
     holdout = result.holdout
     loss = float(base.losses(holdout).mean()) if len(holdout) else math.nan
     update = m.Update(

@@ -6,7 +6,7 @@ import time
 
 from broker import messages as m
 from broker.topics import Uplink
-from edge.candidates import build
+from edge.candidates import build, start
 from edge.config import ScoringTable
 from edge.dataset import Dataset
 from edge.handback import Model
@@ -25,7 +25,7 @@ def judge(
     before: Model | None,
     holdout: Dataset | None,
     scale: Scale | None,
-    personal: Vector | None,
+    own: Vector | None,
     width: float = 1,
 ) -> m.Vote | None:
     """Hold a new model against the one before, both as this gateway would score with them; None where it can't.
@@ -36,8 +36,8 @@ def judge(
         return None
     if holdout is None or not len(holdout) or scale is None:
         return None
-    vectors = (model.personalised(personal, width=width) for model in (new, before))
-    now, was = (build(table, new, vector, scale).metric(holdout) for vector in vectors)
+    starts = (start(table, model, None, own, holdout, scale, width=width) for model in (new, before))
+    now, was = (build(table, new, one.vector, scale).metric(holdout) for one in starts)
     name, tolerance = evaluate.metric_name(new.task), new.task.round.tolerance
     against = evaluate.much_worse(name, now, was, len(holdout), tolerance)
     return m.Vote(

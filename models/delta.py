@@ -72,9 +72,13 @@ class Layout:
         """Boolean vector (size,): True where a value is shared, False where `personal` prefixes keep it here."""
         out = np.ones(self.size, np.bool_)
         for name, start, end in zip(self.names, self.offsets, self.offsets[1:], strict=False):
-            if any(name == p or name.startswith(f"{p}.") for p in personal):
+            if any(_below(name, p) for p in personal):
                 out[start:end] = False
         return out
+
+    def unknown(self, prefixes: Sequence[str]) -> list[str]:
+        """List the prefixes below which there is nothing."""
+        return [p for p in prefixes if not any(_below(name, p) for name in self.names)]
 
     def to_wire(self) -> Wire:
         """Plain values for a message, inverse of `from_wire`: (name, shape) of each array, (name, None) of integers."""
@@ -128,6 +132,10 @@ class Layout:
             shapes=tuple(a.shape for a in floats.values()),
             integers=tuple(n for n in arrays if n not in floats),
         )
+
+
+def _below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
 
 
 def weights_digest(vector: Vector) -> bytes:

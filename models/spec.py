@@ -89,7 +89,9 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     `proximal`: pulls the training of a round towards the global model. `tune`: passes from the running mean of the
     global models, whose result is sent to nobody. `alone`: also train a net that only ever saw this gateway's data.
-    What scores is all of them together, as far as the holdout lets the gateway trust each.
+    What scores is all of them together, as far as the holdout lets the gateway trust each. `resume`: prefixes of
+    parameters at which a gateway goes on from its own last values where these lose less on its holdout than the global
+    model's; what they learn is sent all the same.
     """
 
     epochs: int = 1
@@ -101,6 +103,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     max_windows: int = 20_000
     holdout: float = 0.2
     alone: bool = True
+    resume: tuple[str, ...] = ("head",)
 
 
 # Of more, most of what is kept is small, and a sparse coding is none any more.

@@ -177,7 +177,7 @@ class Floor:
             self.shop.state.record("session", session)
             envelope = self.signer.seal(self.model.manifest, "x")
             self.memory.keep_model(self.model, envelope)
-            self.memory.keep_result(self.trained(), np.zeros(1, np.float32), personal=False)
+            self.memory.keep_result(self.trained(), np.zeros(1, np.float32))
         made = Runner("wear", self.shop.config.tasks["wear"], self.shop)
         made.start()
         return made
@@ -258,7 +258,7 @@ async def test_a_gateway_says_once_that_its_signals_drift_and_asks_for_a_round(
     assert ",asks,wear,3," in (floor.shop.folder / "out" / "left-this-site.csv").read_text()
     assert floor.drift()[-1] == floor.drift()[-2]
     floor.feed(runner, 60, b=2)
-    runner.scoring.take_result(floor.trained(), personal=False)
+    runner.scoring.take_result(floor.trained())
     assert (floor.drift()[-1]["drifted"], floor.drift()[-1]["psi"]) == ([], {})
     # What was collected stays, and what still drifts is not said again; what comes back and goes again is.
     looks = len(floor.drift())
@@ -296,7 +296,7 @@ async def test_a_threshold_that_moves_with_what_drifted_is_told(
     result = floor.trained()
     wide = Dataset(normal(100, mean=3), None)
     result = Result(**{**result.__dict__, "holdout": wide})
-    runner.scoring.take_result(result, personal=False)
+    runner.scoring.take_result(result)
     await runner.scoring.elect(floor.model, floor.model, result)
     (entry,) = floor.ledger("model-chosen")
     assert entry["drifted"] == ["s1"]

@@ -15,6 +15,7 @@ from broker.mask import ring_for
 from broker.rate import Rate
 from edge import events
 from edge import participant as p
+from edge.candidates import Start
 from edge.choose import average
 from edge.config import Policy
 from edge.lab.down import Down
@@ -62,6 +63,7 @@ class Fleet:
         self.rate = Rate.first(int(self.shared.sum()))
         self.losses: dict[str, tuple[float, int]] = {}
         self.personal = [vector.copy() for _ in sites]
+        self.began: dict[int, tuple[str, ...]] = {}
         self.average: Vector | None = None
         self.random = np.random.default_rng(seed)
         self.now, self.version, self.state = 0, 0, b""
@@ -93,16 +95,33 @@ class Fleet:
         )
 
     def at(self, i: int) -> Vector:
-        """The global model as plant `i` holds it: its part, with its own values where the task keeps some there."""
-        return self._personalised(self.vector, i)
+        """The global model as plant `i` holds it: its part, with its own values where it has some that are better."""
+        return self._start(self.vector, i).vector
 
     def averaged(self, i: int) -> Vector:
         """The running mean of the global models, as plant `i` holds it."""
-        return self._personalised(self.vector if self.average is None else self.average, i)
+        return self._start(self._mean, i).vector
 
-    def _personalised(self, vector: Vector, i: int) -> Vector:
-        held = vector if self.shared.all() else np.where(self.shared, vector, self.personal[i])
-        return cut(self.judge.layout, self.widths[i] or 1, held)
+    def tuned_from(self, i: int) -> Vector:
+        """The same, with what was its own when its last training began."""
+        return self._held(self._mean, i, self.began.get(i, self.task.personal)).vector
+
+    @property
+    def _mean(self) -> Vector:
+        return self.vector if self.average is None else self.average
+
+    def _held(self, vector: Vector, i: int, own: tuple[str, ...]) -> Start:
+        held = np.where(self.judge.layout.mask(own), vector, self.personal[i]) if own else vector
+        return Start(cut(self.judge.layout, self.widths[i] or 1, held), own)
+
+    def _start(self, vector: Vector, i: int) -> Start:
+        """As `edge.candidates.start` decides, by what is lost on the plant's holdout."""
+        personal, resume = self.task.personal, self.task.training.resume
+        plain = self._held(vector, i, personal)
+        if i not in self.began or not len(self.judge.sites[i].holdout):
+            return plain
+        resumed = self._held(vector, i, (*personal, *resume))
+        return resumed if self.judge.loss(resumed.vector, i) < self.judge.loss(plain.vector, i) else plain
 
     def run(self, workers: Workers, dropout: float, after: Callable[[int], None]) -> None:
         """Run every round; `after(number)` is called when each new model is there."""
@@ -142,7 +161,8 @@ class Fleet:
             said += gateway.machine.handle(events.PlanSeen(plan))
             for one in said:
                 if isinstance(one, events.StartTraining):
-                    i, start = gateway.index, self._personalised(base, gateway.index)
+                    i, (start, own) = gateway.index, self._start(base, gateway.index)
+                    self.began[i] = own
                     pull, width = self.task.training.proximal, gateway.width
                     job = workers.fit(i, start, self._seed(one.round, i), proximal=pull, width=width)
                     training.append((gateway, one, start, job))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from broker.aggregate import strategy_names
+from broker.job import check_personal
 from broker.round import STALEST
 from edge.choose import GLOBAL, OWN, TUNED
 from edge.lab.down import Down
@@ -89,10 +90,11 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
     from models.export import export  # noqa: PLC0415 - reaches torch
 
     begin, count, seed = time.monotonic(), scenario.rounds, scenario.seed
-    text, task = scenario.task(text, place)
+    file, (text, task) = text, scenario.task(text, place)
     sites = load_sites(task, scenario.data)
     widths = scenario.widths(task, [site.name for site in sites])
     graph, layout, first = export(task, seed)
+    check_personal(task, layout, place, file)
     judge = Judge(task, graph, layout, sites)
     curve: list[list[float]] = []
     every = range(len(sites))
@@ -107,7 +109,7 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
         fleet = Fleet(Down(text, graph, layout, first), judge, count, seed, scenario.stale, widths)
         fleet.run(workers, scenario.dropout, after)
         plants, much = list(fleet.gateways.values()), max(1, task.training.tune)
-        jobs = [workers.fit(g.index, fleet.averaged(g.index), seed, epochs=much, width=g.width) for g in plants]
+        jobs = [workers.fit(g.index, fleet.tuned_from(g.index), seed, epochs=much, width=g.width) for g in plants]
         tuning = [job.result() for job in jobs]
         budget = [gateway.steps + steps for gateway, (_, steps) in zip(plants, tuning, strict=True)]
         whole = workers.fit(ALL, first, seed, steps=sum(budget))
