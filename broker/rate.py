@@ -2,7 +2,8 @@
 
 Each update reports the mean loss that its round's base model has on the gateway's holdout. While the loss falls, or
 stays level within its noise, less is enough, and the share narrows; where it rises, too much waits in the residuals,
-and the share widens. A small net needs a larger share, since each of its values counts for more.
+and the share widens, to what it began with at the most: a loss that rises on at that has other reasons. A small net
+needs a larger share, since each of its values counts for more.
 """
 
 import math
@@ -47,8 +48,8 @@ class Rate:
     def first(cls, count: int) -> "Rate":
         """Begin with the first round of a task that shares `count` values; at most what fits into a message."""
         floor = floor_of(count)
-        ceiling = max(floor, min(MOST, (MAX_PAYLOAD - AROUND) / (KEPT * count)))
-        return cls(min(_FIRST * floor, ceiling), floor, ceiling)
+        keep = max(floor, min(_FIRST * floor, MOST, (MAX_PAYLOAD - AROUND) / (KEPT * count)))
+        return cls(keep, floor, keep)
 
     def after(self, losses: Losses) -> "Rate":
         """Go on after a round: `losses` is path -> (mean loss of the base on that holdout, samples).

@@ -46,16 +46,19 @@ def test_it_narrows_while_the_loss_falls_and_widens_when_it_rises() -> None:
     better = start.after(times(0.9))
     assert better.keep == start.keep * NARROWER
     assert start.after(times(1.005)).keep == start.keep * NARROWER  # level
-    worse = better.after(times(1.3))
-    assert worse.keep == better.keep * WIDER
+    worse = better.after(times(0.8)).after(times(1.3))
+    assert worse.keep == better.keep * NARROWER * WIDER
+    assert worse.after(times(1.6)).keep == first.keep  # no wider than it began
     assert worse.after({}).keep == worse.keep
     assert worse.after({"c": (9.0, 5)}).keep == worse.keep  # nobody that was heard before
 
 
 def test_a_slow_rise_does_not_stay_unseen() -> None:
-    rate = Rate.first(100_000).after(ONE)
-    kept = [(rate := rate.after(times(1.01**i))).keep for i in range(1, 30)]
-    assert kept[-1] > min(kept)
+    narrow = replay(100_000, [times(0.9**i) for i in range(5)])
+    rate = narrow
+    kept = [(rate := rate.after(times(0.9**4 * 1.01**i))).keep for i in range(1, 30)]
+    assert kept[-1] > narrow.keep
+    assert max(kept) <= narrow.ceiling
 
 
 def test_what_the_gateways_disagree_on_is_noise() -> None:
@@ -63,7 +66,7 @@ def test_what_the_gateways_disagree_on_is_noise() -> None:
     mixed = start.after({"a": (1.5, 100), "b": (0.8, 100), "c": (0.8, 100)})
     assert mixed.keep == start.keep * NARROWER
     # The same rise of the mean, everywhere alike.
-    assert start.after(dict.fromkeys("abc", (1.1 / 3 + 2 / 3, 100))).keep == start.keep * WIDER
+    assert start.after(dict.fromkeys("abc", (1.1 / 3 + 2 / 3, 100))).keep == start.keep == start.ceiling
 
 
 def test_a_small_net_keeps_more() -> None:
