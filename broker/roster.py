@@ -122,14 +122,15 @@ class Collector:
 class Rosters:
     """The aggregator's part: publishes the roster, and notes in the ledger which one held from when on.
 
-    Each start says it under a later time: of a journal that was restored, gateways know a newer one.
+    Each start says it under a later time: of a journal that was restored, gateways know a newer one. `time_ms` is that
+    of the newest one.
     """
 
     def __init__(self, journal: "Journal", downlink: "Downlink") -> None:
         """Take up what the ledger says."""
         self._journal, self._downlink = journal, downlink
         last = list(bodies(journal.ledger_lines(), ROSTER))
-        self._last_ms: int = last[-1]["time_ms"] if last else -1
+        self.time_ms: int = last[-1]["time_ms"] if last else -1
         self._said_ms = 0
         self._seen: tuple[int, int] | None = None
         self._said: Roster | None = None
@@ -145,11 +146,11 @@ class Rosters:
         if before and _who(before.members) == _who(members) and abs(now_ms - self._said_ms) < _LEAST_MS:
             return  # looked at again later
         self._seen, self._said_ms = seen, now_ms
-        said = Roster(max(now_ms, self._last_ms + 1), digest_of(members), members)
+        said = Roster(max(now_ms, self.time_ms + 1), digest_of(members), members)
         body = {"digest": said.digest.hex(), "time_ms": said.time_ms, "gateways": said.gateways}
         self._journal.note(now_ms, ROSTER, body | {"enterprises": said.enterprises})
         log.info("roster: %d gateways of %d enterprises", said.gateways, said.enterprises)
-        self._said, self._last_ms = said, said.time_ms
+        self._said, self.time_ms = said, said.time_ms
         self.put()
 
     def put(self) -> None:

@@ -322,12 +322,13 @@ class Service:
                 case federation.Open(number, base, opened_ms, deadline_ms, asked):
                     log.info("%s round %d: open, from version %d%s", name, number, base, asked and f", for {asked}")
                     self._noted.clear()
-                    self._journal.open_round(name, number, base, opened_ms, deadline_ms)
+                    self._rosters.refresh(now_ms)  # it goes out ahead of the plan that names it
+                    job.deadline_ms, job.roster_ms = deadline_ms, self._rosters.time_ms
+                    self._journal.open_round(name, number, base, opened_ms, deadline_ms, job.roster_ms)
                     more: dict[str, Any] = {"min_gateways": job.task.round.min_gateways}
                     more |= {"asked": asked} if asked else {}
                     more |= {"charter": self._charters.digest.hex()} if self._charters.named else {}
                     self._journal.note(now_ms, "opened", {"task": name, "round": number, "base": base, **more})
-                    job.deadline_ms = deadline_ms
                     put_plan(self._downlink, job, self._charters.digest)
                 case rounds.Extend(number, deadline_ms):
                     log.info("%s round %d: too few updates, the deadline moves on", name, number)

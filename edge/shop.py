@@ -12,7 +12,7 @@ from broker.charter import Named
 from broker.messages import Signer
 from broker.roster import Roster
 from broker.round import FOREVER_MS
-from edge.clauses import Clauses
+from edge.clauses import Clauses, Headcount
 from edge.config import Config
 from edge.events import MayTrain, PolicyChanged
 from edge.hours import holds, opens
@@ -108,7 +108,9 @@ class Shop:
         """What binds this gateway in a task: its policy, the charter that is held, how many the roster has."""
         held, roster = self.charter, self.roster
         clauses = Clauses(held.digest, held.charter, task, self.config.path.enterprise) if held else None
-        return PolicyChanged(self.config.policy, clauses, roster.gateways if roster else None)
+        return PolicyChanged(
+            self.config.policy, clauses, Headcount(roster.time_ms, roster.gateways) if roster else None
+        )
 
     def may_train(self) -> MayTrain:
         """Say whether training may start now, by `train_when`, and when at the earliest if not."""
