@@ -16,6 +16,7 @@ from edge.clauses import Clauses, Headcount
 from edge.config import Config
 from edge.events import MayTrain, PolicyChanged
 from edge.hours import holds, opens
+from edge.probe import Prober
 from edge.releases import Releases
 from edge.ring import Samples
 from edge.store import State
@@ -91,6 +92,7 @@ class Shop:
     refused: Counter[str] = field(default_factory=Counter)
     latest: Latest = field(default_factory=Latest)
     releases: Releases = field(init=False)
+    prober: Prober = field(init=False)
     federation: str = ""
     federation_key: bytes = b""
     charter: Named | None = None
@@ -98,6 +100,7 @@ class Shop:
 
     def __post_init__(self) -> None:
         self.releases = Releases(self.state, self.folder / "releases", str(self.config.path))
+        self.prober = Prober(self.folder)
 
     def refuse(self, error: PeerError, what: str) -> None:
         """Count and log a peer's bytes that were refused; nothing stops because of them."""
