@@ -28,7 +28,7 @@ from broker.journal import Journal
 from broker.link import Inbound, Link
 from broker.messages import VERSION, Receipt
 from broker.publish import put_model, put_plan
-from broker.releasing import releasing
+from broker.releasing import releases_of
 from broker.roster import Rosters
 from broker.status import write_status
 from models.errors import LocalError, PeerError
@@ -96,7 +96,7 @@ class Service:
         log.info("federation %s, public key %s", self._config.name, self._public_key)
         self._downlink = Downlink(self._config.name, signer, self._clock())
         table = self._config.release
-        self._releasing = releasing(self._journal, self._downlink, table)
+        self._releasing = releases_of(self._journal, self._downlink, table)
         self._rosters = Rosters(self._journal, self._downlink)
         self._charters = Charters(self._config.charter, self._journal, self._clock())
         self._charters.enter()
@@ -144,7 +144,8 @@ class Service:
                     # Somebody was enrolled: subscribing again brings what is retained and was refused.
                     self._link.unsubscribe(*_FROM_ALL)
                     self._link.subscribe(*_FROM_ALL)
-                    self._put_releases()  # or something was released
+                    if self._releasing:
+                        self._releasing.refresh(self._jobs)  # or something was released
                 if self._releasing:
                     self._releasing.freshen(self._jobs, self._clock())
             if self._inbox or self._file:
@@ -168,7 +169,8 @@ class Service:
         for job in self._jobs.values():
             self._put_model(job)
             put_plan(self._downlink, job, self._charters.digest)
-        self._put_releases()
+        if self._releasing:
+            self._releasing.put(self._jobs)
         self._rosters.put()
         self._wake.set()
 
@@ -371,10 +373,6 @@ class Service:
     def _put_model(self, job: Job, *, new: bool = False) -> None:
         retained = self._releasing.retained(job.task.name) if self._releasing else set[tuple[int, str]]()
         put_model(self._downlink, self._journal, job, new=new, retained=retained)
-
-    def _put_releases(self) -> None:
-        if self._releasing:
-            self._releasing.put(self._jobs)
 
     def _strangers(self) -> dict[str, str]:
         """Gateways that ask to take part and are not in the roster: path -> key."""
