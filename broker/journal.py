@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from broker import ledger
-from broker.members import Members
+from broker.registry import Registry
 from broker.round import STALEST
 
 # Versions whose weights are kept: enough to go back, and to lead on whoever trains on an old one.
@@ -85,8 +85,8 @@ class TaskRow(NamedTuple):
     graph_digest: bytes
 
 
-class Journal(Members):
-    """An open journal: `transaction` and the rest of `Database`, keys and roster of `Members`, and what is kept."""
+class Journal(Registry):
+    """An open journal: `transaction` and the rest of `Database`, keys and roster of `Registry`, and what is kept."""
 
     # Tasks and models.
 

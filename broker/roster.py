@@ -6,12 +6,13 @@ It goes in parts, since 10,000 gateways do not fit into one message; each names 
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import cbor2
 import msgspec
 
-from broker.charter import bodies
+from broker.ledger import bodies
 from broker.messages import VERSION, Digest, Message, Millis, PublicKey
 from models.errors import PeerError
 
@@ -38,9 +39,6 @@ class Member(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     agreement_key: PublicKey | None
 
 
-Members = tuple[Member, ...]
-
-
 class RosterPart(Message, frozen=True, tag="roster"):
     """Retained: members number `PER_PART * part` and on, `part` being that of its topic, of a roster in `parts` parts.
 
@@ -50,7 +48,7 @@ class RosterPart(Message, frozen=True, tag="roster"):
     time_ms: Millis
     digest: Digest
     parts: Annotated[int, msgspec.Meta(ge=1, le=MOST_PARTS)]
-    members: Annotated[Members, msgspec.Meta(max_length=PER_PART)]
+    members: Annotated[tuple[Member, ...], msgspec.Meta(max_length=PER_PART)]
 
 
 class Roster(msgspec.Struct, frozen=True):
@@ -58,7 +56,7 @@ class Roster(msgspec.Struct, frozen=True):
 
     time_ms: int
     digest: bytes
-    members: Members
+    members: tuple[Member, ...]
 
     @property
     def gateways(self) -> int:
@@ -75,18 +73,18 @@ class Roster(msgspec.Struct, frozen=True):
         return any((one.enterprise, one.public_key) == (enterprise, public_key) for one in self.members)
 
 
-def digest_of(members: Members) -> bytes:
+def digest_of(members: Sequence[Member]) -> bytes:
     """SHA-256 of the CBOR array of all members, each `[enterprise, Ed25519 key, X25519 key or null]`."""
     return hashlib.sha256(cbor2.dumps(msgspec.to_builtins(members, builtin_types=(bytes,)))).digest()
 
 
-def members_of(journal: "Journal") -> Members:
+def members_of(journal: "Journal") -> tuple[Member, ...]:
     """The members by enterprise and key, an order that tells nothing of where a gateway stands."""
     found = {(path.partition("/")[0], key, agreement or b"") for path, key, agreement in journal.members()}
     return tuple(Member(enterprise, key, agreement or None) for enterprise, key, agreement in sorted(found))
 
 
-def _who(members: Members) -> list[tuple[str, bytes]]:
+def _who(members: Sequence[Member]) -> list[tuple[str, bytes]]:
     return [(one.enterprise, one.public_key) for one in members]
 
 
@@ -97,7 +95,7 @@ class Collector:
         """`newest_ms` is the time of the roster that is held already."""
         self._whole_ms = newest_ms
         self._head: tuple[int, bytes, int] = (newest_ms, b"", 0)
-        self._parts: dict[int, Members] = {}
+        self._parts: dict[int, tuple[Member, ...]] = {}
 
     def take(self, part: int, said: RosterPart) -> Roster | None:
         """Take a verified part; the whole once all are there. What is not newer is passed over; PeerError `roster`."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from broker import ballot, federation, intake, stick, topics
 from broker import round as rounds
-from broker.charter import Charters
+from broker.charters import Charters
 from broker.closing import close_round, end_vote
 from broker.config import FederationConfig
 from broker.downlink import Downlink

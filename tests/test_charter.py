@@ -18,13 +18,15 @@ import pytest
 
 from broker import messages as m
 from broker import stick, topics
-from broker.charter import Acceptance, CharterText, bodies, load_charter, parse_charter
+from broker.charter import Acceptance, CharterText, parse_charter
+from broker.charters import load_charter
 from broker.config import load_federation
 from broker.journal import Journal
+from broker.ledger import bodies
 from broker.link import Inbound
 from broker.messages import Plan, Signer
 from edge.agent import Agent
-from edge.charter import Keeper
+from edge.charter import CharterKeeper
 from edge.clauses import Clauses, breach
 from edge.cli import main
 from edge.config import Policy, load_config
@@ -299,7 +301,7 @@ def said(text: str, time_ms: int, signer: Signer = FEDERATION) -> Inbound:
     return Inbound(TOPIC, signer.seal(CharterText(1, text, time_ms), TOPIC), retain=True, qos=1, mid=1)
 
 
-async def heard(keeper: Keeper, inbound: Inbound) -> None:
+async def heard(keeper: CharterKeeper, inbound: Inbound) -> None:
     keeper.hear(inbound)
     if keeper._news.is_set():
         keeper._news.clear()
@@ -318,7 +320,7 @@ async def test_a_gateway_keeps_the_charter_and_says_its_word_once_it_has_one(
     shop: Shop, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes: list[int] = []
-    keeper = Keeper(shop, lambda: changes.append(1))
+    keeper = CharterKeeper(shop, lambda: changes.append(1))
     assert keeper.status() is None
     await heard(keeper, said(CHARTER, 5))
     assert (shop.folder / "charter.toml").read_bytes() == CHARTER.encode()
@@ -337,7 +339,7 @@ async def test_a_gateway_keeps_the_charter_and_says_its_word_once_it_has_one(
     await asyncio.gather(keeper.say(), keeper.say())
     assert set(words(shop)) == {DIGEST}
     assert kinds(shop) == ["charter", "acceptance"]
-    again = Keeper(shop, lambda: None)
+    again = CharterKeeper(shop, lambda: None)
     assert held(shop) == DIGEST
     again.repeat()
     sent: Any = shop.subscribe
@@ -353,7 +355,7 @@ async def test_a_gateway_keeps_the_charter_and_says_its_word_once_it_has_one(
 
 
 async def test_charters_that_nobody_of_the_federation_said(shop: Shop) -> None:
-    keeper = Keeper(shop, lambda: None)
+    keeper = CharterKeeper(shop, lambda: None)
     good = said(CHARTER, 5)
     for i in range(0, len(good.payload), 7):
         flipped = good.payload[:i] + bytes([good.payload[i] ^ 1]) + good.payload[i + 1 :]
@@ -377,7 +379,7 @@ async def test_charters_that_nobody_of_the_federation_said(shop: Shop) -> None:
 
 
 @asynccontextmanager
-async def running(keeper: Keeper) -> AsyncIterator[None]:
+async def running(keeper: CharterKeeper) -> AsyncIterator[None]:
     """The keeper at work, until it is stopped wherever it stands."""
     job = asyncio.create_task(keeper.run())
     try:
@@ -394,7 +396,7 @@ async def test_a_charter_that_the_disk_does_not_take_is_taken_later(
     """It comes once, as by file; what is heard meanwhile takes its place, if it is newer."""
     monkeypatch.setattr("edge.charter._RETRY_S", 0.01)
     caplog.set_level("ERROR")  # whoever ran a command in this process may have set it otherwise
-    keeper = Keeper(shop, lambda: None)
+    keeper = CharterKeeper(shop, lambda: None)
     shop.state._db.execute("PRAGMA query_only = ON")  # SQLite refuses to write, as on a disk that is read-only
     async with running(keeper):
         for text, time_ms in ((NOISY, 5), (CHARTER, 7), (MASKED, 6)):
@@ -418,7 +420,7 @@ async def test_a_charter_that_the_disk_does_not_take_is_taken_later(
 
 async def test_a_charter_that_comes_often_and_a_policy_that_changes_meanwhile(shop: Shop) -> None:
     changes: list[bytes | None] = []
-    keeper = Keeper(shop, lambda: changes.append(held(shop)))
+    keeper = CharterKeeper(shop, lambda: changes.append(held(shop)))
     agree(shop, DIGEST)
     async with running(keeper):
         for time_ms in (5, 5, 6):
@@ -468,13 +470,13 @@ async def test_an_agent_that_is_stopped_waits_for_what_its_state_has_begun(tmp_p
 async def test_a_gateway_that_is_stopped_while_a_charter_comes(shop: Shop, turns: int) -> None:
     """Wherever that was: after the next start the file, the state and the word are of one charter."""
     agree(shop, DIGEST)
-    async with running(keeper := Keeper(shop, lambda: None)):
+    async with running(keeper := CharterKeeper(shop, lambda: None)):
         keeper.hear(said(CHARTER, 5))
         for _ in range(turns):
             await asyncio.sleep(0.001)
     await shop.state.commit(lambda: None)  # what was begun in the state's thread is done
     shop.charter = None
-    async with running(again := Keeper(shop, lambda: None)):
+    async with running(again := CharterKeeper(shop, lambda: None)):
         if held(shop):
             assert (shop.folder / "charter.toml").read_text() == CHARTER
             again.hear(said(NOISY, 4))  # an older one, as from an old file, takes nothing back

@@ -16,10 +16,10 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from broker import messages as m
 from broker import topics
-from broker.charter import bodies
 from broker.downlink import Downlink
 from broker.enrolment import admit
 from broker.journal import Journal
+from broker.ledger import bodies
 from broker.link import Inbound, Link, MqttSettings
 from broker.messages import Plan, Signer
 from broker.roster import (
@@ -28,7 +28,6 @@ from broker.roster import (
     PER_PART,
     Collector,
     Member,
-    Members,
     Roster,
     RosterPart,
     Rosters,
@@ -42,7 +41,7 @@ from edge.events import Answer, ModelStored, PlanSeen, PolicyChanged, StartTrain
 from edge.identity import own_agreement_key
 from edge.participant import Participant
 from edge.ring import Samples
-from edge.roster import Members as Keeper
+from edge.roster import RosterKeeper
 from edge.shop import Shop
 from edge.status import read_status
 from edge.store import State
@@ -74,11 +73,11 @@ def test_a_gateways_agreement_key_is_made_once_and_kept(tmp_path: Path) -> None:
 # -- parts ---------------------------------------------------------------------------------------------------------
 
 
-def members(count: int, root: str = "acme") -> Members:
+def members(count: int, root: str = "acme") -> tuple[Member, ...]:
     return tuple(Member(root, i.to_bytes(32), (i + 1).to_bytes(32)) for i in range(count))
 
 
-def parts(all_: Members, time_ms: int) -> list[RosterPart]:
+def parts(all_: tuple[Member, ...], time_ms: int) -> list[RosterPart]:
     pieces = [all_[i : i + PER_PART] for i in range(0, len(all_), PER_PART)] or [()]
     return [RosterPart(1, time_ms, digest_of(all_), len(pieces), piece) for piece in pieces]
 
@@ -379,7 +378,7 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
         yield made
 
 
-def said(all_: Members, time_ms: int, signer: Signer = FEDERATION) -> list[tuple[int, Inbound]]:
+def said(all_: tuple[Member, ...], time_ms: int, signer: Signer = FEDERATION) -> list[tuple[int, Inbound]]:
     found = []
     for number, part in enumerate(parts(all_, time_ms)):
         topic = topics.RosterOf("press", number).topic
@@ -387,7 +386,7 @@ def said(all_: Members, time_ms: int, signer: Signer = FEDERATION) -> list[tuple
     return found
 
 
-async def heard(keeper: Keeper, *messages: tuple[int, Inbound]) -> None:
+async def heard(keeper: RosterKeeper, *messages: tuple[int, Inbound]) -> None:
     for number, inbound in messages:
         keeper.hear(number, inbound)
     if keeper._storing:
@@ -400,7 +399,7 @@ def noted(shop: Shop) -> list[int]:
 
 async def test_a_gateway_holds_the_newest_roster_and_finds_itself_in_it(shop: Shop) -> None:
     changes: list[Headcount | None] = []
-    keeper = Keeper(shop, lambda: changes.append(shop.rules("wear").headcount))
+    keeper = RosterKeeper(shop, lambda: changes.append(shop.rules("wear").headcount))
     assert (keeper.status, shop.rules("wear").headcount) == (None, None)
     others, own = members(PER_PART), Member("acme", shop.signer.public_key, None)
     first, second = said(others, 5), said((own, *others), 6)
@@ -414,7 +413,7 @@ async def test_a_gateway_holds_the_newest_roster_and_finds_itself_in_it(shop: Sh
     assert noted(shop) == [PER_PART, PER_PART + 1]
     assert keeper.status["has_this"]
     # After a restart it holds, and an older one that is said again changes nothing.
-    again = Keeper(shop, lambda: changes.append(None))
+    again = RosterKeeper(shop, lambda: changes.append(None))
     assert again.status == keeper.status
     await heard(again, *first, *second)
     assert len(changes) == 2
@@ -425,11 +424,11 @@ async def test_a_gateway_holds_the_newest_roster_and_finds_itself_in_it(shop: Sh
     # What a federation with another key said is forgotten with it.
     with shop.state.transaction():
         shop.state.pin("press", bytes(32), "configured")
-    assert Keeper(shop, lambda: None).status is None
+    assert RosterKeeper(shop, lambda: None).status is None
 
 
 async def test_rosters_that_nobody_of_the_federation_said(shop: Shop) -> None:
-    keeper = Keeper(shop, lambda: None)
+    keeper = RosterKeeper(shop, lambda: None)
     ((_, good),) = said(members(2), 5)
     data = good.payload
     flipped = (data[:i] + bytes([data[i] ^ 1 << bit]) + data[i + 1 :] for i in range(len(data)) for bit in range(8))
@@ -448,13 +447,13 @@ async def test_rosters_that_nobody_of_the_federation_said(shop: Shop) -> None:
 async def test_a_roster_that_the_disk_does_not_take_holds_until_it_comes_again(
     shop: Shop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    keeper = Keeper(shop, lambda: None)
+    keeper = RosterKeeper(shop, lambda: None)
     shop.state._db.execute("PRAGMA query_only = ON")
     await heard(keeper, *said(members(2), 5))
     assert shop.rules("wear").headcount == Headcount(5, 2)
     assert "the roster can't be stored" in caplog.text
     shop.state._db.execute("PRAGMA query_only = OFF")
-    again = Keeper(shop, lambda: None)
+    again = RosterKeeper(shop, lambda: None)
     assert again.status is None
     await heard(again, *said(members(2), 5))
     assert noted(shop) == [2]
