@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from broker import messages as m
-from broker import stick, topics
+from broker import topics
 from broker.charter import Acceptance, CharterText, parse_charter
 from broker.charters import load_charter
 from broker.config import load_federation
@@ -31,8 +31,6 @@ from edge.clauses import Clauses, breach
 from edge.cli import main
 from edge.config import Policy, load_config
 from edge.events import Answer, ModelStored, PlanSeen, PolicyChanged, StartTraining, StopTraining, WindowsReady
-from edge.lab import stage
-from edge.lab.processes import free_port
 from edge.participant import Participant
 from edge.ring import Samples
 from edge.runner import Runner
@@ -42,8 +40,8 @@ from edge.status_command import _print_charter
 from edge.store import State
 from models.errors import PeerError, UserError
 from tests.brokers import BrokerProcess
-from tests.test_agent import PATH, TASK
-from tests.test_agent import Plant as Staged
+from tests.carrier import PATH, Carrier
+from tests.test_agent import TASK
 from tests.test_agent import plant as staged
 from tests.test_service import Gateway, delta, gateways, open_plan, until
 from tests.test_service import Plant as Federation
@@ -626,18 +624,6 @@ def put_in_force(folder: Path) -> tuple[str, str]:
     return hashlib.sha256(text.encode()).hexdigest(), text
 
 
-def cut_off(p: Staged, toml: Path) -> None:
-    """Let the gateway reach no broker; another one is there, so that a round opens, and sends nothing."""
-    other, path = Signer.generate(), topics.GatewayPath.parse(stage.gateway_path(1))
-    there = topics.Status(path).topic
-    birth = other.seal(m.Birth(1, 5, 5, other.public_key, "test", (TASK,)), there)
-    p.client.publish(there, birth, qos=1, retain=True)
-    p.until(lambda: p.aggregator().get("state") == "open", gateway=False)
-    key = json.loads((p.stage.aggregator_state / "status.json").read_text())["public_key"]
-    alone = toml.read_text().replace(f":{p.stage.mqtt_port}", f":{free_port()}")
-    toml.write_text(f'{alone}\n[federation]\nname = "{stage.FEDERATION}"\nkey = "{key}"\n')
-
-
 def test_no_update_leaves_a_site_before_it_has_accepted_the_charter(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -690,50 +676,40 @@ def test_a_site_without_a_network_accepts_the_charter_by_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with staged(tmp_path, "amqtt") as p:
-        toml, state = tmp_path / "plant1" / "gateway.toml", p.stage.gateway_state(0)
-        digest, text = put_in_force(tmp_path)
+        state, (digest, text) = p.stage.gateway_state(0), put_in_force(tmp_path)
         p.stage.aggregator.start()
-        cut_off(p, toml)
-        office = ["-c", str(tmp_path / "aggregator" / "federation.toml"), "--state", str(p.stage.aggregator_state)]
-        cell = ["-c", str(toml), "--state", str(state)]
-        for process in (*p.stage.plcs, p.gateway):
-            process.start()
-        p.until(lambda: "public_key" in p.status())
-        assert main(["broker", "enrol", *office, "--path", str(PATH), "--key", str(p.status()["public_key"])]) == 0
-        models, updates = tmp_path / "cell.models", tmp_path / "cell.updates"
+        carrier = Carrier(p)
+        carrier.start()
 
-        def down() -> None:
-            assert main(["broker", "export", *office, "--path", str(PATH), str(models)]) == 0
-            assert main(["edge", "import", str(models), *cell]) == 0
-
-        def export() -> str:
+        def exported() -> tuple[list[str], str]:
+            """The topics in the file, and what the command said of it."""
             capsys.readouterr()
-            assert main(["edge", "export", *cell, "--updates", str(updates)]) == 0
-            return capsys.readouterr().out
+            return [topic for topic, _ in carrier.export()], capsys.readouterr().out
 
-        down()
+        carrier.down()
         p.until(lambda: (p.status().get("charter") or {}).get("digest") == digest)
         p.until(lambda: "waits for acceptance" in p.task().get("answer", "") and p.task()["model"] == 0)
         assert (state / "charter.toml").read_text() == text
-        assert "0 updates, 0 votes\n" in export()
-        assert stick.read(updates) == []
+        found, shown = exported()
+        assert (found, "0 updates, 0 votes\n" in shown) == ([], True)
         # The line in the file may as well be written while the gateway is stopped.
         p.gateway.kill()
-        toml.write_text(toml.read_text().replace("[policy]", f'[policy]\ncharter = "{digest}"'))
+        file = carrier.toml
+        file.write_text(file.read_text().replace("[policy]", f'[policy]\ncharter = "{digest}"'))
         p.gateway.start()
-        down()
+        carrier.down()
         p.until(lambda: p.status().get("outbox") == 1)
         assert not p.status()["mqtt"]["connected"]
-        assert "1 updates, 0 votes, the word on the charter\n" in export()
         word, update = topics.Accepted(PATH).topic, topics.Uplink(PATH, TASK, "update").topic
-        assert [topic for topic, _ in stick.read(updates)] == [word, update]
+        found, shown = exported()
+        assert (found, "1 updates, 0 votes, the word on the charter\n" in shown) == ([word, update], True)
         for known in ("", ", which changes nothing"):  # and nothing is counted twice
-            assert main(["broker", "import", *office, str(updates)]) == 0
+            carrier.import_()
             first, second, _ = capsys.readouterr().out.splitlines()
             assert first == f"{PATH}: accepts charter {digest}{known}"
             assert second.startswith(f"{PATH}, {TASK}: an update of round 1, ")
             p.until(lambda: p.aggregator().get("counted") == [str(PATH)])
-        down()
+        carrier.down()
         p.until(lambda: p.status()["outbox"] == 0)
         assert not {topic for topic in p.heard if topic.startswith(f"{PATH}/")}
     with closing(State(state)) as kept:
