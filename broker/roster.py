@@ -26,8 +26,9 @@ ROSTER = "roster"  # kind of ledger entries
 MAX_GATEWAYS = 10_000
 # An entry has 140 bytes at most, so a part stays below MAX_PAYLOAD.
 PER_PART = 1500
-# From one roster to the next where X25519 keys alone changed: who says key after key moves nobody more often than this.
-_LEAST_MS = 10_000
+# From one roster to the next, where nothing but gateways' first X25519 keys is new; and where keys took the place of
+# others, which no gateway needs that keeps its state: each roster is a line in every ledger, for ever.
+_FIRST_KEYS_MS, _OTHER_KEYS_MS = 10_000, 3_600_000
 MOST_PARTS = -(-MAX_GATEWAYS // PER_PART)
 
 
@@ -88,6 +89,14 @@ def _who(members: Sequence[Member]) -> list[tuple[str, bytes]]:
     return [(one.enterprise, one.public_key) for one in members]
 
 
+def _wait_ms(before: Sequence[Member], members: Sequence[Member]) -> int:
+    """How long after a roster another one may follow, milliseconds: who comes or goes is told at once."""
+    if _who(before) != _who(members):
+        return 0
+    named = [[one.agreement_key is not None for one in some] for some in (before, members)]
+    return _FIRST_KEYS_MS if named[0] != named[1] else _OTHER_KEYS_MS
+
+
 class Collector:
     """Puts the parts of a roster together, of the newest alone: at most `MOST_PARTS` messages are kept."""
 
@@ -129,21 +138,25 @@ class Rosters:
         self._journal, self._downlink = journal, downlink
         last = list(bodies(journal.ledger_lines(), ROSTER))
         self.time_ms: int = last[-1]["time_ms"] if last else -1
-        self._said_ms = 0
+        self._said_ms = self._due_ms = 0
         self._seen: tuple[int, int] | None = None
         self._said: Roster | None = None
 
     def refresh(self, now_ms: int) -> None:
         """Note and put the roster where it is another one than before; inside of a transaction."""
-        if self._seen == (seen := self._journal.roster_version()):
+        waits = self._said_ms <= now_ms < self._due_ms  # not where the clock was set back
+        if self._seen == (seen := self._journal.roster_version()) and (waits or not self._due_ms):
             return
+        self._seen, self._due_ms = seen, 0
         members, before = members_of(self._journal), self._said
-        if before and before.members == members:
-            self._seen = seen
-            return
-        if before and _who(before.members) == _who(members) and abs(now_ms - self._said_ms) < _LEAST_MS:
-            return  # looked at again later
-        self._seen, self._said_ms = seen, now_ms
+        if before:
+            if before.members == members:
+                return
+            due_ms = self._said_ms + _wait_ms(before.members, members)
+            if self._said_ms <= now_ms < due_ms:
+                self._due_ms = due_ms
+                return
+        self._said_ms = now_ms
         said = Roster(max(now_ms, self.time_ms + 1), digest_of(members), members)
         body = {"digest": said.digest.hex(), "time_ms": said.time_ms, "gateways": said.gateways}
         self._journal.note(now_ms, ROSTER, body | {"enterprises": said.enterprises})

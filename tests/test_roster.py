@@ -153,6 +153,39 @@ def test_a_full_roster_fits_into_its_messages(tmp_path: Path) -> None:
     assert (wholes[0].gateways, wholes[0].enterprises) == (MAX_GATEWAYS, 3)
 
 
+def test_who_says_key_after_key_moves_few_rosters(tmp_path: Path) -> None:
+    step_ms, hour_ms = 10_000, 3_600_000
+    path, other = "acme/b/c/d/e", "acme/b/c/d/f"
+    with closing(Journal(tmp_path)) as journal:
+        rosters = Rosters(journal, Downlink("press", Signer.generate(), 1))
+
+        def noted(since_ms: int, until_ms: int, work: Callable[[int], object] = lambda _: None) -> list[int]:
+            """When rosters were noted, while `work` is done every ten seconds."""
+            before = len(list(bodies(journal.ledger_lines(), "roster")))
+            for now_ms in range(since_ms, until_ms, step_ms):
+                with journal.transaction():
+                    work(now_ms)
+                    rosters.refresh(now_ms)
+            return [body["time_ms"] for body in bodies(journal.ledger_lines(), "roster")][before:]
+
+        def says(now_ms: int) -> None:
+            journal.put_agreement_key(path, now_ms.to_bytes(32), now_ms)
+
+        # At once who is in, soon a first key, and then one of the keys an hour.
+        assert noted(0, step_ms, lambda _: journal.add_to_roster(path, b"1" * 32, 1, "enrolled")) == [0]
+        now = 2 * hour_ms
+        assert noted(step_ms, now, says) == [step_ms, step_ms + hour_ms]
+        # Another one that comes meanwhile is told at once, and its first key as soon.
+        assert noted(now, now + step_ms, lambda _: journal.add_to_roster(other, bytes(32), 1, "enrolled")) == [now]
+        with journal.transaction():
+            journal.put_agreement_key(other, b"2" * 32, 1)
+        assert noted(now + step_ms, now + hour_ms, says) == [now + step_ms]
+        # What waits is told when the hour is over, though nothing more is said; and where the clock was set back.
+        assert noted(now + hour_ms, now + 2 * hour_ms) == [now + step_ms + hour_ms]
+        assert noted(now + 2 * hour_ms, now + 2 * hour_ms + step_ms, says) == []
+        assert len(noted(step_ms, 2 * step_ms)) == 1
+
+
 @pytest.mark.parametrize(
     "fields",
     [
