@@ -8,7 +8,8 @@ from typing import Literal
 import msgspec
 
 from broker.aggregate import strategy_names
-from broker.charter import Named, check_tasks, load_charter
+from broker.charter import Named
+from broker.charters import check_tasks, load_charter
 from broker.est import is_host, listen_address
 from broker.settings import MqttSettings, check_mqtt
 from broker.topics import GatewayPath, segment

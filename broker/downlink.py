@@ -223,10 +223,11 @@ def plan_of(
     keep: float,
     ring: Ring | None = None,
     charter: bytes = b"",
+    roster_ms: int = 0,
 ) -> Plan:
     """Make the plan of a federation's latest round, whose updates keep the share `keep`, or are a ring's.
 
-    `charter` is the digest of the one in force.
+    `charter` is the digest of the one in force, `roster_ms` the time of the roster that held at the round's opening.
     """
     current = federation.round
     state = "open" if federation.state is State.OPEN else "done" if federation.state is State.DONE else "closed"
@@ -246,6 +247,7 @@ def plan_of(
         stalest=0 if task.round.full is None else STALEST,
         ring=ring.data if ring else b"",
         charter=charter,
+        roster_ms=roster_ms,
     )
 
 

@@ -28,9 +28,10 @@ from models.width import Places, slices
 
 @dataclass
 class Job:
-    """`shared` (n,) is True where values travel; `deadline_ms` is the latest round's, `rate` its share.
+    """`shared` (n,) is True where values travel.
 
-    `ring` is the next update's, of a task whose codec is one; `slices` are what narrow gateways have of the shared.
+    `deadline_ms` and `roster_ms` are the latest round's, `rate` its share. `ring` is the next update's, of a task
+    whose codec is one; `slices` are what narrow gateways have of the shared.
     """
 
     task: Task
@@ -39,6 +40,7 @@ class Job:
     shared: NDArray[np.bool_]
     federation: Federation
     deadline_ms: int
+    roster_ms: int
     rate: Rate
     ring: Ring | None = None
     slices: Mapping[float, Places] = field(default_factory=dict)
@@ -130,8 +132,8 @@ def load_job(journal: Journal, file: TaskFile) -> Job:
     closed = range(1, last.round + (last.state != "open")) if last else ()
     rate = replay(int(shared.sum()), (journal.losses(name, number) for number in closed))
     ring = ring_for(task, layout, load_state(journal.strategy_state(name))) if task.round.codec == "ring" else None
-    deadline_ms = last.deadline_ms if last else 0
-    return Job(task, row, model, shared, federation, deadline_ms, rate, ring, slices(task, layout))
+    deadline_ms, roster_ms = (last.deadline_ms, last.roster_ms) if last else (0, 0)
+    return Job(task, row, model, shared, federation, deadline_ms, roster_ms, rate, ring, slices(task, layout))
 
 
 def check_personal(task: Task, layout: Layout, place: str, text: str) -> None:

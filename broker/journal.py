@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from broker import ledger
-from broker.members import Members
+from broker.registry import Registry
 from broker.round import STALEST
 
 # Versions whose weights are kept: enough to go back, and to lead on whoever trains on an old one.
@@ -19,13 +19,14 @@ _COUNTED_IN = f"task = ? AND round BETWEEN ? - {STALEST} AND ? AND counted_in = 
 
 
 class RoundRow(NamedTuple):
-    """One round; `state` is `open` or `closed`."""
+    """One round; `state` is `open` or `closed`, `roster_ms` the time of the roster that held when it was opened."""
 
     round: int
     base: int
     opened_ms: int
     deadline_ms: int
     state: str
+    roster_ms: int
 
 
 class ModelRow(NamedTuple):
@@ -84,8 +85,8 @@ class TaskRow(NamedTuple):
     graph_digest: bytes
 
 
-class Journal(Members):
-    """An open journal: `transaction` and the rest of `Database`, keys and roster of `Members`, and what is kept."""
+class Journal(Registry):
+    """An open journal: `transaction` and the rest of `Database`, keys and roster of `Registry`, and what is kept."""
 
     # Tasks and models.
 
@@ -151,10 +152,12 @@ class Journal(Members):
 
     # Rounds and updates.
 
-    def open_round(self, task: str, number: int, base: int, opened_ms: int, deadline_ms: int) -> None:
-        """Record that a round is open."""
-        values = (task, number, base, opened_ms, deadline_ms)
-        self._do("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, 'open', NULL, NULL)", *values)
+    def open_round(
+        self, task: str, number: int, base: int, opened_ms: int, deadline_ms: int, roster_ms: int = 0
+    ) -> None:
+        """Record that a round is open, under the roster of that time."""
+        values = (task, number, base, opened_ms, deadline_ms, roster_ms)
+        self._do("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, 'open', NULL, NULL, ?)", *values)
 
     def extend_round(self, task: str, number: int, deadline_ms: int) -> None:
         """Move an open round's deadline."""
@@ -176,8 +179,7 @@ class Journal(Members):
     def latest_round(self, task: str) -> RoundRow | None:
         """The round with the highest number; None before the first."""
         row = self._one(
-            "SELECT round, base, opened_ms, deadline_ms, state FROM rounds WHERE task = ? ORDER BY round DESC LIMIT 1",
-            task,
+            f"SELECT {', '.join(RoundRow._fields)} FROM rounds WHERE task = ? ORDER BY round DESC LIMIT 1", task
         )
         return RoundRow(*row) if row else None
 

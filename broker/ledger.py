@@ -11,7 +11,7 @@ helps to keep a head: `verify` says whether that is still in the chain.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -108,6 +108,13 @@ def verify(lines: Iterable[str], *, key: str = "", head: str = "") -> Head:
     if key and not signed:
         raise LocalError(f"no entry is signed by {key}: whoever has the file may have written it")
     return Head(seq, prev, first_ms, last_ms, wanted if signed else "", signed)
+
+
+def bodies(lines: Iterable[str], kind: str) -> Iterator[dict[str, Any]]:
+    """Give the bodies of a ledger's entries of a kind, oldest first."""
+    for line in lines:
+        if f'"kind":"{kind}"' in line and (entry := json.loads(line))["kind"] == kind:
+            yield entry["body"]
 
 
 def _entry(line: str, prev: str, seq: int) -> Entry:

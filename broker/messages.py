@@ -128,6 +128,7 @@ class Plan(Message, frozen=True, tag="plan"):
     clock and is a hint to the gateway. `bits` is the codec's coding, `keep_ppm` what a sparse one keeps of a million.
     `ring` is what updates of a ring share (`models.ringcode`), else empty.
     In an asynchronous federation, an update still counts `stalest` rounds later. `charter` is that in force.
+    `roster_ms` is the time of the roster that held when the round was opened; 0 from an aggregator that says none.
     """
 
     task_digest: Digest
@@ -144,6 +145,7 @@ class Plan(Message, frozen=True, tag="plan"):
     stalest: Count = 0
     ring: Annotated[bytes, msgspec.Meta(max_length=MAX_PAYLOAD)] = b""
     charter: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
+    roster_ms: Millis = 0
 
 
 class Receipt(Message, frozen=True, tag="receipt"):

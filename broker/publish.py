@@ -52,5 +52,6 @@ def put_plan(downlink: Downlink, job: Job, charter: bytes) -> None:
         keep=job.keep,
         ring=job.ring,
         charter=charter,
+        roster_ms=job.roster_ms,
     )
     downlink.put_plan(job.task.name, plan)

@@ -1,13 +1,13 @@
 """Releases while the aggregator runs: what the online key signs stays fresh, what `broker release` made goes out."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from broker.channels import CHANNELS
 from broker.config import ReleaseTable
 from broker.downlink import Downlink, Offer
 from broker.job import Job
-from broker.journal import Journal
+from broker.journal import Journal, ReleaseRow
 from broker.messages import WEIGHTS
 from broker.publish import put_model
 from models.errors import UserError
@@ -19,7 +19,7 @@ _RETAINED = 2
 _LOOK_MS = 3_600_000
 
 
-def releasing(journal: Journal, downlink: Downlink, table: ReleaseTable | None) -> "Releasing | None":
+def releases_of(journal: Journal, downlink: Downlink, table: ReleaseTable | None) -> "Releasing | None":
     """Releases where federation.toml has `[release]`; UserError where it has no more."""
     if table is not None:
         return Releasing(journal, downlink, table)
@@ -30,19 +30,28 @@ def releasing(journal: Journal, downlink: Downlink, table: ReleaseTable | None) 
 
 
 class Releasing:
-    """The releases of a federation that has `[release]`; `put` after each connection and each change."""
+    """The releases of a federation that has `[release]`; `put` after each connection, `refresh` now and then."""
 
     def __init__(self, journal: Journal, downlink: Downlink, table: ReleaseTable) -> None:
         self._journal, self._downlink, self._table = journal, downlink, table
         self._looked_ms = 0
+        self._said: tuple[dict[str, bytes], dict[str, list[ReleaseRow]]] = {}, {}
+
+    def _stored(self, jobs: Iterable[str]) -> tuple[dict[str, bytes], dict[str, list[ReleaseRow]]]:
+        return self._journal.metadata(), {name: self._journal.releases(name) for name in jobs}
+
+    def refresh(self, jobs: Mapping[str, Job]) -> None:
+        """Publish what another process has released, or signed; nothing where it wrote something else."""
+        if self._stored(jobs) != self._said:
+            self.put(jobs)
 
     def put(self, jobs: Mapping[str, Job]) -> None:
         """Publish metadata and models, retained."""
-        files = self._journal.metadata()
+        self._said = files, released = self._stored(jobs)
         if "timestamp" not in files:
             return  # nobody has released anything yet
         for name, job in jobs.items():
-            rows = self._journal.releases(name)
+            rows = released[name]
             for channel in CHANNELS:
                 version = next((row.version for row in rows if row.channel == channel), None)
                 model = None if version is None else self._journal.model(name, version)

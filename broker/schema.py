@@ -1,6 +1,6 @@
 """The tables of the journal, and what leads to them from those of earlier versions."""
 
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 SCHEMA = """
 CREATE TABLE keys(name TEXT PRIMARY KEY, private_key BLOB NOT NULL) STRICT;
 CREATE TABLE roster(path TEXT PRIMARY KEY, public_key BLOB NOT NULL, since_ms INTEGER NOT NULL,
@@ -15,7 +15,7 @@ CREATE TABLE models(task TEXT NOT NULL, version INTEGER NOT NULL, round INTEGER 
     step BLOB, PRIMARY KEY(task, version)) STRICT;
 CREATE TABLE rounds(task TEXT NOT NULL, round INTEGER NOT NULL, base INTEGER NOT NULL, opened_ms INTEGER NOT NULL,
     deadline_ms INTEGER NOT NULL, state TEXT NOT NULL, closed_ms INTEGER, version INTEGER,
-    PRIMARY KEY(task, round)) STRICT;
+    roster_ms INTEGER NOT NULL DEFAULT 0, PRIMARY KEY(task, round)) STRICT;
 CREATE TABLE updates(task TEXT NOT NULL, round INTEGER NOT NULL, path TEXT NOT NULL, digest BLOB NOT NULL,
     samples INTEGER NOT NULL, metric REAL, payload BLOB, counted_ms INTEGER NOT NULL,
     base_loss REAL, counted_in INTEGER, UNIQUE(task, round, path)) STRICT;
@@ -58,4 +58,5 @@ CREATE TABLE tokens(hash BLOB PRIMARY KEY, path TEXT NOT NULL, expires_ms INTEGE
 ALTER TABLE roster ADD COLUMN agreement_key BLOB;
 ALTER TABLE roster ADD COLUMN session INTEGER NOT NULL DEFAULT 0;
 """,
+    10: "ALTER TABLE rounds ADD COLUMN roster_ms INTEGER NOT NULL DEFAULT 0;",
 }

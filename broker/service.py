@@ -18,7 +18,7 @@ from typing import Any
 
 from broker import ballot, federation, intake, stick, topics
 from broker import round as rounds
-from broker.charter import Charters
+from broker.charters import Charters
 from broker.closing import close_round, end_vote
 from broker.config import FederationConfig
 from broker.downlink import Downlink
@@ -28,7 +28,7 @@ from broker.journal import Journal
 from broker.link import Inbound, Link
 from broker.messages import VERSION, Receipt
 from broker.publish import put_model, put_plan
-from broker.releasing import releasing
+from broker.releasing import releases_of
 from broker.roster import Rosters
 from broker.status import write_status
 from models.errors import LocalError, PeerError
@@ -96,7 +96,7 @@ class Service:
         log.info("federation %s, public key %s", self._config.name, self._public_key)
         self._downlink = Downlink(self._config.name, signer, self._clock())
         table = self._config.release
-        self._releasing = releasing(self._journal, self._downlink, table)
+        self._releasing = releases_of(self._journal, self._downlink, table)
         self._rosters = Rosters(self._journal, self._downlink)
         self._charters = Charters(self._config.charter, self._journal, self._clock())
         self._charters.enter()
@@ -144,7 +144,8 @@ class Service:
                     # Somebody was enrolled: subscribing again brings what is retained and was refused.
                     self._link.unsubscribe(*_FROM_ALL)
                     self._link.subscribe(*_FROM_ALL)
-                    self._put_releases()  # or something was released
+                    if self._releasing:
+                        self._releasing.refresh(self._jobs)  # or something was released
                 if self._releasing:
                     self._releasing.freshen(self._jobs, self._clock())
             if self._inbox or self._file:
@@ -168,7 +169,8 @@ class Service:
         for job in self._jobs.values():
             self._put_model(job)
             put_plan(self._downlink, job, self._charters.digest)
-        self._put_releases()
+        if self._releasing:
+            self._releasing.put(self._jobs)
         self._rosters.put()
         self._wake.set()
 
@@ -322,12 +324,13 @@ class Service:
                 case federation.Open(number, base, opened_ms, deadline_ms, asked):
                     log.info("%s round %d: open, from version %d%s", name, number, base, asked and f", for {asked}")
                     self._noted.clear()
-                    self._journal.open_round(name, number, base, opened_ms, deadline_ms)
+                    self._rosters.refresh(now_ms)  # it goes out ahead of the plan that names it
+                    job.deadline_ms, job.roster_ms = deadline_ms, self._rosters.time_ms
+                    self._journal.open_round(name, number, base, opened_ms, deadline_ms, job.roster_ms)
                     more: dict[str, Any] = {"min_gateways": job.task.round.min_gateways}
                     more |= {"asked": asked} if asked else {}
                     more |= {"charter": self._charters.digest.hex()} if self._charters.named else {}
                     self._journal.note(now_ms, "opened", {"task": name, "round": number, "base": base, **more})
-                    job.deadline_ms = deadline_ms
                     put_plan(self._downlink, job, self._charters.digest)
                 case rounds.Extend(number, deadline_ms):
                     log.info("%s round %d: too few updates, the deadline moves on", name, number)
@@ -370,10 +373,6 @@ class Service:
     def _put_model(self, job: Job, *, new: bool = False) -> None:
         retained = self._releasing.retained(job.task.name) if self._releasing else set[tuple[int, str]]()
         put_model(self._downlink, self._journal, job, new=new, retained=retained)
-
-    def _put_releases(self) -> None:
-        if self._releasing:
-            self._releasing.put(self._jobs)
 
     def _strangers(self) -> dict[str, str]:
         """Gateways that ask to take part and are not in the roster: path -> key."""

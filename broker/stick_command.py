@@ -6,7 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 from broker import intake, stick
-from broker.charter import Charters
+from broker.charters import Charters
 from broker.config import FederationConfig
 from broker.downlink import Downlink
 from broker.identity import gateway_path

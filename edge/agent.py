@@ -32,7 +32,7 @@ from broker.topics import (
     downlink_filters,
     parse,
 )
-from edge.charter import Keeper
+from edge.charter import CharterKeeper
 from edge.config import Config, Policy
 from edge.health import Watch
 from edge.identity import own_agreement_key, own_signer, with_own_tls
@@ -40,7 +40,7 @@ from edge.reload import Plan, plan
 from edge.renewal import Renewal
 from edge.resend import Resender
 from edge.ring import Samples
-from edge.roster import Members
+from edge.roster import RosterKeeper
 from edge.runner import Runner
 from edge.shop import Shop
 from edge.sources import Sources
@@ -90,8 +90,8 @@ class Agent:
             self.link.publish, self.stick.subscribe, self.link.unsubscribe,
         )  # fmt: skip
         self.trust = Trust(self.shop)
-        self.charter = Keeper(self.shop, self._bound_anew)
-        self.members = Members(self.shop, self._bound_anew)
+        self.charter = CharterKeeper(self.shop, partial(self._bound_anew, "charter"))
+        self.roster = RosterKeeper(self.shop, partial(self._bound_anew, "roster"))
         self.runners = {name: Runner(name, table, self.shop) for name, table in config.tasks.items()}
         self.renewal = Renewal(self.shop)
         self.sources = Sources(folder / "pki", self._sink)
@@ -213,10 +213,10 @@ class Agent:
             log.info("reload: the policy from now on: %s", body["policy"])
             await self.state.commit(lambda: self.state.record("policy", body))
 
-    def _bound_anew(self) -> None:
-        """Let every task's participant look at its plan anew."""
+    def _bound_anew(self, what: str) -> None:
+        """Let every task's participant look at its plan anew: another charter or roster is here."""
         for runner in self.runners.values():
-            runner.guard("charter", partial(runner.reconfigure, rewire=False))
+            runner.guard(what, partial(runner.reconfigure, rewire=False))
 
     def _sink(self, samples: Sequence[Sample], /) -> None:
         """Every batch of every driver: to the store's queue, and at once to the windows."""
@@ -351,7 +351,7 @@ class Agent:
         if isinstance(topic, ReleaseFile):
             self.shop.releases.hear(topic.name, inbound, self.shop.federation_key)
         elif isinstance(topic, RosterOf):
-            self.members.hear(topic.part, inbound)
+            self.roster.hear(topic.part, inbound)
         else:
             self.charter.hear(inbound)
 
@@ -386,7 +386,7 @@ class Agent:
             "restart": self._restart,
             "federation": {"name": self.shop.federation, "key": self.shop.federation_key.hex()},
             "charter": self.charter.status(),
-            "roster": self.members.status,
+            "roster": self.roster.status,
             "sources": sources_status(self.sources.drivers, self._tags),
             "tasks": {name: runner.status() for name, runner in self.runners.items()},
             "outbox": len(self.state.waiting),

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from broker import messages as m
@@ -30,7 +31,7 @@ _MOST_ENVELOPE = 64 * 1024
 _RETRY_S = 5.0
 
 
-class Keeper:
+class CharterKeeper:
     """Keeps `shop.charter`, and says this gateway's word on it. `changed` is called when another charter is here.
 
     `hear` takes the newest, by the time that the aggregator signed; `run` stores it, as often as it takes. What is held
@@ -73,37 +74,40 @@ class Keeper:
                 self._news.set()
 
     async def _keep(self, named: Named | None, time_ms: int) -> bool:
-        """Store another charter than the one that is held, for people too; then say what this site says of it.
+        """Store what was heard; of another charter than the one that is held, say what this site says of it.
 
         Return False where the disk refused.
         """
-        state, held = self._shop.state, self._shop.charter
-        same = (named and named.digest) == (held and held.digest)
-        text = named.text if named else ""
+        held = self._shop.charter
+        since = partial(self._shop.state.put, _SINCE, str(time_ms).encode())
+        try:
+            if (named and named.digest) == (held and held.digest):
+                await self._shop.state.commit(since)
+                return True
+            await self._store(named, since)
+        except (LocalError, OSError) as error:
+            log.error("the charter can't be stored: %s", error)
+            return False
+        await self.say()  # first: of who has not accepted it, the aggregator takes no update
+        self._changed()
+        return True
+
+    async def _store(self, named: Named | None, since: Callable[[], None]) -> None:
+        """Hold another charter, once it is on the disk, for people too; LocalError, OSError."""
+        state, text = self._shop.state, (named.text if named else "").encode()
         body: dict[str, object] = {
             "digest": named.digest.hex() if named else "", "title": named.charter.title if named else "",
         }  # fmt: skip
 
         def work() -> None:
-            state.put(_SINCE, str(time_ms).encode())
-            if not same:
-                state.put(_HELD, text.encode())
-                state.record(CHARTER, body)
+            since()
+            state.put(_HELD, text)
+            state.record(CHARTER, body)
 
-        try:
-            if not same:
-                await asyncio.to_thread(stick.put, self._shop.folder / FILE, text.encode())
-            await state.commit(work)  # last: what is held is not stored again
-        except (LocalError, OSError) as error:
-            log.error("the charter can't be stored: %s", error)
-            return False
-        if same:
-            return True
+        await asyncio.to_thread(stick.put, self._shop.folder / FILE, text)
+        await state.commit(work)  # last: what is held is not stored again
         self._shop.charter = named
         log.warning("charter of the federation: %s %s", body["digest"] or "none", body["title"])
-        await self.say()  # first: of who has not accepted it, the aggregator takes no update
-        self._changed()
-        return True
 
     async def say(self) -> None:
         """Publish this site's word, once the ledger has it; the same bytes until it changes."""

@@ -1,6 +1,7 @@
 """What a charter and the roster bind at this gateway: which plans they leave, and which they do not. Pure."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from broker import messages as m
 from broker.charter import Charter, outside
@@ -15,6 +16,13 @@ class Clauses:
     charter: Charter
     task: str
     root: str
+
+
+class Headcount(NamedTuple):
+    """How many gateways the roster that is held has, which is that of `time_ms`."""
+
+    time_ms: int
+    gateways: int
 
 
 def breach(policy: Policy, clauses: Clauses | None, plan: m.Plan) -> tuple[str, str] | None:
@@ -36,11 +44,18 @@ def breach(policy: Policy, clauses: Clauses | None, plan: m.Plan) -> tuple[str, 
     )  # fmt: skip
 
 
-def too_few(policy: Policy, members: int | None) -> tuple[str, str] | None:
-    """Say that fewer gateways are in the roster than the policy wants in a sum; None where no roster has come."""
-    if members is None or members >= policy.min_gateways:
+def too_few(policy: Policy, held: Headcount | None, plan: m.Plan) -> tuple[str, str] | None:
+    """Say that fewer gateways are in the roster than the policy wants in a sum, or that nobody knows; None otherwise.
+
+    A plan names the roster that it was made under, so that a broker that withholds that one switches nothing off. Of an
+    aggregator that says no roster, nothing is known.
+    """
+    if plan.roster_ms > (held.time_ms if held else 0):
+        return "roster", f"the roster of {plan.roster_ms} has not come yet"
+    if held is None or held.gateways >= policy.min_gateways:
         return None
-    return "roster", f"policy wants {policy.min_gateways} gateways in a sum, the federation's roster has {members}"
+    wanted = f"policy wants {policy.min_gateways} gateways in a sum"
+    return "roster", f"{wanted}, the federation's roster has {held.gateways}"
 
 
 def terms_of(plan: m.Plan | None) -> dict[str, object]:
@@ -48,6 +63,7 @@ def terms_of(plan: m.Plan | None) -> dict[str, object]:
     if plan is None:
         return {}
     return {
-        "charter": plan.charter.hex(), "min_gateways": plan.min_gateways, "secure_aggregation": plan.secure_aggregation,
-        "base": plan.base, "bits": plan.bits, "deadline_ms": plan.deadline_ms,
+        "charter": plan.charter.hex(), "roster_ms": plan.roster_ms, "min_gateways": plan.min_gateways,
+        "secure_aggregation": plan.secure_aggregation, "base": plan.base, "bits": plan.bits,
+        "deadline_ms": plan.deadline_ms,
     }  # fmt: skip

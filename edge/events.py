@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from broker.messages import Plan, Vote
-from edge.clauses import Clauses
+from edge.clauses import Clauses, Headcount
 from edge.config import Policy
 
 
@@ -94,12 +94,12 @@ class Reconnected:
 class PolicyChanged:
     """What this gateway allows from now on, what the charter that it holds says of the task, and how many are in.
 
-    Of a federation without a roster, `members` is None.
+    Without a roster, `headcount` is None.
     """
 
     policy: Policy
     clauses: Clauses | None = None
-    members: int | None = None
+    headcount: Headcount | None = None
 
 
 Event = (

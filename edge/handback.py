@@ -5,15 +5,9 @@ before memory is taken. Pieces are content-addressed, so a fetch that was cut of
 holds one of the versions before fetches the steps since; one that holds nothing, or other weights, fetches them whole.
 """
 
-import asyncio
-import contextlib
 import hashlib
-import signal
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -42,9 +36,6 @@ from models.width import cut
 MAX_PARAMETERS = 4_000_000
 _FLOAT = 4
 _SLACK = 2
-_PROBE_S = 120.0
-# By the kernel when memory runs out, and by whoever ends a service; what a graph itself does ends by other signals.
-_KILLED = -signal.SIGKILL, -signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -184,40 +175,3 @@ class Fetch:
 
     def _joined(self, name: str, count: int) -> bytes:
         return b"".join(self._have[name, i] for i in range(count))
-
-
-class EndedError(PeerError):
-    """The first run of a graph did not end by itself, perhaps through no fault of the graph."""
-
-
-async def probe(model: Model, folder: Path) -> None:
-    """Run a new graph for the first time, in a child with a memory limit; PeerError("graph") says why it is refused."""
-    path = await asyncio.to_thread(_write_probe, model, folder)
-    try:
-        child = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "models.graphcheck", str(path),
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        try:
-            _, errors = await asyncio.wait_for(child.communicate(), _PROBE_S)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                child.kill()
-    except TimeoutError:
-        # The child's own limit is on processor time, half as long: it had to wait for this machine.
-        raise EndedError("graph", f"its first run took longer than {_PROBE_S:.0f} s") from None
-    finally:
-        path.unlink(missing_ok=True)
-    if child.returncode in _KILLED:
-        raise EndedError("graph", f"its first run was ended from outside, by signal {-child.returncode}")
-    if child.returncode:
-        last = errors.decode(errors="replace").strip().rpartition("\n")[2][-200:]
-        raise PeerError("graph", last or f"its first run ended with {child.returncode}")
-
-
-def _write_probe(model: Model, folder: Path) -> Path:
-    wire = np.frombuffer(model.layout.to_json().encode(), np.uint8)
-    shape = np.array([*model.task.input_shape, model.task.outputs])
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".npz", delete=False) as file:
-        np.savez(file, graph=np.frombuffer(model.graph, np.uint8), layout=wire, shape=shape)
-    return Path(file.name)

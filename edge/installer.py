@@ -8,7 +8,7 @@ from typing import Any
 
 from broker import messages as m
 from broker.channels import Released, model_digest
-from edge.handback import EndedError, Fetch, Model, probe
+from edge.handback import Fetch, Model
 from edge.memory import Memory
 from edge.scoring import Scoring
 from edge.shop import Shop
@@ -16,8 +16,8 @@ from models.errors import LocalError, PeerError
 
 log = logging.getLogger(__name__)
 
-# Between two tries: the first time, and in the end.
-_RETRY_S, _LONGEST_S = 5.0, 600.0
+# Between two tries after a fault of this machine: the first time, and in the end.
+RETRY_S, LONGEST_S = 5.0, 600.0
 _NOTHING: tuple[int, str, Model | None] = 0, "", None
 
 
@@ -112,15 +112,15 @@ class Installer:
 
         A fault of this machine is tried again for as long as that is wanted, a fault of the model is not.
         """
-        pause = _RETRY_S
+        pause = RETRY_S
         try:
             while wanted == self._wanted:
                 try:
                     return await self._put(fetch, wanted, envelope)
-                except (LocalError, OSError, EndedError) as error:
+                except (LocalError, OSError) as error:
                     self._tell(f"release {wanted.release} can't be installed yet: {error}")
                 await asyncio.sleep(pause)
-                pause = min(2 * pause, _LONGEST_S)
+                pause = min(2 * pause, LONGEST_S)
         except PeerError as error:
             self._shop.refused[error.reason] += 1
             self._tell(f"release {wanted.release} refused: {error}")
@@ -141,7 +141,7 @@ class Installer:
                 return  # another was released meanwhile
             known = {one.graph for one in (fetch.held, self.model) if one}
             if model.graph not in known:
-                await probe(model, self._shop.folder)
+                await self._shop.prober.run(model)
             if wanted.release != self.number or self.model is None or self.model.manifest.digest != wanted.digest:
                 await self._scoring.release(model, anew=wanted.key != self.key)
         body: dict[str, object] = {"task": self._memory.task, "release": wanted.release, "version": wanted.version}

@@ -19,7 +19,7 @@ from enum import Enum, auto
 from typing import Any
 
 from broker.messages import Plan, Vote
-from edge.clauses import Clauses, breach, too_few
+from edge.clauses import Clauses, Headcount, breach, too_few
 from edge.config import Policy
 from edge.events import (
     Action,
@@ -109,7 +109,7 @@ class Participant:
     vote: Vote | None = None
     may_train: MayTrain = field(default_factory=MayTrain)
     clauses: Clauses | None = None
-    members: int | None = None
+    headcount: Headcount | None = None
     _due: int = field(default=0, repr=False)
 
     def handle(self, event: Event) -> list[Action]:
@@ -119,7 +119,7 @@ class Participant:
 
     def _objection(self, plan: Plan) -> tuple[str, str] | None:
         """Say what of this gateway's policy, by the roster too, or of the charter a plan breaks; None if nothing."""
-        own = objection(self.policy, plan) or too_few(self.policy, self.members)
+        own = objection(self.policy, plan) or too_few(self.policy, self.headcount, plan)
         return own or breach(self.policy, self.clauses, plan)
 
     # -- transitions; each takes the event of its row in the table ---------------------------------------------------
@@ -303,7 +303,7 @@ class Participant:
 
     def on_policy(self, event: PolicyChanged) -> list[Action]:
         """Leave a round that is no longer allowed, unless its update is already sent; join one that now is."""
-        self.policy, self.clauses, self.members, plan = event.policy, event.clauses, event.members, self.plan
+        self.policy, self.clauses, self.headcount, plan = event.policy, event.clauses, event.headcount, self.plan
         if plan and self._declined_by_policy(plan):
             return self._reconsider(plan)
         return self._leave()

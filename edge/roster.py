@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _HELD = "roster/held"
 
 
-class Members:
+class RosterKeeper:
     """Keeps `shop.roster`. `changed` is called when another one is here.
 
     `status` says how many are in, and whether this gateway is (plain JSON types); None where no roster has come.

@@ -17,9 +17,9 @@ from edge import participant as p
 from edge import vote as votes
 from edge.clauses import terms_of
 from edge.config import TaskTable
-from edge.handback import Fetch, Model, probe
+from edge.handback import Fetch, Model
 from edge.infer import Scorer
-from edge.installer import Installer
+from edge.installer import LONGEST_S, RETRY_S, Installer
 from edge.live import Live
 from edge.memory import Memory
 from edge.scoring import Scoring
@@ -34,8 +34,6 @@ from models.errors import LocalError, PeerError, UserError
 from models.width import unfit
 
 log = logging.getLogger(__name__)
-
-_RETRY_S = 5.0
 
 
 class Runner:
@@ -241,9 +239,8 @@ class Runner:
     async def _say(self, answer: events.Answer, plan: m.Plan | None) -> None:
         """Send an answer, once the ledger has it; one that is said again is one entry."""
         topic = Uplink(self.shop.config.path, self.name, "answer").topic
-        word = m.Answer(
-            m.VERSION, answer.round, answer.verdict, answer.code, answer.reason[:512], int(time.time() * 1000)
-        )
+        now_ms = int(time.time() * 1000)
+        word = m.Answer(m.VERSION, answer.round, answer.verdict, answer.code, answer.reason[:512], now_ms)
         envelope = self.shop.signer.seal(word, topic)
 
         def work() -> None:
@@ -283,7 +280,7 @@ class Runner:
             # Whatever it was (a cap, a disk, a runtime's own error): this round is tried again, then declined.
             self.problem = f"training: {error}"
             log.error("%s: round %d: %s", self.name, action.round, self.problem)
-            await asyncio.sleep(_RETRY_S)
+            await asyncio.sleep(RETRY_S)
             self._do(self.participant.handle(events.TrainingFailed(action.round, str(error)[:400])))
 
     async def _send(
@@ -331,26 +328,29 @@ class Runner:
     async def _offer_again(self) -> None:
         """Let the model that is here score with other windows than before."""
         async with self._installing:
-            model = self.installer.model if self.shop.releases.in_force else self.model
-            if model:
+            if model := (self.installer.model if self.shop.releases.in_force else self.model):
                 await self.scoring.offer(model, changed=True)
 
     async def _install(self, fetch: Fetch, envelope: bytes) -> None:
         """One model after the other: a fault of this machine is tried again, a fault of the model is not."""
-        async with self._installing:
+        version, made_ms, pause = fetch.manifest.version, fetch.manifest.created_ms, RETRY_S
+        while made_ms == self._wanted_ms:
             try:
-                await self._take(fetch, envelope)
+                async with self._installing:
+                    await self._take(fetch, envelope)
             except PeerError as error:
-                self.shop.refuse(error, f"{self.name}: model {fetch.manifest.version}")
-                if fetch.manifest.created_ms == self._wanted_ms and fetch.fall_back():
+                self.shop.refuse(error, f"{self.name}: model {version}")
+                self.problem = f"model {version} refused: {error}"
+                if made_ms == self._wanted_ms and fetch.fall_back():
                     self._begin(fetch, envelope)
+                return
             except (LocalError, OSError) as error:
-                self.problem = f"model {fetch.manifest.version} can't be stored: {error}"
+                self.problem = f"model {version} can't be taken yet: {error}"
                 log.error("%s: %s", self.name, self.problem)
-                await asyncio.sleep(_RETRY_S)
-                if self._wanted_ms == fetch.manifest.created_ms:
-                    self._wanted_ms = -1
-                    self.on_manifest(fetch.manifest, envelope)
+            else:
+                return
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_S)
 
     async def _take(self, fetch: Fetch, envelope: bytes) -> None:
         """A model is complete: verify it, try it, keep it as the base, and let it score if it is no worse."""
@@ -358,7 +358,7 @@ class Runner:
             return  # a newer one is on its way
         model = await asyncio.to_thread(fetch.model)
         if self.model is None or model.graph != self.model.graph:
-            await probe(model, self.shop.folder)
+            await self.shop.prober.run(model)
         changed = self.model is None or self.model.layout != model.layout
         vote = await self.scoring.judge(model, self.model)
 

@@ -12,10 +12,11 @@ from broker.charter import Named
 from broker.messages import Signer
 from broker.roster import Roster
 from broker.round import FOREVER_MS
-from edge.clauses import Clauses
+from edge.clauses import Clauses, Headcount
 from edge.config import Config
 from edge.events import MayTrain, PolicyChanged
 from edge.hours import holds, opens
+from edge.probe import Prober
 from edge.releases import Releases
 from edge.ring import Samples
 from edge.store import State
@@ -91,6 +92,7 @@ class Shop:
     refused: Counter[str] = field(default_factory=Counter)
     latest: Latest = field(default_factory=Latest)
     releases: Releases = field(init=False)
+    prober: Prober = field(init=False)
     federation: str = ""
     federation_key: bytes = b""
     charter: Named | None = None
@@ -98,6 +100,7 @@ class Shop:
 
     def __post_init__(self) -> None:
         self.releases = Releases(self.state, self.folder / "releases", str(self.config.path))
+        self.prober = Prober(self.folder)
 
     def refuse(self, error: PeerError, what: str) -> None:
         """Count and log a peer's bytes that were refused; nothing stops because of them."""
@@ -108,7 +111,9 @@ class Shop:
         """What binds this gateway in a task: its policy, the charter that is held, how many the roster has."""
         held, roster = self.charter, self.roster
         clauses = Clauses(held.digest, held.charter, task, self.config.path.enterprise) if held else None
-        return PolicyChanged(self.config.policy, clauses, roster.gateways if roster else None)
+        return PolicyChanged(
+            self.config.policy, clauses, Headcount(roster.time_ms, roster.gateways) if roster else None
+        )
 
     def may_train(self) -> MayTrain:
         """Say whether training may start now, by `train_when`, and when at the earliest if not."""

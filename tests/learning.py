@@ -3,9 +3,9 @@
     python -m tests.learning --data DIR [--seeds 0,1,2] [--only SET,SET] [--rounds N] [--mixed | --exact]
 
 Runs `tundish simulate` on tests/tasks/SET.toml for every set that lies in DIR (DIR/SET/SET.npz), and draws the curves
-into docs/learning-SET.svg. About an hour on two busy cores for eight sets. With `--mixed` it makes that section alone:
-fleets in which every second plant has half a net, against the same without these plants. With `--exact` that one: the
-same runs with updates of float32.
+into docs/learning-SET.svg. More than an hour and a half on two busy cores for eight sets. With `--mixed` it makes that
+section alone: fleets in which every second plant has half a net, against the same without these plants. With `--exact`
+that one: the same runs with updates of float32.
 """
 
 import argparse

@@ -19,7 +19,7 @@ import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
-from broker import ledger, stick, topics
+from broker import ledger, topics
 from broker.journal import Journal
 from broker.messages import (
     MAX_PAYLOAD,
@@ -39,18 +39,17 @@ from broker.messages import (
 from edge.cli import main
 from edge.feedback import Correction
 from edge.lab.physics import FEATURES
-from edge.lab.processes import free_port
-from edge.lab.stage import FEDERATION, Scenario, Stage, gateway_path
+from edge.lab.stage import FEDERATION, Scenario, Stage
 from edge.memory import Memory
 from edge.store import State
 from models import codec
 from models.errors import PeerError
 from models.width import slices
 from tests.brokers import BROKERS, BrokerProcess, need_mosquitto
+from tests.carrier import PATH, Carrier
 
 WAIT_S = 90
 TASK = "bearing-condition"
-PATH = topics.GatewayPath.parse(gateway_path(0))
 STATUS = topics.Status(PATH).topic
 HEALTH = topics.Local(PATH, "health", "plc").topic
 INFERENCE = topics.Local(PATH, "inference", TASK).topic
@@ -85,13 +84,17 @@ class Plant:
     def task(self) -> dict[str, Any]:
         return self.stage.task_status(0)
 
-    def aggregator(self) -> dict[str, Any]:
-        """The task as the aggregator's status has it."""
+    def aggregator_status(self) -> dict[str, Any]:
+        """What the aggregator last said of itself; empty before it has."""
         try:
-            found: dict[str, Any] = json.loads((self.stage.aggregator_state / "status.json").read_text())["tasks"][TASK]
+            found: dict[str, Any] = json.loads((self.stage.aggregator_state / "status.json").read_text())
         except (OSError, ValueError):
             return {}
         return found
+
+    def aggregator(self) -> dict[str, Any]:
+        """The task as the aggregator's status has it."""
+        return self.aggregator_status().get("tasks", {}).get(TASK, {})  # type: ignore[no-any-return]
 
     def listen(self) -> None:
         self.client.connect("127.0.0.1", self.stage.mqtt_port)
@@ -103,8 +106,8 @@ class Plant:
     def inference(self) -> dict[str, Any]:
         return json.loads(self.last(INFERENCE) or b"{}")  # type: ignore[no-any-return]
 
-    def publish(self, topic: str, payload: bytes) -> None:
-        self.client.publish(topic, payload, qos=1).wait_for_publish(WAIT_S)
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        self.client.publish(topic, payload, qos=1, retain=retain).wait_for_publish(WAIT_S)
 
     def until(self, condition: Callable[[], object], *, gateway: bool = True) -> None:
         deadline = time.monotonic() + WAIT_S
@@ -529,47 +532,25 @@ def test_a_gateway_without_a_network_takes_part_by_files(tmp_path: Path, capsys:
         task = tmp_path / "aggregator" / "task.toml"
         task.write_text(task.read_text().replace("epochs = 1", "epochs = 1\nalone = false"))
         p.stage.aggregator.start()
-        # Another one is there, so that a round opens; it sends nothing.
-        other, path = Signer.generate(), topics.GatewayPath.parse(gateway_path(1))
-        there = topics.Status(path).topic
-        birth = other.seal(Birth(1, 5, 5, other.public_key, "test", (TASK,)), there)
-        p.client.publish(there, birth, qos=1, retain=True).wait_for_publish(WAIT_S)
-        p.until(lambda: p.aggregator().get("state") == "open", gateway=False)
-        toml, state = tmp_path / "plant1" / "gateway.toml", p.stage.gateway_state(0)
-        key = json.loads((p.stage.aggregator_state / "status.json").read_text())["public_key"]
-        alone = toml.read_text().replace(f":{p.stage.mqtt_port}", f":{free_port()}")
-        toml.write_text(f'{alone}\n[federation]\nname = "{FEDERATION}"\nkey = "{key}"\n')
-        office = ["-c", str(tmp_path / "aggregator" / "federation.toml"), "--state", str(p.stage.aggregator_state)]
-        cell = ["-c", str(toml), "--state", str(state)]
-        for process in (*p.stage.plcs, p.gateway):
-            process.start()
-        p.until(lambda: "public_key" in p.status())
-        assert main(["broker", "enrol", *office, "--path", str(PATH), "--key", str(p.status()["public_key"])]) == 0
-
-        models, updates = tmp_path / "cell.models", tmp_path / "cell.updates"
-
-        def down() -> None:
-            assert main(["broker", "export", *office, "--path", str(PATH), str(models)]) == 0
-            assert main(["edge", "import", str(models), *cell]) == 0
-
-        down()
+        carrier = Carrier(p)
+        carrier.start()
+        carrier.down()
         p.until(lambda: p.task().get("model") == 0)
         p.until(lambda: p.status()["outbox"] == 1)
         assert not p.status()["mqtt"]["connected"]
         capsys.readouterr()
         for _ in range(2):  # nothing is counted twice
-            assert main(["edge", "export", *cell, "--updates", str(updates)]) == 0
-            assert topics.Accepted(PATH).topic not in dict(stick.read(updates))  # nobody asked for a word
-            assert main(["broker", "import", *office, str(updates)]) == 0
+            assert topics.Accepted(PATH).topic not in dict(carrier.export())  # nobody asked for a word
+            carrier.import_()
             assert f"{PATH}, {TASK}: an update of round 1, " in capsys.readouterr().out
             p.until(lambda: p.aggregator().get("counted") == [str(PATH)])
-        p.publish(there, other.seal(Death(1, 5), there))
+        carrier.goes_alone()
         p.until(lambda: p.aggregator().get("state") == "done")
-        down()
+        carrier.down()
         p.until(lambda: p.task().get("model") == 1 and p.status()["outbox"] == 0)
         p.until(lambda: p.task()["scored"] > 0)
         assert not {topic for topic in p.heard if topic.startswith(f"{PATH}/")}
-    ring = State(state)
+    ring = State(p.stage.gateway_state(0))
     kinds = [json.loads(line)["kind"] for line in ring.ledger()]
     ledger.verify(ring.ledger())
     ring.close()

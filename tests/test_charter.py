@@ -17,20 +17,20 @@ import msgspec
 import pytest
 
 from broker import messages as m
-from broker import stick, topics
-from broker.charter import Acceptance, CharterText, bodies, load_charter, parse_charter
+from broker import topics
+from broker.charter import Acceptance, CharterText, parse_charter
+from broker.charters import load_charter
 from broker.config import load_federation
 from broker.journal import Journal
+from broker.ledger import bodies
 from broker.link import Inbound
 from broker.messages import Plan, Signer
 from edge.agent import Agent
-from edge.charter import Keeper
+from edge.charter import CharterKeeper
 from edge.clauses import Clauses, breach
 from edge.cli import main
 from edge.config import Policy, load_config
 from edge.events import Answer, ModelStored, PlanSeen, PolicyChanged, StartTraining, StopTraining, WindowsReady
-from edge.lab import stage
-from edge.lab.processes import free_port
 from edge.participant import Participant
 from edge.ring import Samples
 from edge.runner import Runner
@@ -40,8 +40,8 @@ from edge.status_command import _print_charter
 from edge.store import State
 from models.errors import PeerError, UserError
 from tests.brokers import BrokerProcess
-from tests.test_agent import PATH, TASK
-from tests.test_agent import Plant as Staged
+from tests.carrier import PATH, Carrier
+from tests.test_agent import TASK
 from tests.test_agent import plant as staged
 from tests.test_service import Gateway, delta, gateways, open_plan, until
 from tests.test_service import Plant as Federation
@@ -299,7 +299,7 @@ def said(text: str, time_ms: int, signer: Signer = FEDERATION) -> Inbound:
     return Inbound(TOPIC, signer.seal(CharterText(1, text, time_ms), TOPIC), retain=True, qos=1, mid=1)
 
 
-async def heard(keeper: Keeper, inbound: Inbound) -> None:
+async def heard(keeper: CharterKeeper, inbound: Inbound) -> None:
     keeper.hear(inbound)
     if keeper._news.is_set():
         keeper._news.clear()
@@ -318,7 +318,7 @@ async def test_a_gateway_keeps_the_charter_and_says_its_word_once_it_has_one(
     shop: Shop, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes: list[int] = []
-    keeper = Keeper(shop, lambda: changes.append(1))
+    keeper = CharterKeeper(shop, lambda: changes.append(1))
     assert keeper.status() is None
     await heard(keeper, said(CHARTER, 5))
     assert (shop.folder / "charter.toml").read_bytes() == CHARTER.encode()
@@ -337,7 +337,7 @@ async def test_a_gateway_keeps_the_charter_and_says_its_word_once_it_has_one(
     await asyncio.gather(keeper.say(), keeper.say())
     assert set(words(shop)) == {DIGEST}
     assert kinds(shop) == ["charter", "acceptance"]
-    again = Keeper(shop, lambda: None)
+    again = CharterKeeper(shop, lambda: None)
     assert held(shop) == DIGEST
     again.repeat()
     sent: Any = shop.subscribe
@@ -353,7 +353,7 @@ async def test_a_gateway_keeps_the_charter_and_says_its_word_once_it_has_one(
 
 
 async def test_charters_that_nobody_of_the_federation_said(shop: Shop) -> None:
-    keeper = Keeper(shop, lambda: None)
+    keeper = CharterKeeper(shop, lambda: None)
     good = said(CHARTER, 5)
     for i in range(0, len(good.payload), 7):
         flipped = good.payload[:i] + bytes([good.payload[i] ^ 1]) + good.payload[i + 1 :]
@@ -377,7 +377,7 @@ async def test_charters_that_nobody_of_the_federation_said(shop: Shop) -> None:
 
 
 @asynccontextmanager
-async def running(keeper: Keeper) -> AsyncIterator[None]:
+async def running(keeper: CharterKeeper) -> AsyncIterator[None]:
     """The keeper at work, until it is stopped wherever it stands."""
     job = asyncio.create_task(keeper.run())
     try:
@@ -394,7 +394,7 @@ async def test_a_charter_that_the_disk_does_not_take_is_taken_later(
     """It comes once, as by file; what is heard meanwhile takes its place, if it is newer."""
     monkeypatch.setattr("edge.charter._RETRY_S", 0.01)
     caplog.set_level("ERROR")  # whoever ran a command in this process may have set it otherwise
-    keeper = Keeper(shop, lambda: None)
+    keeper = CharterKeeper(shop, lambda: None)
     shop.state._db.execute("PRAGMA query_only = ON")  # SQLite refuses to write, as on a disk that is read-only
     async with running(keeper):
         for text, time_ms in ((NOISY, 5), (CHARTER, 7), (MASKED, 6)):
@@ -418,7 +418,7 @@ async def test_a_charter_that_the_disk_does_not_take_is_taken_later(
 
 async def test_a_charter_that_comes_often_and_a_policy_that_changes_meanwhile(shop: Shop) -> None:
     changes: list[bytes | None] = []
-    keeper = Keeper(shop, lambda: changes.append(held(shop)))
+    keeper = CharterKeeper(shop, lambda: changes.append(held(shop)))
     agree(shop, DIGEST)
     async with running(keeper):
         for time_ms in (5, 5, 6):
@@ -468,13 +468,13 @@ async def test_an_agent_that_is_stopped_waits_for_what_its_state_has_begun(tmp_p
 async def test_a_gateway_that_is_stopped_while_a_charter_comes(shop: Shop, turns: int) -> None:
     """Wherever that was: after the next start the file, the state and the word are of one charter."""
     agree(shop, DIGEST)
-    async with running(keeper := Keeper(shop, lambda: None)):
+    async with running(keeper := CharterKeeper(shop, lambda: None)):
         keeper.hear(said(CHARTER, 5))
         for _ in range(turns):
             await asyncio.sleep(0.001)
     await shop.state.commit(lambda: None)  # what was begun in the state's thread is done
     shop.charter = None
-    async with running(again := Keeper(shop, lambda: None)):
+    async with running(again := CharterKeeper(shop, lambda: None)):
         if held(shop):
             assert (shop.folder / "charter.toml").read_text() == CHARTER
             again.hear(said(NOISY, 4))  # an older one, as from an old file, takes nothing back
@@ -624,18 +624,6 @@ def put_in_force(folder: Path) -> tuple[str, str]:
     return hashlib.sha256(text.encode()).hexdigest(), text
 
 
-def cut_off(p: Staged, toml: Path) -> None:
-    """Let the gateway reach no broker; another one is there, so that a round opens, and sends nothing."""
-    other, path = Signer.generate(), topics.GatewayPath.parse(stage.gateway_path(1))
-    there = topics.Status(path).topic
-    birth = other.seal(m.Birth(1, 5, 5, other.public_key, "test", (TASK,)), there)
-    p.client.publish(there, birth, qos=1, retain=True)
-    p.until(lambda: p.aggregator().get("state") == "open", gateway=False)
-    key = json.loads((p.stage.aggregator_state / "status.json").read_text())["public_key"]
-    alone = toml.read_text().replace(f":{p.stage.mqtt_port}", f":{free_port()}")
-    toml.write_text(f'{alone}\n[federation]\nname = "{stage.FEDERATION}"\nkey = "{key}"\n')
-
-
 def test_no_update_leaves_a_site_before_it_has_accepted_the_charter(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -688,50 +676,40 @@ def test_a_site_without_a_network_accepts_the_charter_by_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with staged(tmp_path, "amqtt") as p:
-        toml, state = tmp_path / "plant1" / "gateway.toml", p.stage.gateway_state(0)
-        digest, text = put_in_force(tmp_path)
+        state, (digest, text) = p.stage.gateway_state(0), put_in_force(tmp_path)
         p.stage.aggregator.start()
-        cut_off(p, toml)
-        office = ["-c", str(tmp_path / "aggregator" / "federation.toml"), "--state", str(p.stage.aggregator_state)]
-        cell = ["-c", str(toml), "--state", str(state)]
-        for process in (*p.stage.plcs, p.gateway):
-            process.start()
-        p.until(lambda: "public_key" in p.status())
-        assert main(["broker", "enrol", *office, "--path", str(PATH), "--key", str(p.status()["public_key"])]) == 0
-        models, updates = tmp_path / "cell.models", tmp_path / "cell.updates"
+        carrier = Carrier(p)
+        carrier.start()
 
-        def down() -> None:
-            assert main(["broker", "export", *office, "--path", str(PATH), str(models)]) == 0
-            assert main(["edge", "import", str(models), *cell]) == 0
-
-        def export() -> str:
+        def exported() -> tuple[list[str], str]:
+            """The topics in the file, and what the command said of it."""
             capsys.readouterr()
-            assert main(["edge", "export", *cell, "--updates", str(updates)]) == 0
-            return capsys.readouterr().out
+            return [topic for topic, _ in carrier.export()], capsys.readouterr().out
 
-        down()
+        carrier.down()
         p.until(lambda: (p.status().get("charter") or {}).get("digest") == digest)
         p.until(lambda: "waits for acceptance" in p.task().get("answer", "") and p.task()["model"] == 0)
         assert (state / "charter.toml").read_text() == text
-        assert "0 updates, 0 votes\n" in export()
-        assert stick.read(updates) == []
+        found, shown = exported()
+        assert (found, "0 updates, 0 votes\n" in shown) == ([], True)
         # The line in the file may as well be written while the gateway is stopped.
         p.gateway.kill()
-        toml.write_text(toml.read_text().replace("[policy]", f'[policy]\ncharter = "{digest}"'))
+        file = carrier.toml
+        file.write_text(file.read_text().replace("[policy]", f'[policy]\ncharter = "{digest}"'))
         p.gateway.start()
-        down()
+        carrier.down()
         p.until(lambda: p.status().get("outbox") == 1)
         assert not p.status()["mqtt"]["connected"]
-        assert "1 updates, 0 votes, the word on the charter\n" in export()
         word, update = topics.Accepted(PATH).topic, topics.Uplink(PATH, TASK, "update").topic
-        assert [topic for topic, _ in stick.read(updates)] == [word, update]
+        found, shown = exported()
+        assert (found, "1 updates, 0 votes, the word on the charter\n" in shown) == ([word, update], True)
         for known in ("", ", which changes nothing"):  # and nothing is counted twice
-            assert main(["broker", "import", *office, str(updates)]) == 0
+            carrier.import_()
             first, second, _ = capsys.readouterr().out.splitlines()
             assert first == f"{PATH}: accepts charter {digest}{known}"
             assert second.startswith(f"{PATH}, {TASK}: an update of round 1, ")
             p.until(lambda: p.aggregator().get("counted") == [str(PATH)])
-        down()
+        carrier.down()
         p.until(lambda: p.status()["outbox"] == 0)
         assert not {topic for topic in p.heard if topic.startswith(f"{PATH}/")}
     with closing(State(state)) as kept:

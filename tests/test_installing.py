@@ -30,6 +30,7 @@ from broker.release import new_key
 from edge.agent import Agent
 from edge.cli import main
 from edge.config import load_config
+from edge.probe import MOST_TRIES
 from edge.ring import Samples
 from edge.store import State, ledger_lines
 from models import codec
@@ -277,15 +278,25 @@ async def test_a_model_that_is_voted_down_meanwhile_is_not_released(
         assert (journal.releases("wear"), journal.metadata()) == ([], {})
 
 
-def end_first_run() -> None:
-    """Kill the next child of this process that runs a graph for the first time."""
-    children, until = Path(f"/proc/self/task/{os.getpid()}/children"), time.monotonic() + WAIT_S
+def graph_runs() -> list[int]:
+    """Children of this process that run a graph for the first time."""
+    found = list[int]()
+    for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            if b"models.graphcheck" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(int(pid))
+    return found
+
+
+def end_first_runs(times: int = 1) -> None:
+    """Kill the next such children."""
+    until, ended = time.monotonic() + WAIT_S, set[int]()
     while time.monotonic() < until:
-        for pid in children.read_text().split():
-            with contextlib.suppress(OSError):
-                if b"models.graphcheck" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    os.kill(int(pid), signal.SIGKILL)
-                    return
+        for pid in set(graph_runs()) - ended:  # one that was killed is there until it is waited for
+            os.kill(pid, signal.SIGKILL)
+            ended.add(pid)
+        if len(ended) == times:
+            return
         time.sleep(0.005)
     pytest.fail("no graph was run")
 
@@ -300,10 +311,11 @@ async def test_a_fault_of_this_machine_makes_no_release_forgotten(office: Office
         # Its graph is a new one here, and its first run is ended, as where memory runs out.
         office.regraph()
         office.release(1)
-        said, ended = office.messages(), asyncio.create_task(asyncio.to_thread(end_first_run))
+        said, ended = office.messages(), asyncio.create_task(asyncio.to_thread(end_first_runs))
         cell.take(said, without="model/manifest")
         await ended
-        await cell.when(lambda: "release 1 can't be installed yet: graph: its first run was" in cell.task["problem"])
+        yet = "release 1 can't be installed yet: the graph's first run was ended from outside, by SIGKILL; try 1 of 5"
+        await cell.until(problem=yet)
         await cell.until(release=1, scoring_model=1, problem="")
         # A disk that is read-only for a while.
         state = cell.agent.state._db
@@ -317,6 +329,38 @@ async def test_a_fault_of_this_machine_makes_no_release_forgotten(office: Office
         await cell.until(release=2, scoring_model=2, problem="")
     installed = [entry["body"]["release"] for entry in cell.ledger("release-installed")]
     assert installed == [1, 2]
+
+
+async def test_a_first_run_that_is_ended_is_tried_again_but_not_for_ever(
+    office: Office, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for user in ("runner", "installer"):
+        monkeypatch.setattr(f"edge.{user}.RETRY_S", 0.05)
+    ended = "the graph's first run was ended from outside, by SIGKILL"
+
+    cell = Cell(tmp_path, office)
+    async with cell.runs():
+        # A candidate: its first run is ended at each try but the last.
+        ends = asyncio.create_task(asyncio.to_thread(end_first_runs, MOST_TRIES - 1))
+        cell.take(office.messages())
+        await ends
+        await cell.until(model=0, scoring_model=0, problem="")
+        # Another graph, released, whose first run is ended at each.
+        office.regraph()
+        office.learn(1)
+        office.release(1)
+        ends = asyncio.create_task(asyncio.to_thread(end_first_runs, MOST_TRIES))
+        cell.take(office.messages(), without="model/manifest")
+        await ends
+        await cell.when(lambda: f"release 1 refused: graph: {ended}, at each of 5 tries" in cell.task["problem"])
+        # Nor is it run again when it is said again, or comes as a candidate.
+        cell.take(office.messages())
+        await cell.when(lambda: "restart the gateway to try it again" in cell.agent.runners["wear"].problem)
+        assert (cell.task["model"], cell.task["release"]) == (0, 0)
+        assert not graph_runs()
+    async with cell.runs():
+        cell.take(office.messages())
+        await cell.until(release=1, model=1, scoring_model=1, problem="")
 
 
 @pytest.mark.parametrize("before", [False, True])

@@ -82,17 +82,17 @@ def test_a_round_and_its_updates(journal: Journal) -> None:
     assert journal.latest_round("t") is None
     with journal.transaction():
         journal.put_task("t", TASK_ROW)
-        journal.open_round("t", 1, 0, 10, 20)
+        journal.open_round("t", 1, 0, 10, 20, 7)
         journal.extend_round("t", 1, 30)
         for path, samples in (("b", 2), ("a", 1), ("c", 3)):
             count(journal, 1, path, path.encode(), samples)
-    assert journal.latest_round("t") == (1, 0, 10, 30, "open")
+    assert journal.latest_round("t") == (1, 0, 10, 30, "open", 7)
     assert list(journal.payloads("t", 1)) == [(b"a", 1, 0), (b"b", 2, 0), (b"c", 3, 0)]
     assert journal.totals("t", 1) == (3, 6, 0)
     with journal.transaction():
         journal.put_model("t", ModelRow(1, 1, b"weights", bytes(32), 3, 6, 40))
         journal.close_round("t", 1, 40, 1, b"state")
-    assert journal.latest_round("t") == (1, 0, 10, 30, "closed")
+    assert journal.latest_round("t") == (1, 0, 10, 30, "closed", 7)
     assert journal.strategy_state("t") == b"state"
     # Payloads are gone, digests are not.
     assert [payload for payload, *_ in journal.payloads("t", 1)] == [None] * 3
@@ -257,7 +257,8 @@ def test_refuses_an_unknown_schema(tmp_path: Path) -> None:
         Journal(tmp_path)
 
 
-_TO_9 = "ALTER TABLE roster DROP COLUMN session; ALTER TABLE roster DROP COLUMN agreement_key;"
+_TO_10 = "ALTER TABLE rounds DROP COLUMN roster_ms;"
+_TO_9 = f"{_TO_10} ALTER TABLE roster DROP COLUMN session; ALTER TABLE roster DROP COLUMN agreement_key;"
 _TO_8 = f"{_TO_9} DROP TABLE receipts;"
 _TO_7 = f"{_TO_8} DROP TABLE metadata; DROP TABLE releases;"
 _TO_6 = f"{_TO_7} DROP TABLE ballots; DROP TABLE votes;"
@@ -282,6 +283,7 @@ UNDO = {
     7: _TO_7,
     8: _TO_8,
     9: _TO_9,
+    10: _TO_10,
 }
 
 

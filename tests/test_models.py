@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from broker.messages import ModelManifest, Object, Terms, Whole
-from edge.handback import Model, probe
+from edge.handback import Model
+from edge.probe import probe
 from models import evaluate, fit
 from models.delta import MAX_DIMENSIONS, MAX_ENTRIES, MAX_PARAMETERS, Layout
 from models.errors import PeerError, UserError

@@ -535,6 +535,37 @@ async def test_a_running_aggregator_publishes_what_another_online_key_signs(
         assert releases.look(["wear"])["wear"].release == 1
 
 
+async def test_what_others_write_sends_no_release_again(tmp_path: Path) -> None:
+    with BrokerProcess("amqtt") as broker:
+        plant = Plant(tmp_path, broker.url, min_gateways=1, join="enrolled")
+        key, prefix = tmp_path / "release.key", topics.ReleaseFile("press", "").topic
+        with plant.config.open("a") as file:
+            file.write(f'[release]\nkeys = ["{new_key(key)}"]\n')
+
+        async def enrol(g: Gateway) -> None:
+            """By another process's commit, of which the aggregator has heard once the gateway is there for it."""
+            options = "--path", g.path, "--key", g.signer.public_key.hex()
+            assert await asyncio.to_thread(run, plant, "enrol", *options) == 0
+            await until(lambda: plant.status()["tasks"]["wear"]["gateways"].get(str(g.path), {}).get("online"))
+
+        async with gateways(broker.url, 2) as (g, other), plant.service():
+            g.link.subscribe(f"{prefix}+")
+            await until(plant.has_status)
+            await enrol(g)
+            g.send(await open_plan([g]), delta(1))
+            await until(lambda: g.has(1))
+            release = partial(run, plant, "release", "--key", key, "--to")
+            assert await asyncio.to_thread(release, "stable") == 0
+            await until(lambda: f"{prefix}timestamp" in g.heard)
+            await enrol(other)
+            assert await asyncio.to_thread(release, "stable", "--version", 1) == 0
+            await until(lambda: f"{prefix}targets" in g.heard and len(g.heard[f"{prefix}timestamp"]) > 1)
+            with closing(Journal(plant.state)) as journal:
+                newest = journal.metadata()["timestamp"]
+            await until(lambda: g.heard[f"{prefix}timestamp"][-1] == newest)
+            assert len(g.heard[f"{prefix}timestamp"]) == 2
+
+
 async def retains(url: str, *versions: int) -> None:
     """Wait until a new client gets the weights of just these versions."""
     wanted = {topics.Chunk("press", "wear", version, "weights0").topic for version in versions}

@@ -10,15 +10,16 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from broker import messages as m
 from broker import topics
-from broker.charter import bodies
 from broker.downlink import Downlink
 from broker.enrolment import admit
 from broker.journal import Journal
+from broker.ledger import bodies
 from broker.link import Inbound, Link, MqttSettings
 from broker.messages import Plan, Signer
 from broker.roster import (
@@ -27,25 +28,26 @@ from broker.roster import (
     PER_PART,
     Collector,
     Member,
-    Members,
     Roster,
     RosterPart,
     Rosters,
     digest_of,
     members_of,
 )
+from edge.clauses import Headcount
 from edge.cli import main
 from edge.config import Policy, load_config
 from edge.events import Answer, ModelStored, PlanSeen, PolicyChanged, StartTraining, StopTraining, WindowsReady
 from edge.identity import own_agreement_key
 from edge.participant import Participant
 from edge.ring import Samples
-from edge.roster import Members as Keeper
+from edge.roster import RosterKeeper
 from edge.shop import Shop
 from edge.status import read_status
 from edge.store import State
 from models.errors import LocalError, PeerError
 from tests.brokers import BrokerProcess
+from tests.test_installing import Cell, Office
 from tests.test_service import Gateway, gateways, open_plan, until
 from tests.test_service import Plant as Federation
 from tests.test_service import broker as broker  # noqa: PLC0414 - the fixture
@@ -71,11 +73,11 @@ def test_a_gateways_agreement_key_is_made_once_and_kept(tmp_path: Path) -> None:
 # -- parts ---------------------------------------------------------------------------------------------------------
 
 
-def members(count: int, root: str = "acme") -> Members:
+def members(count: int, root: str = "acme") -> tuple[Member, ...]:
     return tuple(Member(root, i.to_bytes(32), (i + 1).to_bytes(32)) for i in range(count))
 
 
-def parts(all_: Members, time_ms: int) -> list[RosterPart]:
+def parts(all_: tuple[Member, ...], time_ms: int) -> list[RosterPart]:
     pieces = [all_[i : i + PER_PART] for i in range(0, len(all_), PER_PART)] or [()]
     return [RosterPart(1, time_ms, digest_of(all_), len(pieces), piece) for piece in pieces]
 
@@ -149,6 +151,39 @@ def test_a_full_roster_fits_into_its_messages(tmp_path: Path) -> None:
         wholes += take(collector, (where.part, part))
     assert [(one.time_ms, one.members) for one in wholes] == [(7, expected)]
     assert (wholes[0].gateways, wholes[0].enterprises) == (MAX_GATEWAYS, 3)
+
+
+def test_who_says_key_after_key_moves_few_rosters(tmp_path: Path) -> None:
+    step_ms, hour_ms = 10_000, 3_600_000
+    path, other = "acme/b/c/d/e", "acme/b/c/d/f"
+    with closing(Journal(tmp_path)) as journal:
+        rosters = Rosters(journal, Downlink("press", Signer.generate(), 1))
+
+        def noted(since_ms: int, until_ms: int, work: Callable[[int], object] = lambda _: None) -> list[int]:
+            """When rosters were noted, while `work` is done every ten seconds."""
+            before = len(list(bodies(journal.ledger_lines(), "roster")))
+            for now_ms in range(since_ms, until_ms, step_ms):
+                with journal.transaction():
+                    work(now_ms)
+                    rosters.refresh(now_ms)
+            return [body["time_ms"] for body in bodies(journal.ledger_lines(), "roster")][before:]
+
+        def says(now_ms: int) -> None:
+            journal.put_agreement_key(path, now_ms.to_bytes(32), now_ms)
+
+        # At once who is in, soon a first key, and then one of the keys an hour.
+        assert noted(0, step_ms, lambda _: journal.add_to_roster(path, b"1" * 32, 1, "enrolled")) == [0]
+        now = 2 * hour_ms
+        assert noted(step_ms, now, says) == [step_ms, step_ms + hour_ms]
+        # Another one that comes meanwhile is told at once, and its first key as soon.
+        assert noted(now, now + step_ms, lambda _: journal.add_to_roster(other, bytes(32), 1, "enrolled")) == [now]
+        with journal.transaction():
+            journal.put_agreement_key(other, b"2" * 32, 1)
+        assert noted(now + step_ms, now + hour_ms, says) == [now + step_ms]
+        # What waits is told when the hour is over, though nothing more is said; and where the clock was set back.
+        assert noted(now + hour_ms, now + 2 * hour_ms) == [now + step_ms + hour_ms]
+        assert noted(now + 2 * hour_ms, now + 2 * hour_ms + step_ms, says) == []
+        assert len(noted(step_ms, 2 * step_ms)) == 1
 
 
 @pytest.mark.parametrize(
@@ -298,28 +333,70 @@ async def test_the_roster_outlives_kill_9_and_an_empty_broker(tmp_path: Path) ->
         broker.stop()
 
 
+async def test_a_plan_names_the_roster_it_was_opened_under_which_goes_out_first(
+    broker: BrokerProcess, tmp_path: Path
+) -> None:
+    plant = Federation(tmp_path, broker.url, min_gateways=1)
+    async with gateways(broker.url, 1) as (g,):
+        ear = Ear(broker.url, lambda: g.key)
+        ear.link.start()
+        g.link.subscribe(TOPIC)
+        try:
+            async with plant.service():
+                opened = await open_plan([g])
+                await until(lambda: ear.is_(g))
+                # It was enrolled by its birth, in the step that opened the round.
+                assert opened.roster_ms == ear.said()[-1].time_ms
+                assert list(g.heard).index(TOPIC) < list(g.heard).index(topics.RoundPlan("press", "wear").topic)
+            # Said anew, it is still the round of that roster: nobody who takes part has to wait for another.
+            async with plant.service():
+                await until(lambda: ear.said()[-1].time_ms > opened.roster_ms)
+                await until(lambda: len(g.heard[topics.RoundPlan("press", "wear").topic]) > 1)
+                assert g.plan() == opened
+        finally:
+            await ear.link.stop()
+
+
 # -- a gateway -----------------------------------------------------------------------------------------------------
 
 FEDERATION = Signer.generate()
 READY = ModelStored(0, bytes(32)), WindowsReady(10)
 PLAN = PlanSeen(Plan(1, bytes(32), 1, 0, bytes(32), "open", 1, 9, min_gateways=3, bits=4, secure_aggregation=False))
+SAYS = "policy wants 3 gateways in a sum, the federation's roster has 2"
+NAMED = PlanSeen(msgspec.structs.replace(PLAN.plan, roster_ms=5))
 
 
 def test_a_policy_counts_the_gateways_of_the_roster() -> None:
     g, policy = Participant(Policy(min_gateways=3), 10), Policy(min_gateways=3)
-    assert g.handle(PolicyChanged(policy, None, 2)) == []
+    assert g.handle(PolicyChanged(policy, None, Headcount(1, 2))) == []
     for event in READY:
         g.handle(event)
     (answer,) = g.handle(PLAN)
-    says = "policy wants 3 gateways in a sum, the federation's roster has 2"
-    assert answer == Answer(1, "declined", "roster", says)
-    assert g.handle(PolicyChanged(policy, None, 2)) == []
-    joined, started = g.handle(PolicyChanged(policy, None, 3))
+    assert answer == Answer(1, "declined", "roster", SAYS)
+    assert g.handle(PolicyChanged(policy, None, Headcount(1, 2))) == []
+    joined, started = g.handle(PolicyChanged(policy, None, Headcount(2, 3)))
     assert (joined, type(started)) == (Answer(1, "joined", "ok", ""), StartTraining)
-    assert g.handle(PolicyChanged(policy, None, 4)) == []
-    assert g.handle(PolicyChanged(policy, None, 2)) == [StopTraining(), answer]
+    assert g.handle(PolicyChanged(policy, None, Headcount(3, 4))) == []
+    assert g.handle(PolicyChanged(policy, None, Headcount(1, 2))) == [StopTraining(), answer]
     # An aggregator from before says no roster.
     assert g.handle(PolicyChanged(policy, None, None))[0] == joined
+
+
+def test_a_plan_waits_for_the_roster_that_it_names() -> None:
+    g, policy = Participant(Policy(), 10), Policy()
+    for event in READY:
+        g.handle(event)
+    (answer,) = g.handle(NAMED)
+    assert answer == Answer(1, "declined", "roster", "the roster of 5 has not come yet")
+    assert g.handle(PolicyChanged(policy, None, Headcount(4, 10_000))) == []  # an older one, said again
+    assert g.handle(NAMED) == []
+    joined, started = g.handle(PolicyChanged(policy, None, Headcount(5, 1)))
+    assert (joined, type(started)) == (Answer(1, "joined", "ok", ""), StartTraining)
+    assert g.handle(PolicyChanged(policy, None, Headcount(6, 1))) == []
+    # Who is in decides as before once it is there.
+    strict = Participant(Policy(min_gateways=3), 10, headcount=Headcount(9, 2))
+    (answer,) = strict.handle(NAMED)
+    assert answer == Answer(1, "declined", "roster", SAYS)
 
 
 @pytest.fixture
@@ -334,7 +411,7 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
         yield made
 
 
-def said(all_: Members, time_ms: int, signer: Signer = FEDERATION) -> list[tuple[int, Inbound]]:
+def said(all_: tuple[Member, ...], time_ms: int, signer: Signer = FEDERATION) -> list[tuple[int, Inbound]]:
     found = []
     for number, part in enumerate(parts(all_, time_ms)):
         topic = topics.RosterOf("press", number).topic
@@ -342,7 +419,7 @@ def said(all_: Members, time_ms: int, signer: Signer = FEDERATION) -> list[tuple
     return found
 
 
-async def heard(keeper: Keeper, *messages: tuple[int, Inbound]) -> None:
+async def heard(keeper: RosterKeeper, *messages: tuple[int, Inbound]) -> None:
     for number, inbound in messages:
         keeper.hear(number, inbound)
     if keeper._storing:
@@ -354,21 +431,22 @@ def noted(shop: Shop) -> list[int]:
 
 
 async def test_a_gateway_holds_the_newest_roster_and_finds_itself_in_it(shop: Shop) -> None:
-    changes: list[int | None] = []
-    keeper = Keeper(shop, lambda: changes.append(shop.rules("wear").members))
-    assert (keeper.status, shop.rules("wear").members) == (None, None)
+    changes: list[Headcount | None] = []
+    keeper = RosterKeeper(shop, lambda: changes.append(shop.rules("wear").headcount))
+    assert (keeper.status, shop.rules("wear").headcount) == (None, None)
     others, own = members(PER_PART), Member("acme", shop.signer.public_key, None)
     first, second = said(others, 5), said((own, *others), 6)
     await heard(keeper, *first)
     assert keeper.status
     assert (keeper.status["gateways"], keeper.status["enterprises"], keeper.status["has_this"]) == (PER_PART, 1, False)
     await heard(keeper, second[1])
-    assert changes == [PER_PART]  # not whole yet
+    assert changes == [Headcount(5, PER_PART)]  # not whole yet
     await heard(keeper, second[0], *first, *second)
-    assert changes == noted(shop) == [PER_PART, PER_PART + 1]
+    assert changes == [Headcount(5, PER_PART), Headcount(6, PER_PART + 1)]
+    assert noted(shop) == [PER_PART, PER_PART + 1]
     assert keeper.status["has_this"]
     # After a restart it holds, and an older one that is said again changes nothing.
-    again = Keeper(shop, lambda: changes.append(0))
+    again = RosterKeeper(shop, lambda: changes.append(None))
     assert again.status == keeper.status
     await heard(again, *first, *second)
     assert len(changes) == 2
@@ -379,11 +457,11 @@ async def test_a_gateway_holds_the_newest_roster_and_finds_itself_in_it(shop: Sh
     # What a federation with another key said is forgotten with it.
     with shop.state.transaction():
         shop.state.pin("press", bytes(32), "configured")
-    assert Keeper(shop, lambda: None).status is None
+    assert RosterKeeper(shop, lambda: None).status is None
 
 
 async def test_rosters_that_nobody_of_the_federation_said(shop: Shop) -> None:
-    keeper = Keeper(shop, lambda: None)
+    keeper = RosterKeeper(shop, lambda: None)
     ((_, good),) = said(members(2), 5)
     data = good.payload
     flipped = (data[:i] + bytes([data[i] ^ 1 << bit]) + data[i + 1 :] for i in range(len(data)) for bit in range(8))
@@ -402,16 +480,33 @@ async def test_rosters_that_nobody_of_the_federation_said(shop: Shop) -> None:
 async def test_a_roster_that_the_disk_does_not_take_holds_until_it_comes_again(
     shop: Shop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    keeper = Keeper(shop, lambda: None)
+    keeper = RosterKeeper(shop, lambda: None)
     shop.state._db.execute("PRAGMA query_only = ON")
     await heard(keeper, *said(members(2), 5))
-    assert shop.rules("wear").members == 2
+    assert shop.rules("wear").headcount == Headcount(5, 2)
     assert "the roster can't be stored" in caplog.text
     shop.state._db.execute("PRAGMA query_only = OFF")
-    again = Keeper(shop, lambda: None)
+    again = RosterKeeper(shop, lambda: None)
     assert again.status is None
     await heard(again, *said(members(2), 5))
     assert noted(shop) == [2]
+
+
+async def test_a_roster_that_is_withheld_lets_no_round_through(tmp_path: Path) -> None:
+    office = Office(tmp_path)
+    with closing(Journal(office.state)) as journal, journal.transaction():
+        rosters = Rosters(journal, Downlink("press", journal.signer(), 1))
+        rosters.refresh(1000)
+        journal.open_round("wear", 1, 0, 2000, 2**50, rosters.time_ms)
+    async with Cell(tmp_path, office).runs() as cell:
+        messages = office.messages()
+        assert any("roster" in topic for topic in messages)
+        cell.take(messages, without="roster")
+        await cell.until(answer="declined: the roster of 1000 has not come yet", model=0)
+        cell.take(messages)
+        await cell.when(lambda: cell.ledger("joined"))
+    said = [(entry["kind"], entry["body"]["roster_ms"]) for entry in cell.ledger("declined", "joined")]
+    assert said == [("declined", 1000), ("joined", 1000)]
 
 
 # -- both, as processes --------------------------------------------------------------------------------------------

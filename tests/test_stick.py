@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker import stick, topics
-from broker.charter import Acceptance, CharterText, bodies
+from broker.charter import Acceptance, CharterText
 from broker.journal import Journal
+from broker.ledger import bodies
 from broker.messages import MAX_PAYLOAD, Answer, Birth, ModelManifest, Receipt, Signer, Update, open_envelope
 from broker.roster import RosterPart
 from broker.service import FILED

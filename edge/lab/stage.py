@@ -90,8 +90,7 @@ every = "3s"
 momentum = 0.5
 keep = 0.05
 {rounds}"""
-    layout = scenario.layout
-    if layout is None:
+    if scenario.data is None:
         rows = [row for text in tags_csv(None) for row in csv.DictReader(io.StringIO(text))]
         units = {row["tag"]: row["unit"] for row in rows}
         tags = {name: _WIRES[name].partition("/")[2] for name in FEATURES}
@@ -119,11 +118,11 @@ lr = 2e-3
 tune = 2
 min_windows = 40
 {tail}"""
-    return _recorded_task(scenario, layout) + tail
+    return _recorded_task(scenario.task, scenario.data) + tail
 
 
-def _recorded_task(scenario: Scenario, layout: DataLayout) -> str:
-    y = read_recorded(Path(str(scenario.data)))["y_train"]
+def _recorded_task(task: str, data: Path) -> str:
+    layout, y = data_layout(data), read_recorded(data)["y_train"]
     low, high = float(y.min()), float(y.max())
     # Labels that never change teach nothing: such a set is for anomaly detection.
     kind = "anomaly" if low == high else "regression" if layout.target == "Double" else "classification"
@@ -134,7 +133,7 @@ def _recorded_task(scenario: Scenario, layout: DataLayout) -> str:
         target = f'\n[target]\nname = "target"\nclasses = {json.dumps([f"class-{i}" for i in range(layout.classes)])}\n'
     elif kind == "regression":
         target = f'\n[target]\nname = "target"\nrange = [{low}, {high}]\n'
-    return f"""name = "{scenario.task}"
+    return f"""name = "{task}"
 kind = "{kind}"
 net = "{net}"
 
@@ -243,31 +242,29 @@ class Stage:
         """
         if self.scenario.broker != "mosquitto":
             return
-        log = self.folder / "enrolment.log"
-
-        def step(command: list[str]) -> None:
-            Process("enrolment", command, log).complete()
-
-        step(self._broker("init", "--host", "localhost"))
+        self._step(self._broker("init", "--host", "localhost"))
         pki = self.aggregator_state.absolute() / "pki"  # a path in federation.toml is relative to that file
         with (self.folder / "aggregator" / "federation.toml").open("a") as file:
             for key, name in (("ca", "ca.pem"), ("cert", "aggregator.pem"), ("key", "aggregator.key")):
                 file.write(f'{key} = "{pki / name}"\n')
         for i in range(self.scenario.gateways):
             request, answer = (self.folder / f"plant{i + 1}" / f"gateway.{end}" for end in ("request", "admission"))
-            step(self._edge(i, "export", "--request", request))
-            step(self._broker("enrol", "--path", gateway_path(i), "--request", request, "--out", answer))
-            step(self._edge(i, "import", answer))
+            self._step(self._edge(i, "export", "--request", request))
+            self._step(self._broker("enrol", "--path", gateway_path(i), "--request", request, "--out", answer))
+            self._step(self._edge(i, "import", answer))
         self.acl()
 
     def acl(self) -> None:
         """Write what Mosquitto reads, as the roster is now."""
         folder = self._dir("broker")
-        acl = self._broker("acl", "--out", folder, "--port", self.mqtt_port)
-        Process("acl", acl, self.folder / "enrolment.log").complete()
+        self._step(self._broker("acl", "--out", folder, "--port", self.mqtt_port))
         with (folder / "mosquitto.conf").open("a") as file:
             # Files of this user, and a broker that comes back empty: the harder case for those who talk to it.
             file.write(f"user {getpass.getuser()}\npersistence false\n")
+
+    def _step(self, command: list[str]) -> None:
+        """Run one of these commands to its end."""
+        Process("enrolment", command, self.folder / "enrolment.log").complete()
 
     def _dir(self, name: str) -> Path:
         path = self.folder / name

@@ -15,7 +15,7 @@ class TokenRow(NamedTuple):
     used: bool
 
 
-class Members(Database):
+class Registry(Database):
     """The rows of `keys`, `roster` and `tokens`."""
 
     _edits = 0
