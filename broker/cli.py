@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from broker.config import FederationConfig, load_federation
+from broker.folder import check_state
 from broker.status import STATUS_FILE
 from models.errors import LocalError, TundishError, UserError
 
@@ -110,8 +111,11 @@ def _module(module: str, verb: str) -> Command:
 
     def run(args: argparse.Namespace) -> int:
         config = load_federation(_config_path(args))
+        state = _state(args, config)
+        if not getattr(args, "new_key", None):  # which goes into no state
+            check_state(state, config, new=verb == "init")
         function: Callable[..., int] = getattr(importlib.import_module(f"broker.{module}"), verb)
-        return function(args, config, _state(args, config))
+        return function(args, config, state)
 
     return run
 
@@ -127,9 +131,11 @@ def run_command(args: argparse.Namespace) -> int:
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if args.verbose:
         logging.getLogger().setLevel(level)  # whoever called may have set logging up already
+    state = _state(args, config)
+    check_state(state, config, new=True)
     from broker.service import Service  # noqa: PLC0415 - the other commands need none of it
 
-    asyncio.run(_serve(Service(config, _state(args, config))))
+    asyncio.run(_serve(Service(config, state)))
     return 0
 
 

@@ -48,8 +48,6 @@ def enrol(args: argparse.Namespace, config: FederationConfig, state: Path) -> in
         raise UserError("--end-connection", 0, "", "of one who may come back at once", remedy)
     if args.request is not None and args.out is None:
         raise UserError("--out", 0, "", "missing", "name the file that goes back to the gateway")
-    if not state.is_dir():
-        print(f"no aggregator has run with its state in {state}; is --state its own?", file=sys.stderr)
     with closing(Journal(state)) as journal:
         if args.revoke and config.join != "enrolled":
             remedy = 'write join = "enrolled" first, or its key is taken when it is next seen'

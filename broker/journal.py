@@ -94,6 +94,10 @@ class Journal(Members):
         row = self._one("SELECT text, layout, graph, graph_size, graph_digest FROM tasks WHERE task = ?", task)
         return TaskRow(*row) if row else None
 
+    def has_tasks(self) -> bool:
+        """Whether an aggregator has begun with this journal."""
+        return self._one("SELECT 1 FROM tasks") is not None
+
     def put_task(self, task: str, row: TaskRow) -> None:
         """Store a task, or its changed text; the strategy's state stays."""
         self._do(

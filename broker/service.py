@@ -12,12 +12,13 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from broker import ballot, federation, intake, stick, topics
 from broker import round as rounds
+from broker.alone import check_alone
 from broker.charter import Charters
 from broker.closing import close_round, end_vote
 from broker.config import FederationConfig
@@ -83,6 +84,9 @@ class Service:
         self._journal = Journal(self._state)
         try:
             self._journal.claim()
+            first, own = not self._journal.has_tasks(), self._journal.signer().public_key
+            if first and not await check_alone(self._config, self._state, own, lambda: self._stopping):
+                return
             for file in self._config.tasks:
                 await ensure_model(self._journal, file, self._clock())
                 self._jobs[file.task.name] = load_job(self._journal, file)
@@ -150,10 +154,8 @@ class Service:
             if self._inbox or self._file:
                 await asyncio.sleep(0)
                 continue
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), TICK_S)
-            except TimeoutError:
-                continue
 
     def _on_message(self, inbound: Inbound) -> None:
         self._inbox.append(inbound)
