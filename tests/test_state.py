@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from broker import alone, topics
+from broker import alone, stick, topics
 from broker.config import load_federation
 from broker.journal import Journal
-from broker.messages import FederationBirth, Signer, peek
+from broker.messages import FederationBirth, Signer, Vote, peek
 from broker.pki import Authority
 from edge.cli import main
+from edge.stick import Stick
+from edge.store import State
 from tests.brokers import BrokerProcess
-from tests.test_identity import HERE, Operator
+from tests.test_identity import HERE, THERE, Operator, gateway_toml
 from tests.test_service import Plant, broker, gateways, until
 
 __all__ = ["broker"]
@@ -98,3 +100,106 @@ async def test_a_second_federation_of_a_name_is_not_begun(broker: BrokerProcess,
             config, own = load_federation(plant.config), Signer.generate().public_key
             assert await alone.check_alone(config, wrong, own, lambda: False)
             assert not await alone.check_alone(config, wrong, own, lambda: True)
+
+
+class Cell:
+    """A gateway that was enrolled by two files, and the aggregator that did it: the real commands all the way."""
+
+    def __init__(self, folder: Path, federation: str = "press") -> None:
+        office, self.folder = folder / "office", folder / "cell"
+        office.mkdir(parents=True)
+        self.plant = Plant(office, "mqtt://127.0.0.1:1", join="enrolled")
+        self.plant.config.write_text(self.plant.config.read_text().replace('"press"', f'"{federation}"'))
+        self.toml, self.state = gateway_toml(self.folder), self.folder / "state"
+        self.models, self.updates = folder / "cell.models", folder / "cell.updates"
+        self.request, self.admission = folder / "cell.request", folder / "cell.admission"
+        assert self.broker("init") == 0
+        assert self.edge("export", "--request", self.request) == 0
+        assert self.broker("enrol", "--path", HERE, "--request", self.request, "--out", self.admission) == 0
+        assert self.edge("import", self.admission) == 0
+        assert self.broker("export", "--path", HERE, self.models) == 0
+        assert self.edge("export", "--updates", self.updates) == 0
+
+    def broker(self, verb: str, *options: object) -> int:
+        return main(
+            ["broker", verb, "-c", str(self.plant.config), "--state", str(self.plant.state), *map(str, options)]
+        )
+
+    def edge(self, verb: str, *options: object, state: Path | None = None) -> int:
+        return main(["edge", verb, *map(str, options), "-c", str(self.toml), "--state", str(state or self.state)])
+
+
+def refused(capsys: pytest.CaptureFixture[str]) -> str:
+    """One line, and no other word."""
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    return err
+
+
+async def test_a_file_that_comes_twice_has_nothing_new(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell = Cell(tmp_path)
+    capsys.readouterr()
+    assert cell.edge("import", cell.models) == 0
+    assert "messages; the gateway takes them within a second" in capsys.readouterr().out
+    with closing(State(cell.state)) as state:
+        gateway = Stick(cell.state, state, lambda *_: None, lambda _: None)
+        for _ in range(2):
+            await gateway.tick(busy=False)
+        assert not stick.waiting(cell.state)
+    assert cell.edge("import", cell.models) == 0
+    assert capsys.readouterr().out.startswith("nothing new in it: ")
+    assert stick.waiting(cell.state)  # a gateway that was restarted since knows no plan any more
+    assert cell.broker("enrol", "--path", THERE, "--key", KEY) == 0  # the roster is another one from now on
+    assert cell.broker("export", "--path", HERE, cell.models) == 0
+    capsys.readouterr()
+    assert cell.edge("import", cell.models) == 0
+    assert "nothing new" not in capsys.readouterr().out
+
+
+def test_a_wrong_file_is_not_left_to_a_gateway(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell, twin, other = Cell(tmp_path), Cell(tmp_path / "twin"), Cell(tmp_path / "other", "other-lines")
+    signer, wrong = Signer.generate(), tmp_path / "wrong"
+    topic = topics.Uplink(topics.GatewayPath.parse(HERE), "wear", "vote").topic
+    stick.write(cell.updates, [(topic, signer.seal(Vote(1, 1, bytes(32), 0, 1.0, 1.0, 9, "for", 1), topic))])
+    receipt = topics.ReceiptFor("press", "wear", topics.GatewayPath.parse(THERE)).topic
+    stick.write(tmp_path / "neighbour", [*stick.read(cell.models), (receipt, b"x")])
+    stick.write(tmp_path / "none", [])
+    stick.write(tmp_path / "odd", [("a/b", b"x")])
+    whole = cell.models.read_bytes()
+    (tmp_path / "half").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "head").write_bytes(whole[:9])
+    capsys.readouterr()
+    for file, says in (
+        (cell.updates, "holds what a gateway says to the aggregator, which takes it by tundish broker import; give"),
+        (other.models, "is of federation other-lines, this gateway follows press; give"),
+        (twin.models, "has no model that is signed by the key "),
+        (tmp_path / "neighbour", f"is for {THERE}, this is {HERE}; give"),
+        (tmp_path / "none", "holds no message; give"),
+        (tmp_path / "odd", "is damaged: "),
+        (tmp_path / "half", "is damaged, or not all there; copy it again"),
+        (tmp_path / "head", "is no admission of a gateway; give the file that holds"),
+        (cell.request, "is no admission of a gateway"),
+        (tmp_path / "missing", "can't be read: No such file or directory; check the name"),
+        (twin.admission, "its certificate is for another key than this gateway has now"),
+    ):
+        assert cell.edge("import", file) == 2, file
+        assert f"tundish: {file}: {says}" in refused(capsys)
+    assert not stick.waiting(cell.state)
+    for command in (["import", cell.models], ["import", cell.admission], ["export", "--updates", tmp_path / "x"]):
+        assert cell.edge(*command, state=wrong) == 2  # type: ignore[arg-type]
+        assert f"--state: no gateway has its state in {wrong}; write the --state that tundish edge" in refused(capsys)
+        assert not wrong.exists()
+    gateway_toml(cell.folder, THERE)
+    assert cell.edge("import", cell.models) == 2
+    assert f"{cell.state} is the state of {HERE}, this gateway is {THERE}" in refused(capsys)
+    for file in (cell.models, other.models):
+        assert cell.broker("import", file) == 2
+        assert "which take it by tundish edge import; give what tundish edge export --updates wrote" in refused(capsys)
+
+
+def test_a_gateway_that_trusts_nobody_takes_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell, new = Cell(tmp_path), tmp_path / "new"
+    assert cell.edge("export", "--request", tmp_path / "again", state=new) == 0
+    capsys.readouterr()
+    assert cell.edge("import", cell.models, state=new) == 2
+    assert "this gateway trusts no federation yet; enrol it first: tundish edge export --request" in refused(capsys)
