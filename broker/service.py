@@ -377,16 +377,12 @@ class Service:
         if self._releasing:
             self._releasing.put(self._jobs)
 
-    def _strangers(self) -> dict[str, str]:
-        """Gateways that ask to take part and are not in the roster: path -> key."""
-        return {path: key for path, key in self._intake.strangers.items() if self._journal.key_of(path) is None}
-
     def status(self) -> dict[str, Any]:
         """What `tundish broker status` shows: plain JSON values; times in milliseconds since 1970 UTC."""
         return {
             "federation": self._config.name,
             "public_key": self._public_key,
-            "not_enrolled": self._strangers(),
+            **self._intake.asking(),
             "time_ms": self._clock(),
             "pid": os.getpid(),
             "connected": self._link.connected,
@@ -394,6 +390,6 @@ class Service:
             "refused": dict(self._refusals),
             "outcomes": dict(self._outcomes),
             "charter": self._charters.status(),
-            "tasks": {name: job.status() for name, job in self._jobs.items()},
+            "tasks": {n: job.status() | {"rounds": self._journal.tally(n)} for n, job in self._jobs.items()},
             "released": {name: self._releasing.status(name) for name in self._jobs} if self._releasing else {},
         }

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from broker.journal import Journal
 from broker.status import STATUS_FILE
 from edge.identity import own_signer
 from edge.store import State
@@ -40,7 +41,8 @@ def test_a_reader_that_has_gone_ends_a_command_without_a_word(tmp_path: Path, co
         "federation": "press", "time_ms": int(time.time() * 1000), "connected": True, "mqtt": {"error": ""},
         "public_key": "ab" * 32, "tasks": {}, "not_enrolled": {}, "refused": {},
     }  # fmt: skip
-    (tmp_path / "aggregator").mkdir()
+    running = Journal(tmp_path / "aggregator")
+    running.claim()
     (tmp_path / "aggregator" / STATUS_FILE).write_bytes(msgspec.json.encode(status))
     whole = [sys.executable, "-P", "-m", "edge.cli", *command]
     assert subprocess.run(whole, cwd=tmp_path, capture_output=True, check=True, timeout=60).stdout
