@@ -93,6 +93,14 @@ class Database:
             return row
 
 
+def is_there(file: Path) -> bool:
+    """Whether a state folder has a file; LocalError where this user may not look."""
+    try:
+        return file.is_file()
+    except PermissionError as error:
+        raise LocalError(f"{file.parent}: {error.strerror}; run this as the user who owns that folder") from error
+
+
 def ledger_lines(folder: Path) -> list[str]:
     """The ledger of an aggregator with its state in a folder, which may be running; LocalError if it can't be read."""
     path = folder / "journal.db"

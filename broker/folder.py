@@ -7,6 +7,7 @@ and say that all is well.
 from pathlib import Path
 
 from broker.config import FederationConfig
+from broker.database import is_there
 from models.errors import UserError
 
 
@@ -15,7 +16,7 @@ def check_state(state: Path, config: FederationConfig, *, new: bool) -> None:
 
     None begins where `[mqtt] cert` is out of another state folder, which then is the one that was meant.
     """
-    if (state / "journal.db").is_file() or (state / "pki" / "ca.key").is_file():
+    if is_there(state / "journal.db") or is_there(state / "pki" / "ca.key"):
         return
     if meant := _state_of_certificate(config):
         problem = f"no aggregator has its state in {state}, and [mqtt] cert is of the one in {meant}"
@@ -29,4 +30,4 @@ def check_state(state: Path, config: FederationConfig, *, new: bool) -> None:
 def _state_of_certificate(config: FederationConfig) -> Path | None:
     """The state folder whose authority made the certificate that this aggregator shows; None if it lies elsewhere."""
     pki = Path(config.mqtt.cert).parent if config.mqtt.cert else None
-    return pki.parent if pki and pki.name == "pki" and (pki / "ca.key").is_file() else None
+    return pki.parent if pki and pki.name == "pki" and is_there(pki / "ca.key") else None

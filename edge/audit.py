@@ -1,4 +1,4 @@
-"""`tundish audit`: whether a ledger holds, and for a legal team what left a site."""
+"""`tundish audit`: whether a ledger holds, its file for an auditor, and for a legal team what left a site."""
 
 import argparse
 import csv
@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from broker import database, ledger
+from broker import database, ledger, stick
 from edge import store
 from models.errors import UserError
 
@@ -80,6 +80,19 @@ def verify(args: argparse.Namespace) -> int:
     return 0
 
 
+def export(args: argparse.Namespace) -> int:
+    """Write a ledger as it is to a file, whose head an auditor can be told by another way; then check it."""
+    lines = lines_of(args.place)
+    try:
+        stick.put(args.out, "".join(f"{line}\n" for line in lines).encode())
+    except OSError as error:
+        raise UserError("--out", 0, "", f"{args.out}: {error.strerror}", "name a file that can be written") from None
+    head = ledger.verify(lines)
+    print(f"{args.out}: {head.entries} entries, head {head.hash}")
+    print(f"whoever has it runs: tundish audit verify {args.out.name} --head {head.hash}")
+    return 0
+
+
 def report(args: argparse.Namespace) -> int:
     """Check a gateway's ledger, and write what left its site as one page and one table."""
     lines = lines_of(args.place)
@@ -112,10 +125,13 @@ def _hex(option: str, text: str) -> str:
 
 def lines_of(place: Path) -> list[str]:
     """A ledger's lines, from a state folder or an exported file; UserError if there is none."""
-    if (place / "state.db").is_file():
+    if database.is_there(place / "state.db"):
         return store.ledger_lines(place)
-    if (place / "journal.db").is_file():
+    if database.is_there(place / "journal.db"):
         return database.ledger_lines(place)
+    if place.is_dir():
+        problem = "neither a gateway nor an aggregator has its state there"
+        raise UserError(str(place), 0, "", problem, "name the --state of tundish edge run or tundish broker run")
     remedy = "name the state folder of a gateway or an aggregator, or an exported ledger"
     try:
         with place.open(encoding="utf-8") as file:

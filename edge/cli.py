@@ -107,10 +107,17 @@ def _add_audit(commands: Any) -> None:
         epilog="example: tundish audit report /var/lib/tundish --out what-left",
     )
     report.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for report.html and the CSV")
-    for name, verb in (("verify", verify), ("report", report)):
+    export = verbs.add_parser(
+        "export",
+        help="write a ledger into one file, by which an auditor checks it without this machine",
+        epilog="example: tundish audit export /var/lib/tundish --out cell2-ledger.jsonl",
+    )
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
+    for name, verb in (("verify", verify), ("report", report), ("export", export)):
         verb.add_argument("place", type=Path, metavar="PLACE", help="state folder, or an exported ledger")
-        verb.add_argument("--key", default="", metavar="HEX", help="public key that must have signed it")
         verb.set_defaults(run=_audit(name))
+    for verb in (verify, report):
+        verb.add_argument("--key", default="", metavar="HEX", help="public key that must have signed it")
 
 
 def _audit(verb: str) -> Callable[[argparse.Namespace], int]:

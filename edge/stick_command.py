@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from broker import stick
+from broker.database import is_there
 from broker.messages import ModelManifest, open_envelope
 from broker.topics import Accepted, Local, Manifest, ReceiptFor, Status, Topic, Uplink, parse
 from edge.config import Config
@@ -23,7 +24,7 @@ Entries = Sequence[tuple[str, int, dict[str, Any]]]
 
 def entries_of(folder: Path, config: Config, remedy: str) -> Entries:
     """(kind, time in ms, body) of what a gateway's ledger says of who it is; UserError unless it is this one's."""
-    if not (folder / "state.db").is_file():
+    if not is_there(folder / "state.db"):
         raise UserError("--state", 0, "", f"no gateway has its state in {folder}", remedy)
     found = [(one["kind"], one["time_ms"], one["body"]) for one in map(json.loads, ledger_lines(folder))]
     entries = [entry for entry in found if entry[0] in _KINDS]
