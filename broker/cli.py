@@ -18,6 +18,7 @@ import platformdirs
 from broker.config import FederationConfig, load_federation
 from broker.folder import check_state
 from broker.status import STATUS_FILE, is_running
+from models.commandline import Parser, counted
 from models.errors import LocalError, TundishError, UserError
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def default_state(federation: str) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `python -m broker.cli`: the aggregator's commands alone, for hosts that are no gateway."""
-    parser = argparse.ArgumentParser(prog="tundish broker", description=__doc__)
+    parser: argparse.ArgumentParser = Parser(prog="tundish broker", description=__doc__)
     add_commands(parser.add_subparsers(required=True, metavar="COMMAND"))
     args = parser.parse_args(argv)
     command: Command = args.run
@@ -235,8 +236,8 @@ def _report(status: dict[str, Any], age_s: float, *, running: bool) -> list[str]
 def _of_task(name: str, task: dict[str, Any]) -> list[str]:
     lines = [f"  {name}: round {task['round']} {task['state']}, model version {task['version']}"]
     if (rounds := task.get("rounds")) and (last := rounds["last_voted_down"]):
-        said = f"{rounds['closed']} rounds, {rounds['voted_down']} voted down"
-        whom = f"version {last['version']}, by {last['against']} of {last['votes']} gateways"
+        said = f"{counted(rounds['closed'], 'round')}, {rounds['voted_down']} voted down"
+        whom = f"version {last['version']}, by {last['against']} of {counted(last['votes'], 'gateway')}"
         lines.append(f"    {said}; last: {whom}")
     if task["state"] == "open":
         due = _clock(task["deadline_ms"])

@@ -17,6 +17,7 @@ from broker.publish import put_model, put_plan
 from broker.releasing import Releasing
 from broker.roster import Rosters
 from broker.topics import FL
+from models.commandline import counted
 from models.errors import LocalError, PeerError, UserError
 
 
@@ -82,7 +83,8 @@ def export_file(args: argparse.Namespace, config: FederationConfig, state: Path)
         messages = retained + journal.receipts(str(path))
     count = stick.write(args.file, messages)
     print(f"{args.file} is for the gateway of {path}: tundish edge import {args.file.name} -c gateway.toml")
-    print(f"{count} messages, {sum(len(payload) for _, payload in messages)} bytes, {time.strftime('%Y-%m-%d %H:%M')}")
+    size = sum(len(payload) for _, payload in messages)
+    print(f"{counted(count, 'message')}, {size} bytes, {time.strftime('%Y-%m-%d %H:%M')}")
     return 0
 
 

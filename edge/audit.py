@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from broker import database, ledger, stick
 from edge import store
+from models.commandline import counted
 from models.errors import UserError
 
 MOST_LINE = 1 << 20  # characters of an entry in a file
@@ -70,7 +71,8 @@ def verify(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(head._asdict()))
         return 0
-    print(f"{args.place}: ok, {head.entries} entries, {_time(head.first_ms)} to {_time(head.last_ms)}")
+    entries = counted(head.entries, "entry", "entries")
+    print(f"{args.place}: ok, {entries}, {_time(head.first_ms)} to {_time(head.last_ms)}")
     print(f"  head   {head.hash}")
     if head.signed:
         print(f"  signed by {head.key} up to entry {head.signed}")
@@ -88,7 +90,7 @@ def export(args: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError("--out", 0, "", f"{args.out}: {error.strerror}", "name a file that can be written") from None
     head = ledger.verify(lines)
-    print(f"{args.out}: {head.entries} entries, head {head.hash}")
+    print(f"{args.out}: {counted(head.entries, 'entry', 'entries')}, head {head.hash}")
     print(f"whoever has it runs: tundish audit verify {args.out.name} --head {head.hash}")
     return 0
 
@@ -217,7 +219,7 @@ def _page(path: str, head: ledger.Head, entries: list[dict[str, Any]], found: li
     charters = dict.fromkeys(one.charter for one in found if one.what == "acceptance")
     facts = [
         ("Gateway", path),
-        ("Written", f"{_time(head.first_ms)} to {_time(head.last_ms)}, {head.entries} entries"),
+        ("Written", f"{_time(head.first_ms)} to {_time(head.last_ms)}, {counted(head.entries, 'entry', 'entries')}"),
         ("Head", head.hash),
         ("Signed", f"by {head.key} up to entry {head.signed}" if head.signed else "not signed"),
         ("Federation", ", ".join(f"{one.get('federation')} (key {one.get('key')})" for one in trusted) or "none yet"),

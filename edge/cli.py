@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from models.commandline import Parser, counted
 from models.errors import PeerError, TundishError, UserError
 
 _SIGPIPE = 128 + 13
@@ -22,7 +23,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
     The aggregator's verbs are mounted only for it, so that a gateway loads none of its code and the other way round.
     """
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = Parser(
         prog="tundish",
         description="Federated learning on factory gateways: OPC UA, Modbus in; scores out; weight deltas over MQTT.",
         epilog="start here: tundish demo",
@@ -332,7 +333,8 @@ def _check(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found))
     else:
-        print(f"{config.file}: ok ({found['sources']} sources, {found['tags']} tags, tasks: {', '.join(config.tasks)})")
+        sources, tags = counted(len(config.sources), "source"), counted(len(config.tags), "tag")
+        print(f"{config.file}: ok ({sources}, {tags}, tasks: {', '.join(config.tasks)})")
         print("".join(f"  {note}\n" for note in notes), end="")
     return 0
 

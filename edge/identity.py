@@ -24,6 +24,7 @@ from edge.charter import SAID
 from edge.config import Config
 from edge.stick_command import entries_of, import_messages
 from edge.store import State
+from models.commandline import counted
 from models.errors import PeerError, UserError
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ def export_updates(args: argparse.Namespace, config: Config, folder: Path) -> in
         with state.transaction():
             state.record("exported", {"updates": digests, "messages": len(messages)})
     votes, said = len(messages) - len(digests) - bool(word), ", the word on the charter" if word else ""
-    print(f"{args.updates} is for the operator: {len(digests)} updates, {votes} votes{said}")
+    print(f"{args.updates} is for the operator: {counted(len(digests), 'update')}, {counted(votes, 'vote')}{said}")
     print(f"he runs: tundish broker import -c federation.toml {args.updates.name}")
     return 0
 

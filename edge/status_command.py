@@ -8,6 +8,7 @@ from typing import Any
 
 from broker.topics import GatewayPath, Status
 from edge.status import is_alive, read_status
+from models.commandline import counted
 from models.errors import LocalError
 
 _SHOWN = 10
@@ -41,7 +42,8 @@ def _print_status(status: dict[str, Any], *, alive: bool, tags: bool) -> None:
     _print_certificate(status.get("certificate"))
     _print_charter(status.get("charter"))
     if roster := status.get("roster"):
-        print(f"  roster   {roster['gateways']} gateways of {roster['enterprises']} enterprises")
+        gateways, enterprises = counted(roster["gateways"], "gateway"), counted(roster["enterprises"], "enterprise")
+        print(f"  roster   {gateways} of {enterprises}")
     _print_stranger(status)
     for name, health in status["sources"].items():
         _print_source(name, health)

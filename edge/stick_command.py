@@ -15,6 +15,7 @@ from broker.messages import ModelManifest, open_envelope
 from broker.topics import Accepted, Local, Manifest, ReceiptFor, Status, Topic, Uplink, parse
 from edge.config import Config
 from edge.store import ledger_lines
+from models.commandline import counted
 from models.errors import PeerError, UserError
 
 _GIVE = "give what tundish broker export wrote for this gateway"
@@ -42,11 +43,12 @@ def import_messages(file: Path, config: Config, folder: Path) -> int:
     _check(str(file), messages, config, *_federation(config, entries))
     before = _imported(entries, stick.digest(messages))
     stick.leave(folder, file)
+    count = counted(len(messages), "message")
     if before is None:
-        print(f"{len(messages)} messages; the gateway takes them within a second, or when it is started")
+        print(f"{count}; the gateway takes them within a second, or when it is started")
     else:
         when = f"{datetime.fromtimestamp(before / 1000, UTC):%Y-%m-%d %H:%M} UTC"
-        print(f"nothing new in it: {len(messages)} messages, which the gateway took on {when}; it takes them once more")
+        print(f"nothing new in it: {count}, which the gateway took on {when}; it takes them once more")
     return 0
 
 

@@ -722,7 +722,7 @@ def test_a_site_without_a_network_accepts_the_charter_by_file(
         down()
         p.until(lambda: p.status().get("outbox") == 1)
         assert not p.status()["mqtt"]["connected"]
-        assert "1 updates, 0 votes, the word on the charter\n" in export()
+        assert "1 update, 0 votes, the word on the charter\n" in export()
         word, update = topics.Accepted(PATH).topic, topics.Uplink(PATH, TASK, "update").topic
         assert [topic for topic, _ in stick.read(updates)] == [word, update]
         for known in ("", ", which changes nothing"):  # and nothing is counted twice
