@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from broker.config import FederationConfig, load_federation
-from broker.status import STATUS_FILE
+from broker.folder import check_state
+from broker.status import STATUS_FILE, is_running
+from models.commandline import Parser, counted
 from models.errors import LocalError, TundishError, UserError
 
 if TYPE_CHECKING:
@@ -110,8 +112,11 @@ def _module(module: str, verb: str) -> Command:
 
     def run(args: argparse.Namespace) -> int:
         config = load_federation(_config_path(args))
+        state = _state(args, config)
+        if not getattr(args, "new_key", None):  # which goes into no state
+            check_state(state, config, new=verb == "init")
         function: Callable[..., int] = getattr(importlib.import_module(f"broker.{module}"), verb)
-        return function(args, config, _state(args, config))
+        return function(args, config, state)
 
     return run
 
@@ -127,9 +132,11 @@ def run_command(args: argparse.Namespace) -> int:
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if args.verbose:
         logging.getLogger().setLevel(level)  # whoever called may have set logging up already
+    state = _state(args, config)
+    check_state(state, config, new=True)
     from broker.service import Service  # noqa: PLC0415 - the other commands need none of it
 
-    asyncio.run(_serve(Service(config, _state(args, config))))
+    asyncio.run(_serve(Service(config, state)))
     return 0
 
 
@@ -140,11 +147,11 @@ def status_command(args: argparse.Namespace) -> int:
     try:
         status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise LocalError(
-            f"no aggregator has run with its state in {folder}; start one with tundish broker run"
-        ) from error
-    age_s = max(0.0, time.time() - status["time_ms"] / 1000)
-    running = age_s < STALE_S
+        what = f"no aggregator has run with its state in {folder}; start one with tundish broker run"
+        if is_running(folder):
+            what = f"the aggregator of {folder} is starting; its log says what it waits for"
+        raise LocalError(what) from error
+    age_s, running = max(0.0, time.time() - status["time_ms"] / 1000), is_running(folder)
     if args.json:
         print(json.dumps({**status, "running": running, "age_s": round(age_s, 1)}))
     else:
@@ -159,7 +166,7 @@ def default_state(federation: str) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `python -m broker.cli`: the aggregator's commands alone, for hosts that are no gateway."""
-    parser = argparse.ArgumentParser(prog="tundish broker", description=__doc__)
+    parser: argparse.ArgumentParser = Parser(prog="tundish broker", description=__doc__)
     add_commands(parser.add_subparsers(required=True, metavar="COMMAND"))
     args = parser.parse_args(argv)
     command: Command = args.run
@@ -205,30 +212,43 @@ async def _serve(service: "Service") -> None:
 
 
 def _report(status: dict[str, Any], age_s: float, *, running: bool) -> list[str]:
-    mqtt = status["mqtt"]
-    head = f"{status['federation']}: {'running' if running else f'not running since {age_s:.0f} s'}"
-    lines = [f"{head}, {'connected' if status['connected'] else mqtt['error'] or 'not connected'}"]
+    link = "connected" if status["connected"] else status["mqtt"]["error"] or "not connected"
+    silent = f", BUT SILENT for {age_s:.0f} s" if age_s >= STALE_S else ""
+    how = f"running{silent}, {link}" if running else f"NOT RUNNING; what it said last, {age_s:.0f} s ago:"
+    lines = [f"{status['federation']}: {how}"]
     lines.append(f"  public key {status['public_key']}")
     if charter := status.get("charter"):
         lines.append(f"  charter {charter['title']!r} {charter['digest']}, accepted by {len(charter['accepted'])}")
         lines += [f"    NOT ACCEPTED by {path}" for path in charter["not_accepted"]]
     for name, task in status["tasks"].items():
-        lines.append(f"  {name}: round {task['round']} {task['state']}, model version {task['version']}")
-        if task["state"] == "open":
-            due = _clock(task["deadline_ms"])
-            lines.append(f"    counted {len(task['counted'])} of at least {task['min_gateways']}, deadline {due}")
-        if vote := task["vote"]:
-            lines.append(f"    votes on version {vote['version']}: {vote['for']} for, {vote['against']} against")
-        for path, gateway in task["gateways"].items():
-            word = "online" if gateway["online"] else "offline"
-            said = f", round {gateway['round']} {gateway['verdict']}" if gateway["verdict"] else ""
-            why = f" ({gateway['code']}: {_plain(gateway['reason'])})" if gateway["reason"] else ""
-            lines.append(f"    {path}: {word}{said}{why}")
+        lines += _of_task(name, task)
     for name, channels in status.get("released", {}).items():
         for channel, one in sorted(channels.items()):
             lines.append(f"  {name}: {channel} has release {one['release']}, version {one['version']}")
     lines += [f"  NOT ENROLLED {path}, key {key}" for path, key in status["not_enrolled"].items()]
+    for path, asks in status.get("revoked", {}).items():
+        which = "the key that was revoked" if asks["same_key"] else f"another key, {asks['key']}"
+        lines.append(f"  REVOKED {path} since {_clock(asks['since_ms'])}; it asks with {which}")
     lines += [f"  refused {count} ({reason})" for reason, count in sorted(status["refused"].items())]
+    return lines
+
+
+def _of_task(name: str, task: dict[str, Any]) -> list[str]:
+    lines = [f"  {name}: round {task['round']} {task['state']}, model version {task['version']}"]
+    if (rounds := task.get("rounds")) and (last := rounds["last_voted_down"]):
+        said = f"{counted(rounds['closed'], 'round')}, {rounds['voted_down']} voted down"
+        whom = f"version {last['version']}, by {last['against']} of {counted(last['votes'], 'gateway')}"
+        lines.append(f"    {said}; last: {whom}")
+    if task["state"] == "open":
+        due = _clock(task["deadline_ms"])
+        lines.append(f"    counted {len(task['counted'])} of at least {task['min_gateways']}, deadline {due}")
+    if vote := task["vote"]:
+        lines.append(f"    votes on version {vote['version']}: {vote['for']} for, {vote['against']} against")
+    for path, gateway in task["gateways"].items():
+        word = "online" if gateway["online"] else "offline"
+        said = f", round {gateway['round']} {gateway['verdict']}" if gateway["verdict"] else ""
+        why = f" ({gateway['code']}: {_plain(gateway['reason'])})" if gateway["reason"] else ""
+        lines.append(f"    {path}: {word}{said}{why}")
     return lines
 
 

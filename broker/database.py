@@ -4,12 +4,16 @@ import contextlib
 import fcntl
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from broker.schema import SCHEMA, SCHEMA_VERSION, UPGRADE
 from models.errors import LocalError
+
+LOCK_FILE = "lock"
+_TRIES, _PAUSE_S = 5, 0.02
 
 
 class Database:
@@ -31,14 +35,15 @@ class Database:
 
     def claim(self) -> None:
         """Be the one aggregator of this folder until closed; LocalError when there is another."""
-        path = self.path.with_name("lock")
+        path = self.path.with_name(LOCK_FILE)
         with blame_disk(path):
             self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                problem = "another aggregator runs with this state; stop it, or choose another --state"
-                raise LocalError(f"{path}: {problem}") from error
+            for _ in range(_TRIES):  # `tundish broker status` holds it for a moment, to see whether anybody does
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                time.sleep(_PAUSE_S)
+        raise LocalError(f"{path}: another aggregator runs with this state; stop it, or choose another --state")
 
     def close(self) -> None:
         """Close the file; the journal can't be used afterwards."""
@@ -86,6 +91,14 @@ class Database:
         with blame_disk(self.path):
             row: tuple[Any, ...] | None = self._db.execute(query, values).fetchone()
             return row
+
+
+def is_there(file: Path) -> bool:
+    """Whether a state folder has a file; LocalError where this user may not look."""
+    try:
+        return file.is_file()
+    except PermissionError as error:
+        raise LocalError(f"{file.parent}: {error.strerror}; run this as the user who owns that folder") from error
 
 
 def ledger_lines(folder: Path) -> list[str]:

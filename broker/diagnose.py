@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
-from broker.link import password_of, tls_context
-from broker.settings import Endpoint, MqttSettings, endpoint
+from broker.link import tls_context
+from broker.settings import Endpoint, MqttSettings, endpoint, password_of
 from models.errors import UserError
 
 _SHOWN = 5  # topics in one line

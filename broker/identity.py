@@ -11,6 +11,7 @@ from broker import admission
 from broker.acl import BRIDGE_FOLDER, bridge_conf, listener_of, mosquitto_conf
 from broker.acl import acl as access_list
 from broker.config import FederationConfig
+from broker.database import blame_disk
 from broker.enrolment import admission_of, admit, make_token, url_of
 from broker.est import VALID_S
 from broker.journal import Journal
@@ -18,6 +19,7 @@ from broker.messages import KEY_BYTES, Request
 from broker.pki import AGGREGATOR, BRIDGES, ENROLMENT, MOST_NAME, OPERATORS, Authority
 from broker.settings import MqttSettings
 from broker.topics import GatewayPath, segment
+from models.commandline import counted
 from models.errors import LocalError, PeerError, UserError
 
 _BROKERS_FILES = ("ca.pem", "broker.pem", "broker.key", "crl.pem")
@@ -31,7 +33,8 @@ def folder(state: Path) -> Path:
 
 def init(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     """Make the authority; say what comes next."""
-    made = Authority.create(folder(state.absolute()), config.name, args.host or ["localhost"])
+    with blame_disk(folder(state)):
+        made = Authority.create(folder(state.absolute()), config.name, args.host or ["localhost"])
     print(f"the authority of {config.name} is {made.folder / 'ca.pem'}; its key {made.folder / 'ca.key'} stays here")
     print("[mqtt] of federation.toml:")
     for key, name in (("ca", "ca.pem"), ("cert", f"{AGGREGATOR}.pem"), ("key", f"{AGGREGATOR}.key")):
@@ -48,8 +51,6 @@ def enrol(args: argparse.Namespace, config: FederationConfig, state: Path) -> in
         raise UserError("--end-connection", 0, "", "of one who may come back at once", remedy)
     if args.request is not None and args.out is None:
         raise UserError("--out", 0, "", "missing", "name the file that goes back to the gateway")
-    if not state.is_dir():
-        print(f"no aggregator has run with its state in {state}; is --state its own?", file=sys.stderr)
     with closing(Journal(state)) as journal:
         if args.revoke and config.join != "enrolled":
             remedy = 'write join = "enrolled" first, or its key is taken when it is next seen'
@@ -129,7 +130,8 @@ def acl(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
         (out / "mosquitto.conf").write_text(mosquitto_conf(out, port, len(gateways) + len(bridges)), encoding="utf-8")
     except OSError as error:
         raise UserError(str(out), 0, "", f"can't be written: {error.strerror}", "name another folder") from error
-    print(f"{out}: port {port}, {len(gateways)} gateways, {len(operators)} operators, {len(bridges)} bridges")
+    may = (gateways, "gateway"), (operators, "operator"), (bridges, "bridge")
+    print(f"{out}: port {port}, {', '.join(counted(len(those), name) for those, name in may)}")
     print(f"first time: include_dir {out} in mosquitto.conf; chown -R mosquitto {out}, so that Mosquitto may read it")
     print(
         "after a change: systemctl reload mosquitto; one who was revoked and is connected is deaf and mute from then on"
@@ -246,24 +248,28 @@ def _revoke(journal: Journal, path: str, state: Path, ends: MqttSettings | None)
     """
     key, certificates = journal.key_of(path), 0
     with journal.transaction():
-        journal.remove_from_roster(path)
+        had_token = journal.remove_from_roster(path)
         if key is not None:
             journal.note(time.time_ns() // 1_000_000, "revoked", {"path": path, "key": key.hex()})
     if key is not None:
         print(f"{path} takes part no more (state: {state})")
+    if had_token:
+        print(f"the token of {path} is no good any more")
     # Also where the roster has forgotten it: an earlier try may have ended between the two.
     if (folder(state) / "ca.key").exists():
         try:
             certificates = Authority(folder(state)).revoke(path)
         except LocalError as error:
-            print(error)
+            if key is not None:
+                print(error)
         else:
-            print(f"{certificates} certificates of it are revoked; tundish broker acl tells the MQTT broker")
+            print(f"{counted(certificates, 'certificate')} of it revoked; tundish broker acl tells the MQTT broker")
     if ends is not None:
         from broker.kick import end_connection  # noqa: PLC0415 - no other command connects
 
         end_connection(ends, Authority(folder(state)), path)
         print(f"{path} is connected no more; it comes back if the MQTT broker has not been reloaded after broker acl")
-    if key is None and not certificates:
-        raise LocalError(f"{path} is not in the roster, and has no certificate; a token of it is no good any more")
+    if key is None and not certificates and not had_token:
+        problem = f"{path} is not in the roster, and has no certificate and no token"
+        raise UserError("--path", 0, "", problem, "write the path as tundish broker status shows it")
     return 0

@@ -7,13 +7,14 @@ A refusal of bytes whose sender is not proven raises PeerError: a counter and a 
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from broker import topics
 from broker.charter import Acceptance
 from broker.config import FederationConfig
-from broker.journal import Journal
+from broker.journal import Journal, Revocation
 from broker.link import Inbound
 from broker.messages import Answer, Birth, Death, Message, Update, Vote, open_envelope, peek
 from broker.roster import MAX_GATEWAYS
@@ -133,7 +134,8 @@ class Intake:
         self._journal = journal
         self._wanted = wanted
         # Gateways that are not enrolled: path -> the key that they offer, for the operator to see.
-        self.strangers: dict[str, str] = {}
+        self._strangers: dict[str, bytes] = {}
+        self._revoked: tuple[tuple[int, int] | None, dict[str, Revocation]] = None, {}
 
     def read(self, inbound: Inbound, now_ms: int) -> Heard:
         """Verify and decode one message; PeerError when its sender is not proven or may not be here."""
@@ -158,6 +160,30 @@ class Intake:
         if not of_task and not isinstance(topic, topics.Accepted):
             raise PeerError("topic", f"{inbound.topic}: only updates, votes and acceptances come by file")
         return self.read(inbound, now_ms)
+
+    def asking(self) -> dict[str, dict[str, Any]]:
+        """Gateways that ask to take part and are not in the roster, for the operator: plain JSON values.
+
+        `not_enrolled` is path -> key; of a path that was taken out, `revoked` has the key, since when, and whether it
+        is the one that was taken out.
+        """
+        found: dict[str, dict[str, Any]] = {"not_enrolled": {}, "revoked": {}}
+        for path, key in self._strangers.items():
+            if self._journal.key_of(path) is not None:
+                continue
+            if was := self._revocation(path):
+                about = {"key": key.hex(), "since_ms": was.since_ms, "same_key": key == was.key}
+                found["revoked"][path] = about
+            else:
+                found["not_enrolled"][path] = key.hex()
+        return found
+
+    def _revocation(self, path: str) -> Revocation | None:
+        """How a path that is not in the roster was taken out; the ledger is read when the roster has changed."""
+        now = self._journal.roster_version()
+        if self._revoked[0] != now:
+            self._revoked = now, self._journal.revocations()
+        return self._revoked[1].get(path)
 
     def _status(self, path: topics.GatewayPath, inbound: Inbound, now_ms: int) -> Heard:
         self._check_root(path)
@@ -194,8 +220,11 @@ class Intake:
                 peek(inbound.payload, Death)  # of one who was taken out, or never in
                 raise PeerError("unknown-gateway", f"{path}, which is not in the roster, went away") from None
             open_envelope(inbound.payload, inbound.topic, key, Birth)
-            if len(self.strangers) < MAX_STRANGERS:
-                self.strangers[path] = key.hex()
+            if len(self._strangers) < MAX_STRANGERS or path in self._strangers:
+                self._strangers[path] = key
+            if was := self._revocation(path):
+                which = "the key that it had" if key == was.key else "another key"
+                raise PeerError("revoked", f"{path} was revoked, and asks again with {which}, {key.hex()}")
             raise PeerError(
                 "unknown-gateway", f"{path} is not in the roster; enrol it: --path {path} --key {key.hex()}"
             )

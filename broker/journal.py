@@ -5,6 +5,7 @@ for. The folder is 0700 and the file 0600, because the aggregator's private key 
 1970 UTC; digests are SHA-256.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -67,6 +68,13 @@ class BallotRow(NamedTuple):
     kept: int | None = None
 
 
+class Revocation(NamedTuple):
+    """When a gateway was taken out, and the raw key (32 bytes) that it had."""
+
+    since_ms: int
+    key: bytes
+
+
 class Totals(NamedTuple):
     """What a round counted; `age` is how many rounds late its updates were, the mean by samples."""
 
@@ -94,6 +102,10 @@ class Journal(Registry):
         """What is stored of a task, None for a new one."""
         row = self._one("SELECT text, layout, graph, graph_size, graph_digest FROM tasks WHERE task = ?", task)
         return TaskRow(*row) if row else None
+
+    def has_tasks(self) -> bool:
+        """Whether an aggregator has begun with this journal."""
+        return self._one("SELECT 1 FROM tasks") is not None
 
     def put_task(self, task: str, row: TaskRow) -> None:
         """Store a task, or its changed text; the strategy's state stays."""
@@ -278,6 +290,17 @@ class Journal(Registry):
         rows = self._rows("SELECT path, against FROM votes WHERE task = ? AND version = ?", task, version)
         return {path: bool(against) for path, against in rows}
 
+    def tally(self, task: str) -> dict[str, Any]:
+        """How many rounds were closed and how many of their models voted down, the last of them by whom; plain JSON."""
+        closed = self._one("SELECT count(*) FROM rounds WHERE task = ? AND state = 'closed'", task)
+        down = self._one("SELECT count(*), max(version) FROM ballots WHERE task = ? AND kept = 0", task)
+        count, version = down or (0, None)
+        last = None
+        if version is not None:
+            votes = self.votes(task, version)
+            last = {"version": version, "against": sum(votes.values()), "votes": len(votes)}
+        return {"closed": closed[0] if closed else 0, "voted_down": count, "last_voted_down": last}
+
     # Releases.
 
     def metadata(self) -> dict[str, bytes]:
@@ -324,6 +347,16 @@ class Journal(Registry):
         last = self._one("SELECT seq, hash FROM ledger ORDER BY seq DESC LIMIT 1")
         if last:
             self.note(now_ms, ledger.CHECKPOINT, ledger.checkpoint(last[1], last[0] + 1, signer))
+
+    def revocations(self) -> dict[str, Revocation]:
+        """Path -> the newest revocation of each gateway that ever was revoked, whatever came after it."""
+        rows = self._rows("""SELECT line FROM ledger WHERE line LIKE '%"kind":"revoked"%' ORDER BY seq""")
+        entries = (json.loads(line) for (line,) in rows)
+        return {
+            one["body"]["path"]: Revocation(one["time_ms"], bytes.fromhex(one["body"]["key"]))
+            for one in entries
+            if one["kind"] == "revoked"
+        }
 
     def ledger_lines(self) -> Iterator[str]:
         """Every entry from the first, without newlines: what `ledger.verify` takes."""

@@ -18,7 +18,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import paho.mqtt.client as paho
@@ -28,7 +27,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from broker.messages import MAX_PAYLOAD
-from broker.settings import MqttSettings, check_mqtt, endpoint
+from broker.settings import MqttSettings, check_mqtt, endpoint, password_of
 from models.errors import UserError
 
 __all__ = ["Inbound", "Link", "MqttSettings", "check_mqtt"]
@@ -95,8 +94,8 @@ class Link:
         self._sent: dict[int, tuple[str, int]] = {}
         self._lock = threading.Lock()
         self._held = 0  # inbound bytes not yet given back; guarded by the lock, because both threads change it
-        self._lost = False
-        self._stopped = False
+        self._lost = self._stopped = False
+        self._answered = False  # whether the broker said why this try failed
         self._connection = 0
         self._max_packet: int | None = None
         self._silence: asyncio.TimerHandle | None = None
@@ -281,6 +280,7 @@ class Link:
     # The loop.
 
     def _listen(self) -> None:
+        self._answered = False
         self._hush()
         if self._five and self._settings.version == "auto":
             self._silence = self._loop.call_later(SILENCE_S, self._fall_back, "no answer to an MQTT 5 CONNECT")
@@ -303,6 +303,7 @@ class Link:
         self._on_up()
 
     def _refused(self, code: int, text: str) -> None:
+        self._answered = True
         if code == _WRONG_VERSION and self._settings.version == "auto" and self._five:
             self._fall_back(text)
         else:
@@ -321,6 +322,10 @@ class Link:
             self._on_down(self.error)
         elif self._five and self._settings.version == "auto" and self._silence:
             self._fall_back(f"closed on an MQTT 5 CONNECT: {reason}")
+        elif not self._answered:
+            # TLS 1.3 lets a client believe that it is there, until it reads the broker's alert.
+            remedy = "its log says why; with TLS, check that cert is the one that it wants, not expired or revoked"
+            self._fault("the broker ends the connection", remedy)
         self._hush()
 
     def _fall_back(self, why: str) -> None:
@@ -376,16 +381,6 @@ class Link:
             self.refused[topic] = refusal
             self.counters["publish-refused"] += 1
             self._fault(f"a message was refused ({refusal})", "allow it in the broker's ACL")
-
-
-def password_of(path: str | None) -> str | None:
-    """Read a password file; UserError if that can't be done."""
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(path, 0, "password_file", f"can't be read: {error}", "write the password in it") from error
 
 
 def tls_context(s: MqttSettings) -> ssl.SSLContext:

@@ -72,10 +72,11 @@ class Registry(Database):
         """(path, raw Ed25519 key, raw X25519 key or None where no birth named one) of each gateway of the roster."""
         yield from self._rows("SELECT path, public_key, agreement_key FROM roster")
 
-    def remove_from_roster(self, path: str) -> None:
-        """Forget a gateway's key and its token: from now on it is a stranger."""
+    def remove_from_roster(self, path: str) -> bool:
+        """Forget a gateway's key and its token: from now on it is a stranger. Whether it had a token to use."""
         self._edits += self._do("DELETE FROM roster WHERE path = ?", path)
-        self._do("DELETE FROM tokens WHERE path = ?", path)
+        self._do("DELETE FROM tokens WHERE path = ? AND used = 1", path)
+        return self._do("DELETE FROM tokens WHERE path = ?", path) > 0
 
     def add_token(self, digest: bytes, path: str, expires_ms: int) -> None:
         """Let the one who knows what has this digest enrol as a path, once; an earlier one of that path is no good."""

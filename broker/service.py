@@ -12,12 +12,13 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from broker import ballot, federation, intake, stick, topics
 from broker import round as rounds
+from broker.alone import check_alone
 from broker.charters import Charters
 from broker.closing import close_round, end_vote
 from broker.config import FederationConfig
@@ -83,6 +84,9 @@ class Service:
         self._journal = Journal(self._state)
         try:
             self._journal.claim()
+            first, own = not self._journal.has_tasks(), self._journal.signer().public_key
+            if first and not await check_alone(self._config, self._state, own, lambda: self._stopping):
+                return
             for file in self._config.tasks:
                 await ensure_model(self._journal, file, self._clock())
                 self._jobs[file.task.name] = load_job(self._journal, file)
@@ -151,10 +155,8 @@ class Service:
             if self._inbox or self._file:
                 await asyncio.sleep(0)
                 continue
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), TICK_S)
-            except TimeoutError:
-                continue
 
     def _on_message(self, inbound: Inbound) -> None:
         self._inbox.append(inbound)
@@ -374,16 +376,12 @@ class Service:
         retained = self._releasing.retained(job.task.name) if self._releasing else set[tuple[int, str]]()
         put_model(self._downlink, self._journal, job, new=new, retained=retained)
 
-    def _strangers(self) -> dict[str, str]:
-        """Gateways that ask to take part and are not in the roster: path -> key."""
-        return {path: key for path, key in self._intake.strangers.items() if self._journal.key_of(path) is None}
-
     def status(self) -> dict[str, Any]:
         """What `tundish broker status` shows: plain JSON values; times in milliseconds since 1970 UTC."""
         return {
             "federation": self._config.name,
             "public_key": self._public_key,
-            "not_enrolled": self._strangers(),
+            **self._intake.asking(),
             "time_ms": self._clock(),
             "pid": os.getpid(),
             "connected": self._link.connected,
@@ -391,6 +389,6 @@ class Service:
             "refused": dict(self._refusals),
             "outcomes": dict(self._outcomes),
             "charter": self._charters.status(),
-            "tasks": {name: job.status() for name, job in self._jobs.items()},
+            "tasks": {n: job.status() | {"rounds": self._journal.tally(n)} for n, job in self._jobs.items()},
             "released": {name: self._releasing.status(name) for name in self._jobs} if self._releasing else {},
         }

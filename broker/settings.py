@@ -92,10 +92,29 @@ def check_mqtt(file: Place, settings: MqttSettings) -> MqttSettings:
         if name is None:
             continue
         path = Path(file.name).absolute().parent / name
-        if not path.is_file():
-            raise file.error(["mqtt", key], f"no file {path}", "check the path, which is relative to this file")
+        _check_there(file, key, path)
         found[key] = str(path)
     return msgspec.structs.replace(settings, **found)
+
+
+def _check_there(file: Place, key: str, path: Path) -> None:
+    try:
+        there = path.is_file()
+    except PermissionError:
+        remedy = "let the user who runs this read it, or run this as its owner"
+        raise file.error(["mqtt", key], f"{path}: Permission denied", remedy) from None
+    if not there:
+        raise file.error(["mqtt", key], f"no file {path}", "check the path, which is relative to this file")
+
+
+def password_of(path: str | None) -> str | None:
+    """Read a password file; UserError if that can't be done."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(path, 0, "password_file", f"can't be read: {error}", "write the password in it") from error
 
 
 def _is_loopback(host: str) -> bool:

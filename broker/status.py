@@ -1,5 +1,6 @@
 """What the aggregator last said of itself, in a file of its state folder."""
 
+import fcntl
 import json
 import logging
 import os
@@ -7,9 +8,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from broker.database import LOCK_FILE
+
 log = logging.getLogger(__name__)
 
 STATUS_FILE = "status.json"
+
+
+def is_running(state: Path) -> bool:
+    """Whether an aggregator holds this folder now: its lock goes with its process, however that ends."""
+    try:
+        with (state / LOCK_FILE).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # there is none, or it is not ours to read
+    return False
 
 
 def write_status(state: Path, status: Mapping[str, Any]) -> None:

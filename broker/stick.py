@@ -8,6 +8,7 @@ Whoever runs takes it from a folder of the state, where `import` puts it whole; 
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 import struct
@@ -43,12 +44,8 @@ def is_stick(path: Path) -> bool:
 
 def write(path: Path, messages: Iterable[tuple[str, bytes]]) -> int:
     """Write a file whole, and return how many messages are in it; UserError."""
-    parts, count = [MAGIC], 0
-    for topic, payload in messages:
-        name = topic.encode()
-        parts += [_TOPIC.pack(len(name)), name, _PAYLOAD.pack(len(payload)), payload]
-        count += 1
-    data, remedy = b"".join(parts), "have fewer tasks in a federation"
+    messages = list(messages)
+    data, count, remedy = b"".join(_parts(messages)), len(messages), "have fewer tasks in a federation"
     if len(data) > MOST_BYTES:
         raise UserError(str(path), 0, "", f"{len(data)} bytes, at most {MOST_BYTES}", remedy)
     if count > MOST_MESSAGES:
@@ -58,6 +55,21 @@ def write(path: Path, messages: Iterable[tuple[str, bytes]]) -> int:
     except OSError as error:
         raise UserError(str(path), 0, "", f"can't be written: {error.strerror}", "name another file") from error
     return count
+
+
+def digest(messages: Iterable[tuple[str, bytes]]) -> str:
+    """SHA-256 (hex) of the file that holds these messages."""
+    made = hashlib.sha256()
+    for part in _parts(messages):
+        made.update(part)
+    return made.hexdigest()
+
+
+def _parts(messages: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
+    yield MAGIC
+    for topic, payload in messages:
+        name = topic.encode()
+        yield from (_TOPIC.pack(len(name)), name, _PAYLOAD.pack(len(payload)), payload)
 
 
 def put(path: Path, data: bytes) -> None:

@@ -16,16 +16,22 @@ from broker.link import Inbound
 from broker.publish import put_model, put_plan
 from broker.releasing import Releasing
 from broker.roster import Rosters
+from broker.topics import FL
+from models.commandline import counted
 from models.errors import LocalError, PeerError, UserError
 
 
 def import_file(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     """Leave a gateway's messages to the aggregator, and say what it will make of each; 1 if none can be used."""
+    messages = stick.read(args.file)
+    if any(topic.startswith(f"{FL}/") for topic, _ in messages):
+        problem = "holds what a federation says to its gateways, which take it by tundish edge import"
+        raise UserError(str(args.file), 0, "", problem, "give what tundish edge export --updates wrote")
     with closing(Journal(state)) as journal:
         wanted = {name: job.wanted for name, job in _jobs(journal, config).items()}
         charters = Charters(config.charter, journal, 0)
         reader, used, answered = intake.Intake(config, journal, wanted, charters.covers), 0, False
-        for topic, payload in stick.read(args.file):
+        for topic, payload in messages:
             try:
                 heard = reader.read_filed(Inbound(topic, payload, retain=False, qos=1, mid=0), 0)
             except PeerError as error:
@@ -77,7 +83,8 @@ def export_file(args: argparse.Namespace, config: FederationConfig, state: Path)
         messages = retained + journal.receipts(str(path))
     count = stick.write(args.file, messages)
     print(f"{args.file} is for the gateway of {path}: tundish edge import {args.file.name} -c gateway.toml")
-    print(f"{count} messages, {sum(len(payload) for _, payload in messages)} bytes, {time.strftime('%Y-%m-%d %H:%M')}")
+    size = sum(len(payload) for _, payload in messages)
+    print(f"{counted(count, 'message')}, {size} bytes, {time.strftime('%Y-%m-%d %H:%M')}")
     return 0
 
 

@@ -84,7 +84,7 @@ class Agent:
             with_own_tls(config.mqtt, folder), client_id=client, will=(self.status, will),
             on_message=self._message, on_up=self._up, on_down=self._down,
         )  # fmt: skip
-        self.stick = Stick(folder, self.link.subscribe, self._message)
+        self.stick = Stick(folder, self.state, self.link.subscribe, self._message)
         self.shop = Shop(
             config, folder, self.state, self.samples, signer,
             self.link.publish, self.stick.subscribe, self.link.unsubscribe,

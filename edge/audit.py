@@ -1,4 +1,4 @@
-"""`tundish audit`: whether a ledger holds, and for a legal team what left a site."""
+"""`tundish audit`: whether a ledger holds, its file for an auditor, and for a legal team what left a site."""
 
 import argparse
 import csv
@@ -10,8 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from broker import database, ledger
+from broker import database, ledger, stick
 from edge import store
+from models.commandline import counted
 from models.errors import UserError
 
 MOST_LINE = 1 << 20  # characters of an entry in a file
@@ -70,13 +71,27 @@ def verify(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(head._asdict()))
         return 0
-    print(f"{args.place}: ok, {head.entries} entries, {_time(head.first_ms)} to {_time(head.last_ms)}")
+    entries = counted(head.entries, "entry", "entries")
+    print(f"{args.place}: ok, {entries}, {_time(head.first_ms)} to {_time(head.last_ms)}")
     print(f"  head   {head.hash}")
     if head.signed:
         print(f"  signed by {head.key} up to entry {head.signed}")
     else:
         print("  not signed: whoever has the file may have written it")
     print("  keep the head: with --head, a later check proves that nothing before it was taken away or changed")
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write a ledger as it is to a file, whose head an auditor can be told by another way; then check it."""
+    lines = lines_of(args.place)
+    try:
+        stick.put(args.out, "".join(f"{line}\n" for line in lines).encode())
+    except OSError as error:
+        raise UserError("--out", 0, "", f"{args.out}: {error.strerror}", "name a file that can be written") from None
+    head = ledger.verify(lines)
+    print(f"{args.out}: {counted(head.entries, 'entry', 'entries')}, head {head.hash}")
+    print(f"whoever has it runs: tundish audit verify {args.out.name} --head {head.hash}")
     return 0
 
 
@@ -112,10 +127,13 @@ def _hex(option: str, text: str) -> str:
 
 def lines_of(place: Path) -> list[str]:
     """A ledger's lines, from a state folder or an exported file; UserError if there is none."""
-    if (place / "state.db").is_file():
+    if database.is_there(place / "state.db"):
         return store.ledger_lines(place)
-    if (place / "journal.db").is_file():
+    if database.is_there(place / "journal.db"):
         return database.ledger_lines(place)
+    if place.is_dir():
+        problem = "neither a gateway nor an aggregator has its state there"
+        raise UserError(str(place), 0, "", problem, "name the --state of tundish edge run or tundish broker run")
     remedy = "name the state folder of a gateway or an aggregator, or an exported ledger"
     try:
         with place.open(encoding="utf-8") as file:
@@ -201,7 +219,7 @@ def _page(path: str, head: ledger.Head, entries: list[dict[str, Any]], found: li
     charters = dict.fromkeys(one.charter for one in found if one.what == "acceptance")
     facts = [
         ("Gateway", path),
-        ("Written", f"{_time(head.first_ms)} to {_time(head.last_ms)}, {head.entries} entries"),
+        ("Written", f"{_time(head.first_ms)} to {_time(head.last_ms)}, {counted(head.entries, 'entry', 'entries')}"),
         ("Head", head.hash),
         ("Signed", f"by {head.key} up to entry {head.signed}" if head.signed else "not signed"),
         ("Federation", ", ".join(f"{one.get('federation')} (key {one.get('key')})" for one in trusted) or "none yet"),

@@ -21,6 +21,7 @@ from edge.drivers._opcua_nodes import parse_node
 from edge.drivers._opcua_security import OPTIONS, Security
 from edge.tags import Source
 from edge.tagscsv import COLUMNS, MAX_TAGS
+from models.commandline import counted
 from models.errors import LocalError, UserError
 
 _TIMEOUT_S = 10.0
@@ -46,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
     else:
         _show(tree, args.filter)
         if args.write and tags:
-            print(f"{len(tags)} tags written to {args.write}")
+            print(f"{counted(len(tags), 'tag')} written to {args.write}")
     return 0 if tree.complete else 1
 
 

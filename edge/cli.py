@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from models.commandline import Parser, counted
 from models.errors import PeerError, TundishError, UserError
 
 _SIGPIPE = 128 + 13
@@ -22,7 +23,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
     The aggregator's verbs are mounted only for it, so that a gateway loads none of its code and the other way round.
     """
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = Parser(
         prog="tundish",
         description="Federated learning on factory gateways: OPC UA, Modbus in; scores out; weight deltas over MQTT.",
         epilog="start here: tundish demo",
@@ -107,10 +108,17 @@ def _add_audit(commands: Any) -> None:
         epilog="example: tundish audit report /var/lib/tundish --out what-left",
     )
     report.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for report.html and the CSV")
-    for name, verb in (("verify", verify), ("report", report)):
+    export = verbs.add_parser(
+        "export",
+        help="write a ledger into one file, by which an auditor checks it without this machine",
+        epilog="example: tundish audit export /var/lib/tundish --out cell2-ledger.jsonl",
+    )
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
+    for name, verb in (("verify", verify), ("report", report), ("export", export)):
         verb.add_argument("place", type=Path, metavar="PLACE", help="state folder, or an exported ledger")
-        verb.add_argument("--key", default="", metavar="HEX", help="public key that must have signed it")
         verb.set_defaults(run=_audit(name))
+    for verb in (verify, report):
+        verb.add_argument("--key", default="", metavar="HEX", help="public key that must have signed it")
 
 
 def _audit(verb: str) -> Callable[[argparse.Namespace], int]:
@@ -325,7 +333,8 @@ def _check(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found))
     else:
-        print(f"{config.file}: ok ({found['sources']} sources, {found['tags']} tags, tasks: {', '.join(config.tasks)})")
+        sources, tags = counted(len(config.sources), "source"), counted(len(config.tags), "tag")
+        print(f"{config.file}: ok ({sources}, {tags}, tasks: {', '.join(config.tasks)})")
         print("".join(f"  {note}\n" for note in notes), end="")
     return 0
 

@@ -22,7 +22,9 @@ from broker.settings import MqttSettings, endpoint
 from broker.topics import Accepted, Uplink, segment
 from edge.charter import SAID
 from edge.config import Config
+from edge.stick_command import entries_of, import_messages
 from edge.store import State
+from models.commandline import counted
 from models.errors import PeerError, UserError
 
 log = logging.getLogger(__name__)
@@ -121,6 +123,7 @@ def export(args: argparse.Namespace, config: Config, folder: Path) -> int:
 
 def export_updates(args: argparse.Namespace, config: Config, folder: Path) -> int:
     """Write the word on the charter, the updates that have no receipt yet and the last votes, as MQTT has them."""
+    entries_of(folder, config, "write the --state that tundish edge run has")
     with closing(State(folder)) as state:
         signer = own_signer(state)
         waiting = [out for out in state.outbox() if out.task in config.tasks]
@@ -138,27 +141,27 @@ def export_updates(args: argparse.Namespace, config: Config, folder: Path) -> in
         with state.transaction():
             state.record("exported", {"updates": digests, "messages": len(messages)})
     votes, said = len(messages) - len(digests) - bool(word), ", the word on the charter" if word else ""
-    print(f"{args.updates} is for the operator: {len(digests)} updates, {votes} votes{said}")
+    print(f"{args.updates} is for the operator: {counted(len(digests), 'update')}, {counted(votes, 'vote')}{said}")
     print(f"he runs: tundish broker import -c federation.toml {args.updates.name}")
     return 0
 
 
 def import_any(args: argparse.Namespace, config: Config, folder: Path) -> int:
     """Take up what came: the operator's answer, or what the federation says to a gateway without a network."""
-    path = Path(args.file)
-    if is_token(args.file) or not stick.is_stick(path):
-        return import_admission(args, config, folder)
-    messages = stick.leave(folder, path)
-    print(f"{len(messages)} messages; the gateway takes them within a second, or when it is started")
-    return 0
+    if not is_token(args.file) and stick.is_stick(Path(args.file)):
+        return import_messages(Path(args.file), config, folder)
+    return import_admission(args, config, folder)
 
 
 def import_admission(args: argparse.Namespace, config: Config, folder: Path) -> int:
     """Take up the operator's answer, from a file or for a token: certificate, its authority, the federation's key."""
+    answer = None if is_token(args.file) else _admission_for(Path(args.file), config, folder)
     with closing(State(folder)) as state:
         state.claim()  # a running gateway would go on with the old ones
-        place, answer, url = _answer_of(args.file, config, folder, state)
-        _check_answer(place, answer, config)
+        place, url = args.file, ""
+        if answer is None:
+            place, answer, url = _ask(args.file, config, folder, state)
+            _check_answer(place, answer, config)
         took = take_up(place, answer, url, folder)
         with state.transaction():
             state.pin(answer.federation, answer.public_key, "imported")
@@ -167,10 +170,16 @@ def import_admission(args: argparse.Namespace, config: Config, folder: Path) -> 
     return 0
 
 
-def _answer_of(text: str, config: Config, folder: Path, state: State) -> tuple[str, Admission, str]:
-    """Read a file, or ask the listener that a token names: what to call it, the answer, where it is renewed."""
-    if not is_token(text):
-        return text, admission.read(Path(text), Admission), ""
+def _admission_for(path: Path, config: Config, folder: Path) -> Admission:
+    """Read the operator's answer; UserError unless it is for this gateway, whose state is there."""
+    answer = admission.read(path, Admission)
+    _check_answer(str(path), answer, config)
+    entries_of(folder, config, "write the --state that tundish edge export --request had")
+    return answer
+
+
+def _ask(text: str, config: Config, folder: Path, state: State) -> tuple[str, Admission, str]:
+    """Ask the listener that a token names: what to call it, the answer, where it is renewed."""
     from edge.enrol import by_token  # noqa: PLC0415 - X.509 is for enrolment alone
 
     token, signer = Token.parse(text), own_signer(state)
@@ -214,7 +223,8 @@ def take_up(place: str, answer: Admission, url: str, folder: Path) -> Issued:
         certificate.verify_directly_issued_by(authority)
         ours = load_pem_private_key(key.read_bytes(), None).public_key()
     except OSError:
-        raise UserError(place, 0, "", "this gateway made no request", "run tundish edge export first") from None
+        remedy = "run tundish edge export --request there, or write the --state that it had"
+        raise UserError("--state", 0, "", f"no request was made with {folder}", remedy) from None
     except (ValueError, TypeError, x509.InvalidVersion, InvalidSignature) as error:
         raise UserError(place, 0, "", f"its certificate can't be used: {error}", again) from error
     if certificate.public_key() != ours:

@@ -49,6 +49,23 @@ class Installer:
         """Whether pieces of the released model are still missing."""
         return self._fetch is not None
 
+    @property
+    def status(self) -> dict[str, object]:
+        """Number of the release that scores here, and where there are releases, what is known of it; plain JSON types.
+
+        The channel is said by metadata, and empty from a start until that has come.
+        """
+        releases, wanted = self._shop.releases, self._wanted
+        if not releases.in_force:
+            return {"release": self.number, "released": None}
+        same = wanted is not None and (wanted.release, wanted.key) == (self.number, self.key)
+        about = {
+            "channel": wanted.channel if wanted and same else "",
+            "version": self.model.manifest.version if self.model else None,
+            "problem": releases.problem,
+        }
+        return {"release": self.number, "released": about}
+
     def on_release(self, release: Released, held: Model | None) -> None:
         """Take what verified metadata says this task is to score with; `held` is a model that is here already."""
         if release != self._wanted:

@@ -390,7 +390,7 @@ class Runner:
             "scoring_model": live.scorer.version if live and live.scorer else None,
             "scoring_kind": live.scorer.kind if live and live.scorer else None,
             "last_model": self.scoring.kept,
-            "release": self.installer.number,
+            **self.installer.status,
             "training_waits_for": self.participant.may_train.unless,
             "drift": self.scoring.drift.last,
             "problem": self.problem or self.installer.problem,

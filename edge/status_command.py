@@ -6,7 +6,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from broker.topics import GatewayPath, Status
 from edge.status import is_alive, read_status
+from models.commandline import counted
 from models.errors import LocalError
 
 _SHOWN = 10
@@ -40,7 +42,8 @@ def _print_status(status: dict[str, Any], *, alive: bool, tags: bool) -> None:
     _print_certificate(status.get("certificate"))
     _print_charter(status.get("charter"))
     if roster := status.get("roster"):
-        print(f"  roster   {roster['gateways']} gateways of {roster['enterprises']} enterprises")
+        gateways, enterprises = counted(roster["gateways"], "gateway"), counted(roster["enterprises"], "enterprise")
+        print(f"  roster   {gateways} of {enterprises}")
     _print_stranger(status)
     for name, health in status["sources"].items():
         _print_source(name, health)
@@ -65,6 +68,7 @@ def _print_task(name: str, task: dict[str, Any], *, connected: bool) -> None:
         print(f"           no window could be used: {why}; the gate must hold in all of a window")
     if task.get("alarms"):
         print(f"           alarms: {task['alarm_events']} since the start, {task['alarms']} windows in all")
+    _print_release(task)
     if task["problem"]:
         print(f"           PROBLEM {task['problem']}")
     elif task["model"] is None and connected:
@@ -72,6 +76,18 @@ def _print_task(name: str, task: dict[str, Any], *, connected: bool) -> None:
     if task["state"] == "waiting" and task.get("training_waits_for"):
         print(f"           training may start when {task['training_waits_for']}")
     _print_drift(task)
+
+
+def _print_release(task: dict[str, Any]) -> None:
+    """Say which release scores here, of a federation that releases, and what is wrong with the metadata."""
+    about = task.get("released")
+    if about is None:
+        return
+    of = f" of {about['channel']}" if about["channel"] else ""
+    which = f"release {task['release']}{of}, version {about['version']}" if task["release"] else "no release yet"
+    print(f"           {which}")
+    if about["problem"]:
+        print(f"           METADATA {about['problem']}")
 
 
 def _print_drift(task: dict[str, Any]) -> None:
@@ -113,15 +129,14 @@ def _print_charter(charter: dict[str, Any] | None) -> None:
 
 
 def _print_stranger(status: dict[str, Any]) -> None:
-    """Say that the broker or the aggregator may not know this gateway.
-
-    The aggregator: by its roster, or since no update was ever answered or asked.
+    """Say that the broker, or the aggregator (by its roster, or its silence), may not know this gateway.
 
     The roster has no paths: one who is in it may be known by another.
     """
     if not status["mqtt"]["connected"]:
         return
-    if refused := status["mqtt"].get("refused", {}).get(f"{status['path']}/_fl/status"):
+    own = Status(GatewayPath.parse(status["path"])).topic
+    if refused := status["mqtt"].get("refused", {}).get(own):
         why = "it was not told of this gateway (tundish broker acl, and a reload), or this gateway was taken out"
         print(f"  REFUSED  the broker lets this gateway say nothing ({refused}): {why}; tried again every minute")
         return

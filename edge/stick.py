@@ -8,7 +8,8 @@ from pathlib import Path
 from broker import stick
 from broker.link import Inbound
 from broker.topics import Chunk, parse
-from models.errors import PeerError
+from edge.store import State
+from models.errors import LocalError, PeerError
 
 log = logging.getLogger(__name__)
 
@@ -18,10 +19,12 @@ _AT_ONCE = 64
 class Stick:
     """In the event loop. A model's pieces wait for whoever fetches them, as a broker's retained messages do."""
 
-    def __init__(self, state: Path, subscribe: Callable[..., object], deliver: Callable[[Inbound], None]) -> None:
-        self._inbox, self._subscribe, self._deliver = stick.Inbox(state), subscribe, deliver
+    def __init__(
+        self, folder: Path, state: State, subscribe: Callable[..., object], deliver: Callable[[Inbound], None]
+    ) -> None:
+        self._inbox, self._state, self._subscribe, self._deliver = stick.Inbox(folder), state, subscribe, deliver
         self._pieces: dict[str, bytes] = {}
-        self._taken: list[Path] = []
+        self._taken: dict[Path, stick.Messages] = {}
 
     def subscribe(self, *topics: str) -> None:
         """Ask the broker for topics, and deliver what is here of them."""
@@ -37,14 +40,15 @@ class Stick:
         """
         if not busy:
             self._pieces.clear()
-            for path in self._taken:
+            for path, taken in self._taken.items():
+                await self._note(taken)
                 await asyncio.to_thread(self._inbox.delete, path)
             self._taken.clear()
         found = await asyncio.to_thread(self._inbox.next)
         if found is None:
             return
         path, messages = found
-        self._taken.append(path)
+        self._taken[path] = messages
         self._pieces |= {topic: payload for topic, payload in messages if _is_piece(topic)}
         for i, (topic, payload) in enumerate(messages):
             if topic not in self._pieces:
@@ -52,6 +56,15 @@ class Stick:
             if i % _AT_ONCE == _AT_ONCE - 1:
                 await asyncio.sleep(0)  # a score doesn't wait for a file
         log.info("%s: %d messages taken", path, len(messages))
+
+    async def _note(self, messages: stick.Messages) -> None:
+        """Let the ledger say that a file was taken, by which `tundish edge import` knows one that comes again."""
+        digest = await asyncio.to_thread(stick.digest, messages)
+        body: dict[str, object] = {"sha256": digest, "messages": len(messages)}
+        try:
+            await self._state.commit(lambda: self._state.record("imported", body))
+        except LocalError as error:
+            log.error("that a file was taken can't be stored: %s", error)
 
     def _hand(self, topic: str, payload: bytes) -> None:
         self._deliver(Inbound(topic, payload, retain=True, qos=1, mid=0))

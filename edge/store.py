@@ -96,8 +96,12 @@ class State:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = (folder / "lock").open("w")
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = (folder / "lock").open("w")
+        except OSError as error:
+            remedy = "name a --state that this user may write, or mend its owner"
+            raise LocalError(f"{folder} can't be written: {error.strerror}; {remedy}") from error
         path = folder / "state.db"
         try:
             self._db = open_database(path, _STATE_SCHEMA, SCHEMA, "FULL")

@@ -494,7 +494,7 @@ def test_gateways_score_with_what_is_released(tmp_path: Path, capsys: pytest.Cap
         p.until(lambda: p.task().get("model") in {1, 2})
         p.until(lambda: p.aggregator().get("state") == "done" and p.task().get("model") == 2)
         # Until the first release, each model is tried as it comes.
-        assert p.task()["release"] == 0
+        assert (p.task()["release"], p.task()["released"]) == (0, None)
         assert p.task()["scoring_model"] is not None
         assert main(["broker", "release", *command, "--to", "canary"]) == 2  # the first one needs the operators' keys
         assert "--key: too few: root is signed by 1 keys" in capsys.readouterr().err
@@ -512,6 +512,10 @@ def test_gateways_score_with_what_is_released(tmp_path: Path, capsys: pytest.Cap
             assert main(["broker", verb, *command, *options]) == 0
             assert f"release {number} of {TASK}: version {version} for" in capsys.readouterr().out
             p.until(partial(installed, number))
+            said = ("stable", "canary")["canary" in options]
+            assert p.task()["released"] == {"channel": said, "version": version, "problem": ""}
+            assert main(["edge", "status", "--state", str(p.stage.gateway_state(0))]) == 0
+            assert f" release {number} of {said}, version {version}\n" in capsys.readouterr().out
             assert p.task()["model"] == 2  # training goes on from the newest
             if version == 1:
                 assert (p.task()["scoring_model"], p.task()["scoring_kind"]) == (1, "global")

@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -121,6 +125,62 @@ def test_what_was_touched_is_found(
     assert says in err
     assert main(["audit", "report", str(file), "--out", str(tmp_path / "out")]) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("whose", ["gateway's", "aggregator's"])
+def test_an_exported_ledger_is_checked_without_its_machine(
+    gateway: Path, tmp_path: Path, whose: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, file = gateway, tmp_path / "ledger.jsonl"
+    if whose == "aggregator's":
+        place = tmp_path / "office"
+        with closing(Journal(place)) as journal, journal.transaction():
+            for number in range(12):
+                journal.note(number, "task", {"task": "wear"})
+    assert main(["audit", "export", str(place), "--out", str(file)]) == 0
+    first, last = said(capsys).splitlines()
+    head = first.removeprefix(f"{file}: 12 entries, head ")
+    assert last == f"whoever has it runs: tundish audit verify ledger.jsonl --head {head}"
+    found = file.read_text().splitlines()
+    assert ledger.verify(found).hash == head
+    assert main(["audit", "verify", str(file), "--head", head]) == 0
+    for touched, says in (
+        ([*found[:5], found[5].replace("wear", "tear"), *found[6:]], "ledger entry 6: changed after it was written"),
+        (found[:5] + found[6:], "ledger entry 6: numbered 7"),
+        ([*found[:5], found[6], found[5], *found[7:]], "ledger entry 6: numbered 7"),
+        (found[:-1], f"no entry has the hash {head} that was noted earlier"),
+    ):
+        file.write_text("".join(f"{line}\n" for line in touched))
+        assert main(["audit", "verify", str(file), "--head", head]) == 1
+        assert says in capsys.readouterr().err
+    # What does not hold goes out as it is, and is told.
+    with sqlite3.connect(place / ("state.db" if place == gateway else "journal.db")) as db:
+        db.execute("UPDATE ledger SET line = replace(line, 'wear', 'tear') WHERE seq = 6")
+    assert main(["audit", "export", str(place), "--out", str(file)]) == 1
+    assert "ledger entry 6: changed after it was written" in capsys.readouterr().err
+    assert file.read_text() == "".join(
+        f"{line}\n" for line in [*found[:5], found[5].replace("wear", "tear"), *found[6:]]
+    )
+    assert main(["audit", "export", str(place), "--out", str(tmp_path / "no" / "x")]) == 2
+    assert "name a file that can be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["verify"], ["report", "--out", "x"], ["export", "--out", "x"]], ids=lambda v: v[0])
+def test_a_folder_that_is_nobodys_state_is_told(
+    tmp_path: Path, verb: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", *verb, str(tmp_path)]) == 2
+    text = "neither a gateway nor an aggregator has its state there; name the --state of tundish edge run"
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_a_state_that_is_anothers_is_told_in_one_line(gateway: Path) -> None:
+    """As an engineer without sudo meets it: the folder belongs to the service's user."""
+    loaded = "import edge.audit, edge.cli, os, shutil"  # this user may not be able to read the program's own files
+    program = f"{loaded}; os.setuid(65534); edge.cli.main(['audit', 'verify', '{gateway}'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr == f"tundish: {gateway}: Permission denied; run this as the user who owns that folder\n"
 
 
 def test_another_key_has_signed_nothing(gateway: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

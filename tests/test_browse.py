@@ -131,7 +131,7 @@ def test_no_file_is_replaced_unasked(plant: Plant, tmp_path: Path, capsys: pytes
     assert file.read_text() == "mine"
     assert main(["edge", "browse", url(plant), "--write", str(file), "--force", "--filter", "Co*"]) == 0
     assert file.read_text(encoding="utf-8-sig").splitlines()[1].startswith("Count,nsu=urn:rig;s=Count,int")
-    assert "1 tags written to" in capsys.readouterr().out
+    assert "1 tag written to" in capsys.readouterr().out
     assert main(["edge", "browse", url(plant), "--filter", "Coun"]) == 0
     assert "no tag found; --filter is compared with whole names, and * stands for anything" in capsys.readouterr().out
 

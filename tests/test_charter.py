@@ -702,7 +702,7 @@ def test_a_site_without_a_network_accepts_the_charter_by_file(
         assert not p.status()["mqtt"]["connected"]
         word, update = topics.Accepted(PATH).topic, topics.Uplink(PATH, TASK, "update").topic
         found, shown = exported()
-        assert (found, "1 updates, 0 votes, the word on the charter\n" in shown) == ([word, update], True)
+        assert (found, "1 update, 0 votes, the word on the charter\n" in shown) == ([word, update], True)
         for known in ("", ", which changes nothing"):  # and nothing is counted twice
             carrier.import_()
             first, second, _ = capsys.readouterr().out.splitlines()

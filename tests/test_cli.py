@@ -1,6 +1,7 @@
 """The command itself, as a shell runs it."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,9 +11,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from broker.cli import main as broker_main
+from broker.journal import Journal
 from broker.status import STATUS_FILE
+from edge.cli import main
 from edge.identity import own_signer
 from edge.store import State
+from tests.test_docs import ALL
+from tests.test_identity import federation_toml, gateway_toml
 
 # As in a shell: what is short is written at the end.
 BUFFERED = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
@@ -40,7 +46,8 @@ def test_a_reader_that_has_gone_ends_a_command_without_a_word(tmp_path: Path, co
         "federation": "press", "time_ms": int(time.time() * 1000), "connected": True, "mqtt": {"error": ""},
         "public_key": "ab" * 32, "tasks": {}, "not_enrolled": {}, "refused": {},
     }  # fmt: skip
-    (tmp_path / "aggregator").mkdir()
+    running = Journal(tmp_path / "aggregator")
+    running.claim()
     (tmp_path / "aggregator" / STATUS_FILE).write_bytes(msgspec.json.encode(status))
     whole = [sys.executable, "-P", "-m", "edge.cli", *command]
     assert subprocess.run(whole, cwd=tmp_path, capture_output=True, check=True, timeout=60).stdout
@@ -53,3 +60,39 @@ def test_a_reader_that_has_gone_ends_a_command_without_a_word(tmp_path: Path, co
     finally:
         os.close(writes)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_what_a_command_does_not_take_is_told_in_one_line(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of every command: an option that is none, and a verb that is none."""
+    group = path.rpartition(" ")[0]
+    for wrong in ([*path.split()[1:], "--no-such-option"], [*group.split()[1:], "no-such-verb"]):
+        with pytest.raises(SystemExit) as stop:
+            main(wrong)
+        out, err = capsys.readouterr()
+        assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
+        assert re.fullmatch(r"tundish: .+; see: (tundish( [a-z]+)*) --help\n", err)
+    assert f"see: {group} --help" in err
+    with pytest.raises(SystemExit):
+        broker_main(["no-such-verb"])
+    assert capsys.readouterr().err.endswith("; see: tundish broker --help\n")
+
+
+@pytest.mark.parametrize("state", ["file", "/proc/none"])
+@pytest.mark.parametrize(
+    "command",
+    [["edge", "run"], ["edge", "export", "--request", "x"], ["broker", "init"], ["broker", "run"]],
+    ids=" ".join,
+)
+def test_a_state_that_can_not_be_made_is_told_in_one_line(
+    tmp_path: Path, command: list[str], state: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / state
+    if state == "file":
+        place.write_text("")
+    config = gateway_toml(tmp_path) if command[0] == "edge" else federation_toml(tmp_path)
+    assert main([*command, "-c", str(config), "--state", str(place)]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"tundish: {place}")
+    assert "; " in err

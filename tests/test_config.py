@@ -590,7 +590,7 @@ def test_a_deadband_is_absolute_or_percent_of_the_range(gateway: Path) -> None:
 def test_status_shows_what_was_lost_and_a_clock_that_is_off(gateway: Path, capsys: pytest.CaptureFixture[str]) -> None:
     health = asdict(Health(connected=True, overflows=3, gaps=2, clock_skew_s=-2.5, notes={"queue": "queues 5 only"}))
     status = {
-        "path": "p", "time_ms": 0, "running": True, "resident_mb": 1, "outbox": 0, "problem": "", "tasks": {},
+        "path": "a/b/c/d/e", "time_ms": 0, "running": True, "resident_mb": 1, "outbox": 0, "problem": "", "tasks": {},
         "mqtt": {"connected": True, "version": "5", "error": ""}, "sources": {"plc1": health}, "refused": {},
         "store_error": "", "store_notice": "samples.db was damaged", "samples_dropped": 0,
     }  # fmt: skip

@@ -105,8 +105,8 @@ def test_refuses_tasks(folder: Path, change: dict[str, str], line: int, says: st
 def test_enrol(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = folder / "state"
     options = ["enrol", "-c", str(folder / "federation.toml"), "--state", str(state), "--path", "acme/a/b/c/d"]
-    assert cli.main([*options, "--key", "ab" * 32]) == 0
     journal = Journal(state)
+    assert cli.main([*options, "--key", "ab" * 32]) == 0
     assert journal.key_of("acme/a/b/c/d") == bytes.fromhex("ab" * 32)
     for bad, says in [("ab" * 31, "--key"), ("zz" * 32, "--key")]:
         assert cli.main([*options, "--key", bad]) == 2

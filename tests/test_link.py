@@ -3,6 +3,7 @@
 import asyncio
 import datetime as dt
 import ipaddress
+import os
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -267,11 +268,14 @@ async def test_tls_with_a_client_certificate(tmp_path: Path) -> None:
             key=str(tmp_path / "client.key"),
         )
         wrong = MqttSettings(url=broker.url, ca=str(tmp_path / "stranger.pem"))
-        async with peer(good, "a") as a, peer(wrong, "b") as b:
+        none = MqttSettings(url=broker.url, ca=str(tmp_path / "ca.pem"))
+        async with peer(good, "a") as a, peer(wrong, "b") as b, peer(none, "c") as c:
             await until(lambda: a.link.connected)
             await until(lambda: b.link.error)
             assert "CERTIFICATE_VERIFY_FAILED" in b.link.error
             assert "check ca, cert and key" in b.link.error
+            await until(lambda: c.link.error)
+            assert "the broker ends the connection; its log says why; with TLS, check that cert is" in c.link.error
 
 
 async def test_unusable_certificate_is_the_users_error(tmp_path: Path) -> None:
@@ -301,6 +305,22 @@ def test_refuses_settings(tmp_path: Path, line: str, says: str) -> None:
     with pytest.raises(UserError, match=says) as caught:
         check_mqtt(file, settings)
     assert caught.value.line > 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_a_file_that_this_user_may_not_read_is_told(tmp_path: Path) -> None:
+    """A service's user, and files that root made in a folder of its own."""
+    (tmp_path / "pki").mkdir(mode=0o700)
+    file = TomlFile(str(tmp_path / "g.toml"), '[mqtt]\nurl = "mqtts://x"\nca = "pki/ca.pem"\n')
+    os.seteuid(65534)
+    try:
+        with pytest.raises(UserError) as caught:
+            check_mqtt(file, MqttSettings(url="mqtts://x", ca="pki/ca.pem"))
+    finally:
+        os.seteuid(0)
+    assert str(caught.value).endswith(
+        "/pki/ca.pem: Permission denied; let the user who runs this read it, or run this as its owner"
+    )
 
 
 def test_accepts_settings(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker import intake, ledger, topics
+from broker import cli, intake, ledger, topics
 from broker.aggregate import load_state
 from broker.config import load_federation
 from broker.genesis import put_first_model
@@ -433,8 +433,15 @@ async def test_without_steps_a_slow_gateway_holds_up_nobody_and_still_counts(
         await process.wait()
 
 
-async def test_a_model_that_is_voted_down_makes_way_for_the_one_before(broker: BrokerProcess, tmp_path: Path) -> None:
+async def test_a_model_that_is_voted_down_makes_way_for_the_one_before(
+    broker: BrokerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plant = Plant(tmp_path, broker.url, rounds=2, vote="1h", more="momentum = 0.9\n")
+
+    def shown(code: int) -> str:
+        assert cli.main(["status", "--state", str(plant.state)]) == code
+        return capsys.readouterr().out
+
     async with gateways(broker.url) as there:
         process = await plant.process()
         plan = await open_plan(there)
@@ -449,8 +456,11 @@ async def test_a_model_that_is_voted_down_makes_way_for_the_one_before(broker: B
         await until(lambda: (v := plant.status()["tasks"]["wear"]["vote"]) and (v["for"], v["against"]) == (1, 0))
         assert there[0].plan() is not None
         assert plant.status()["tasks"]["wear"]["state"] == "voting"
+        assert shown(0).splitlines()[0] == "press: running, connected"
         process.send_signal(signal.SIGKILL)
         await process.wait()
+        assert shown(1).startswith("press: NOT RUNNING; what it said last, ")
+        assert (plant.status()["connected"], "connected" in shown(1)) == (True, False)
         await until(lambda: peek(there[0].heard["_fl/press/status"][-1], FederationBirth).state == "down")
         process = await plant.process()
         await until(lambda: peek(there[0].heard["_fl/press/status"][-1], FederationBirth).state == "up")
@@ -468,8 +478,10 @@ async def test_a_model_that_is_voted_down_makes_way_for_the_one_before(broker: B
         await until(lambda: all((p := g.plan()) and p.state == "done" for g in there))
         await until(lambda: all(g.has(3) for g in there))
         assert weights_digest(there[0].weights()) == first
+        await until(lambda: "2 rounds, 1 voted down; last: version 2, by 2 of 3 gateways" in shown(0))
         process.terminate()
         await process.wait()
+        assert shown(1).startswith("press: NOT RUNNING; ")
     journal = Journal(plant.state)
     entries = [json.loads(line) for line in journal.ledger_lines()]
     said = [(e["body"]["version"], e["body"]["verdict"]) for e in entries if e["kind"] == "vote"]
@@ -802,6 +814,46 @@ async def test_enrolled_gateways_alone_take_part(tmp_path: Path) -> None:
             enrol = await asyncio.create_subprocess_exec(*command, "--path", str(there[0].path), "--key", key)
             assert await enrol.wait() == 0
             await open_plan(there)
+
+
+async def test_one_who_was_taken_out_and_asks_again_is_shown_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with BrokerProcess("amqtt") as broker:
+        plant = Plant(tmp_path, broker.url, min_gateways=1, join="enrolled")
+        options = ["-c", str(plant.config), "--state", str(plant.state)]
+        async with gateways(broker.url, 1) as (there,), plant.service():
+            path, key = str(there.path), there.signer.public_key.hex()
+
+            async def run(*command: str) -> str:
+                assert await asyncio.to_thread(cli.main, [*command, *options]) == 0
+                return capsys.readouterr().out
+
+            async def shows(line: str) -> None:
+                async with asyncio.timeout(WAIT_S):
+                    while line not in await run("status"):  # noqa: ASYNC110 - what is waited for is a file
+                        await asyncio.sleep(0.05)
+
+            await until(plant.has_status)
+            await shows(f"NOT ENROLLED {path}, key {key}\n")
+            await run("enrol", "--path", path, "--key", key)
+            await open_plan([there])
+            caplog.clear()
+            await run("enrol", "--path", path, "--revoke")
+            await shows(f"REVOKED {path} since {time.strftime('%Y-%m-', time.gmtime())}")
+            text = await run("status")
+            assert "it asks with the key that was revoked\n" in text
+            assert "NOT ENROLLED" not in text
+            assert key not in text
+            await until(lambda: "revoked, 1 so far" in caplog.text)
+            assert "enrol it" not in caplog.text
+            assert plant.status()["revoked"][path]["same_key"]
+            # Another machine in its place, whose key the operator compares.
+            there.signer = Signer.generate()
+            there._on_up()
+            await shows(f"it asks with another key, {there.signer.public_key.hex()}\n")
+            await run("enrol", "--path", path, "--key", there.signer.public_key.hex())
+            await until(lambda: not plant.status()["revoked"] and not plant.status()["not_enrolled"])
 
 
 async def test_a_changed_net_needs_a_new_name(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from broker.service import FILED
 from edge.cli import main
 from edge.handback import Fetch
 from edge.stick import Stick
+from edge.store import State
 from models import codec
 from models.errors import UserError
 from models.spec import load_task
@@ -402,11 +403,11 @@ async def test_the_aggregator_takes_a_file_in_parts_and_deletes_it_after_the_las
 async def test_a_gateway_keeps_a_file_until_nothing_of_it_is_fetched(tmp_path: Path) -> None:
     piece = topics.Chunk("press", "wear", 1, "c0").topic
     first, second = put(tmp_path / "state", [("a/b", b"1"), (piece, b"x")]), put(tmp_path / "state", [("a/b", b"2")])
-    heard = list[bytes]()
+    heard, state = list[bytes](), State(tmp_path / "state")
 
     def gateway() -> Stick:
         heard.clear()
-        return Stick(tmp_path / "state", lambda *_: None, lambda inbound: heard.append(inbound.payload))
+        return Stick(tmp_path / "state", state, lambda *_: None, lambda inbound: heard.append(inbound.payload))
 
     taken = gateway()
     await taken.tick(busy=False)
@@ -429,7 +430,8 @@ async def test_a_gateway_keeps_a_file_until_nothing_of_it_is_fetched(tmp_path: P
 async def test_a_large_file_lets_the_gateway_go_on(tmp_path: Path) -> None:
     put(tmp_path / "state", [("a/b", b"")] * 1000)
     turns, at = 0, list[int]()
-    taken = asyncio.create_task(Stick(tmp_path / "state", lambda *_: None, lambda _: at.append(turns)).tick(busy=False))
+    gateway = Stick(tmp_path / "state", State(tmp_path / "state"), lambda *_: None, lambda _: at.append(turns))
+    taken = asyncio.create_task(gateway.tick(busy=False))
     while not taken.done():
         await asyncio.sleep(0)
         turns += 1
@@ -478,8 +480,7 @@ async def test_an_inbox_that_is_none_stops_nobody(tmp_path: Path, caplog: pytest
         file = put(plant.state, [(topics.Status(CELL).topic, b"x")])
         await until(lambda: not file.exists())
     assert caplog.text.count("inbox can't be read") == 1
-    gateway = Stick(tmp_path / "cell", lambda *_: None, lambda _: None)
-    (tmp_path / "cell").mkdir()
+    gateway = Stick(tmp_path / "cell", State(tmp_path / "cell"), lambda *_: None, lambda _: None)
     (tmp_path / "cell" / stick.INBOX).write_text("")
     await gateway.tick(busy=False)
     assert caplog.text.count("inbox can't be read") == 2

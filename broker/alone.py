@@ -1,0 +1,66 @@
+"""Whether an MQTT broker knows this federation from another aggregator: asked once, before a new one says a word.
+
+A new state folder has a new key, and gateways trust the one that they know. So a `--state` that is not the right one,
+or a disk that was restored without it, would begin a second federation of the same name; what it publishes takes the
+place of what the first one did. What is retained on `_fl/FEDERATION/status` is signed, and outlives its aggregator.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from broker.config import FederationConfig
+from broker.link import Inbound, Link
+from broker.messages import FederationBirth, open_envelope, peek
+from broker.topics import FederationStatus
+from models.errors import PeerError, UserError
+
+log = logging.getLogger(__name__)
+
+# What is retained comes right after the subscription; this long after the connection there was none.
+SETTLE_S = 2.0
+_TICK_S = 0.05
+_REMEDY = 'write the --state of that one; if it is lost for good, see "A lost state" in docs/operator.md'
+
+
+async def check_alone(config: FederationConfig, state: Path, own: bytes, stopping: Callable[[], bool]) -> bool:
+    """Wait until the broker has had time to show a status of this federation; False if `stopping` came before.
+
+    UserError if there is one by another key than `own`. As long as the broker can't be reached, it tries again.
+    """
+    topic, found, loop = FederationStatus(config.name).topic, list[bytes](), asyncio.get_running_loop()
+    until = float("inf")
+
+    def hear(inbound: Inbound) -> None:
+        try:
+            key = peek(inbound.payload, FederationBirth).public_key
+            found.append(open_envelope(inbound.payload, topic, key, FederationBirth).public_key)
+        except PeerError as error:
+            log.warning("%s: %s", topic, error)
+
+    def up() -> None:
+        nonlocal until
+        until = loop.time() + SETTLE_S
+
+    def down(_reason: str) -> None:
+        nonlocal until
+        until = float("inf")
+
+    log.info("first start with %s: is federation %s on %s already?", state, config.name, config.mqtt.url)
+    # Without a will, and with a client id of its own: a running aggregator keeps its connection.
+    name = f"tundish-look-{secrets.token_hex(4)}"
+    link = Link(config.mqtt, client_id=name, will=None, on_message=hear, on_up=up, on_down=down)
+    link.subscribe(topic)
+    link.start()
+    try:
+        while not found and not stopping() and loop.time() < until:  # noqa: ASYNC110 - the end of a wait is no event
+            await asyncio.sleep(_TICK_S)
+    finally:
+        await link.stop()
+    for key in found:
+        if key != own:
+            problem = f"{state} is new, but {config.mqtt.url} has federation {config.name} of the key {key.hex()}"
+            raise UserError("--state", 0, "", problem, _REMEDY)
+    return not stopping()

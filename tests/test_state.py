@@ -1,0 +1,205 @@
+"""Which folder is whose state: commands with a wrong one say so, and begin nothing new there."""
+
+import asyncio
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from broker import alone, stick, topics
+from broker.config import load_federation
+from broker.journal import Journal
+from broker.messages import FederationBirth, Signer, Vote, peek
+from broker.pki import Authority
+from edge.cli import main
+from edge.stick import Stick
+from edge.store import State
+from tests.brokers import BrokerProcess
+from tests.test_identity import HERE, THERE, Operator, gateway_toml
+from tests.test_service import Plant, broker, gateways, until
+
+__all__ = ["broker"]
+
+KEY = "ab" * 32
+BROKER = [
+    ["enrol", "--path", HERE, "--key", KEY],
+    ["enrol", "--path", HERE, "--revoke"],
+    ["enrol", "--path", HERE],
+    ["acl", "--out", "mosquitto"],
+    ["release", "--to", "canary"],
+    ["rollback"],
+    ["import", "cell.updates"],
+    ["export", "--path", HERE, "cell.models"],
+]
+
+
+@pytest.mark.parametrize("command", BROKER, ids=" ".join)
+@pytest.mark.parametrize("there", ["empty", "missing"])
+def test_a_command_with_a_wrong_state_begins_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], there: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    office, wrong = Operator(tmp_path / "office"), tmp_path / "wrong"
+    if there == "empty":
+        wrong.mkdir()
+    options = ["broker", *command, "-c", str(office.config), "--state", str(wrong)]
+    assert main(options) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"--state: no aggregator has its state in {wrong}; write the --state of tundish broker init and run" in err
+    assert wrong.is_dir() == (there == "empty")
+    assert not list(wrong.glob("*"))
+    # Once the certificate says where the state is, so does the line; and neither `init` nor `run` begins another one.
+    pki = Authority.create(tmp_path / "right" / "pki", "press-lines", ["localhost"]).folder
+    tls = f'ca = "{pki}/ca.pem"\ncert = "{pki}/aggregator.pem"\nkey = "{pki}/aggregator.key"\n'
+    office.config.write_text(office.config.read_text().replace('"mqtts://localhost"\n', f'"mqtts://localhost"\n{tls}'))
+    for verb in (command, ["init"], ["run"]):
+        assert main(["broker", *verb, *options[-4:]]) == 2
+        assert capsys.readouterr().err.endswith(f"; write --state {tmp_path / 'right'}\n")
+    assert not list(wrong.glob("*"))
+
+
+def test_a_key_for_releases_needs_no_state(tmp_path: Path) -> None:
+    office = Operator(tmp_path)
+    assert main(["broker", "release", "--new-key", str(tmp_path / "k"), "-c", str(office.config), "--state", "no"]) == 0
+    assert (tmp_path / "k").is_file()
+
+
+async def test_a_second_federation_of_a_name_is_not_begun(broker: BrokerProcess, tmp_path: Path) -> None:
+    """By the real command: a running aggregator, and one that is stopped, whose status outlives it."""
+    plant, wrong = Plant(tmp_path, broker.url, min_gateways=1), tmp_path / "wrong"
+    command = [sys.executable, "-m", "broker.cli", "run", "-c", str(plant.config), "--state", str(wrong)]
+    topic = topics.FederationStatus("press").topic
+
+    async def refused() -> str:
+        child = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+        _, err = await asyncio.wait_for(child.communicate(), 60)
+        assert child.returncode == 2
+        return err.decode().splitlines()[-1]
+
+    with closing(Journal(plant.state)) as journal:
+        key = journal.signer().public_key
+    async with gateways(broker.url, 1) as there:
+        async with plant.service():
+            await until(lambda: topic in there[0].heard)
+            says = f"{wrong} is new, but {broker.url} has federation press of the key {key.hex()}; write the --state"
+            assert says in await refused()
+            assert there[0].ups == 1
+        said = there[0].heard[topic]
+        await until(lambda: peek(said[-1], FederationBirth).state == "down")
+        assert says in await refused()
+        assert {peek(one, FederationBirth).public_key for one in said} == {key}
+        # Nothing was made there that a later start takes for a federation's own.
+        with closing(Journal(wrong)) as journal:
+            assert not journal.has_tasks()
+        # What nobody signed says nothing, and once nothing is retained, whoever asks is alone.
+        for payload in (b"rubbish", b""):
+            there[0].link.publish(topic, payload, retain=True)
+            await until(lambda payload=payload: said[-1] == payload)  # type: ignore[misc]
+            config, own = load_federation(plant.config), Signer.generate().public_key
+            assert await alone.check_alone(config, wrong, own, lambda: False)
+            assert not await alone.check_alone(config, wrong, own, lambda: True)
+
+
+class Cell:
+    """A gateway that was enrolled by two files, and the aggregator that did it: the real commands all the way."""
+
+    def __init__(self, folder: Path, federation: str = "press") -> None:
+        office, self.folder = folder / "office", folder / "cell"
+        office.mkdir(parents=True)
+        self.plant = Plant(office, "mqtt://127.0.0.1:1", join="enrolled")
+        self.plant.config.write_text(self.plant.config.read_text().replace('"press"', f'"{federation}"'))
+        self.toml, self.state = gateway_toml(self.folder), self.folder / "state"
+        self.models, self.updates = folder / "cell.models", folder / "cell.updates"
+        self.request, self.admission = folder / "cell.request", folder / "cell.admission"
+        assert self.broker("init") == 0
+        assert self.edge("export", "--request", self.request) == 0
+        assert self.broker("enrol", "--path", HERE, "--request", self.request, "--out", self.admission) == 0
+        assert self.edge("import", self.admission) == 0
+        assert self.broker("export", "--path", HERE, self.models) == 0
+        assert self.edge("export", "--updates", self.updates) == 0
+
+    def broker(self, verb: str, *options: object) -> int:
+        return main(
+            ["broker", verb, "-c", str(self.plant.config), "--state", str(self.plant.state), *map(str, options)]
+        )
+
+    def edge(self, verb: str, *options: object, state: Path | None = None) -> int:
+        return main(["edge", verb, *map(str, options), "-c", str(self.toml), "--state", str(state or self.state)])
+
+
+def refused(capsys: pytest.CaptureFixture[str]) -> str:
+    """One line, and no other word."""
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    return err
+
+
+async def test_a_file_that_comes_twice_has_nothing_new(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell = Cell(tmp_path)
+    capsys.readouterr()
+    assert cell.edge("import", cell.models) == 0
+    assert "messages; the gateway takes them within a second" in capsys.readouterr().out
+    with closing(State(cell.state)) as state:
+        gateway = Stick(cell.state, state, lambda *_: None, lambda _: None)
+        for _ in range(2):
+            await gateway.tick(busy=False)
+        assert not stick.waiting(cell.state)
+    assert cell.edge("import", cell.models) == 0
+    assert capsys.readouterr().out.startswith("nothing new in it: ")
+    assert stick.waiting(cell.state)  # a gateway that was restarted since knows no plan any more
+    assert cell.broker("enrol", "--path", THERE, "--key", KEY) == 0  # the roster is another one from now on
+    assert cell.broker("export", "--path", HERE, cell.models) == 0
+    capsys.readouterr()
+    assert cell.edge("import", cell.models) == 0
+    assert "nothing new" not in capsys.readouterr().out
+
+
+def test_a_wrong_file_is_not_left_to_a_gateway(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell, twin, other = Cell(tmp_path), Cell(tmp_path / "twin"), Cell(tmp_path / "other", "other-lines")
+    signer, wrong = Signer.generate(), tmp_path / "wrong"
+    topic = topics.Uplink(topics.GatewayPath.parse(HERE), "wear", "vote").topic
+    stick.write(cell.updates, [(topic, signer.seal(Vote(1, 1, bytes(32), 0, 1.0, 1.0, 9, "for", 1), topic))])
+    receipt = topics.ReceiptFor("press", "wear", topics.GatewayPath.parse(THERE)).topic
+    stick.write(tmp_path / "neighbour", [*stick.read(cell.models), (receipt, b"x")])
+    stick.write(tmp_path / "none", [])
+    stick.write(tmp_path / "odd", [("a/b", b"x")])
+    whole = cell.models.read_bytes()
+    (tmp_path / "half").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "head").write_bytes(whole[:9])
+    capsys.readouterr()
+    for file, says in (
+        (cell.updates, "holds what a gateway says to the aggregator, which takes it by tundish broker import; give"),
+        (other.models, "is of federation other-lines, this gateway follows press; give"),
+        (twin.models, "has no model that is signed by the key "),
+        (tmp_path / "neighbour", f"is for {THERE}, this is {HERE}; give"),
+        (tmp_path / "none", "holds no message; give"),
+        (tmp_path / "odd", "is damaged: "),
+        (tmp_path / "half", "is damaged, or not all there; copy it again"),
+        (tmp_path / "head", "is no admission of a gateway; give the file that holds"),
+        (cell.request, "is no admission of a gateway"),
+        (tmp_path / "missing", "can't be read: No such file or directory; check the name"),
+        (twin.admission, "its certificate is for another key than this gateway has now"),
+    ):
+        assert cell.edge("import", file) == 2, file
+        assert f"tundish: {file}: {says}" in refused(capsys)
+    assert not stick.waiting(cell.state)
+    for command in (["import", cell.models], ["import", cell.admission], ["export", "--updates", tmp_path / "x"]):
+        assert cell.edge(*command, state=wrong) == 2  # type: ignore[arg-type]
+        assert f"--state: no gateway has its state in {wrong}; write the --state that tundish edge" in refused(capsys)
+        assert not wrong.exists()
+    gateway_toml(cell.folder, THERE)
+    assert cell.edge("import", cell.models) == 2
+    assert f"{cell.state} is the state of {HERE}, this gateway is {THERE}" in refused(capsys)
+    for file in (cell.models, other.models):
+        assert cell.broker("import", file) == 2
+        assert "which take it by tundish edge import; give what tundish edge export --updates wrote" in refused(capsys)
+
+
+def test_a_gateway_that_trusts_nobody_takes_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell, new = Cell(tmp_path), tmp_path / "new"
+    assert cell.edge("export", "--request", tmp_path / "again", state=new) == 0
+    capsys.readouterr()
+    assert cell.edge("import", cell.models, state=new) == 2
+    assert "this gateway trusts no federation yet; enrol it first: tundish edge export --request" in refused(capsys)
