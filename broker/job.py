@@ -21,7 +21,7 @@ from broker.round import STALEST, Past
 from models.delta import Layout
 from models.errors import LocalError, UserError
 from models.ringcode import Ring
-from models.spec import Task
+from models.spec import Task, Training
 from models.tomlfile import TomlFile
 from models.width import Places, slices
 
@@ -111,7 +111,7 @@ def load_job(journal: Journal, file: TaskFile) -> Job:
     shared = layout.mask(task.personal)
     if not shared.any():
         raise UserError(str(file.path), 0, "personal", "nothing is left to share", "take a prefix out")
-    check_personal(task, layout, str(file.path), file.text)
+    check_prefixes(task, layout, str(file.path), file.text)
     _check_size(file, int(shared.sum()))
     r = task.round
     every_ms = int(r.every_s * 1000) if r.mode == "sync" else 0
@@ -136,11 +136,13 @@ def load_job(journal: Journal, file: TaskFile) -> Job:
     return Job(task, row, model, shared, federation, deadline_ms, roster_ms, rate, ring, slices(task, layout))
 
 
-def check_personal(task: Task, layout: Layout, place: str, text: str) -> None:
+def check_prefixes(task: Task, layout: Layout, place: str, text: str) -> None:
     """Refuse a prefix below which the net has nothing: what was to stay at the gateways would travel."""
-    if unknown := layout.unknown(task.personal):
-        remedy = f"this net has: {', '.join(dict.fromkeys(name.partition('.')[0] for name in layout.names))}"
-        raise TomlFile(place, text).error(["personal"], f"the net has no {unknown[0]!r}", remedy)
+    for keys, prefixes in ((["personal"], task.personal), (["training", "resume"], task.training.resume)):
+        # A net without a head has nothing to resume unless its task says so.
+        if (unknown := layout.unknown(prefixes)) and prefixes != Training().resume:
+            remedy = f"this net has: {', '.join(dict.fromkeys(name.partition('.')[0] for name in layout.names))}"
+            raise TomlFile(place, text).error(keys, f"the net has no {unknown[0]!r}", remedy)
 
 
 def _check_size(file: TaskFile, count: int) -> None:

@@ -1,9 +1,8 @@
 """The models that a plant may score with, as scorers: from a training, from a federation, or as stored."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
-from edge.choose import GLOBAL, OWN, TUNED
+from edge.choose import GLOBAL, OWN, TUNED, Start, whose
 from edge.config import ScoringTable
 from edge.dataset import Dataset
 from edge.handback import Model
@@ -15,13 +14,6 @@ from models.scale import Scale
 from models.spec import Task
 
 _UNSCALED = Scale((), ())
-
-
-class Start(NamedTuple):
-    """Weights (layout.size,) that a gateway goes on from, and the prefixes below which they are its own."""
-
-    vector: Vector
-    own: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -54,18 +46,19 @@ def start(
 ) -> Start:
     """Where a gateway goes on from, to train or to score: a model, or the `average` of models where it fits.
 
-    `own` is what its last training left. Where plants differ in condition, a head that fits them all fits none; where
-    one has seen few faults, the others' head knows more. So the holdout says whose values `[training] resume` takes:
-    those that lose less. (A layer of one's own: Arivazhagan et al. 2019, arXiv:1912.00818; here it is still averaged,
-    for who comes later.)
+    `own` is what its last training left. Without that, or a holdout, all but what is personal is the federation's.
     """
-    personal, resume = model.task.personal, model.task.training.resume
-    plain = Start(model.personalised(own, average, width=width), personal)
+    personal = model.task.personal
     if own is None or own.size != model.layout.size or holdout is None or not len(holdout) or scale is None:
-        return plain
-    resumed = Start(model.personalised(own, average, resume=resume, width=width), (*personal, *resume))
-    was, now = (float(build(table, model, one.vector, scale).losses(holdout).mean()) for one in (plain, resumed))
-    return resumed if now < was else plain
+        return Start(model.personalised(own, average, width=width), personal)
+
+    def held(prefixes: tuple[str, ...]) -> Vector:
+        return model.personalised(own, average, resume=prefixes, width=width)
+
+    def loss(vector: Vector) -> float:
+        return float(build(table, model, vector, scale).losses(holdout).mean())
+
+    return whose(model.task, held, loss)
 
 
 def kinds(task: Task, version: int, *, alone: bool) -> list[str]:

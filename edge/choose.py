@@ -3,13 +3,15 @@
 Pure: what the models lose on each window of the plant's own holdout goes in, how far each is trusted comes out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models import evaluate
 from models.delta import Vector
+from models.spec import Task
 
 Outputs = NDArray[np.float32]
 
@@ -61,6 +63,30 @@ def trust(losses: NDArray[np.float64], *, likelihood: bool) -> NDArray[np.float6
         shares = ((parts / parts.sum(0)).sum(1) + valid) / (losses.shape[1] + valid.sum())
     shares = np.where(shares < min(_LEAST, shares.max()), 0, shares)
     return shares / float(shares.sum())
+
+
+class Start(NamedTuple):
+    """Weights (layout.size,) that a gateway goes on from, and the prefixes below which they are its own."""
+
+    vector: Vector
+    own: tuple[str, ...]
+
+
+def whose(task: Task, held: Callable[[tuple[str, ...]], Vector], loss: Callable[[Vector], float]) -> Start:
+    """Say whose values a gateway goes on from: its own below `[training] resume` where they lose less, or not.
+
+    `held` gives the weights with its own values below some prefixes, `loss` what weights lose on its holdout. Where
+    plants differ in condition, a head that fits them all fits none; where one has seen few faults, the others' head
+    knows more. (A layer of one's own: Arivazhagan et al. 2019, arXiv:1912.00818; here it is averaged all the same, for
+    who comes later.)
+    """
+    personal = task.personal
+    more = tuple(prefix for prefix in task.training.resume if prefix not in personal)
+    plain = Start(held(personal), personal)
+    if not more:
+        return plain
+    resumed = Start(held((*personal, *more)), (*personal, *more))
+    return resumed if loss(resumed.vector) < loss(plain.vector) else plain
 
 
 def average(before: Vector | None, new: Vector) -> Vector:

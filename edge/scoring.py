@@ -12,8 +12,8 @@ import msgspec
 
 from broker.messages import Vote
 from broker.topics import Local
-from edge.candidates import Start, after_training, build, start, stored
-from edge.choose import GLOBAL, OWN
+from edge.candidates import after_training, build, start, stored
+from edge.choose import GLOBAL, OWN, Start
 from edge.config import TaskTable
 from edge.drift import Drift
 from edge.handback import Model

@@ -6,7 +6,7 @@ import time
 
 from broker import messages as m
 from broker.topics import Uplink
-from edge.candidates import build, start
+from edge.candidates import build
 from edge.config import ScoringTable
 from edge.dataset import Dataset
 from edge.handback import Model
@@ -28,7 +28,7 @@ def judge(
     own: Vector | None,
     width: float = 1,
 ) -> m.Vote | None:
-    """Hold a new model against the one before, both as this gateway would score with them; None where it can't.
+    """Hold a new model against the one before, both as the federation has them; None where it can't.
 
     What the plant made of them for itself has no part in it: the vote is on what all will have.
     """
@@ -36,8 +36,9 @@ def judge(
         return None
     if holdout is None or not len(holdout) or scale is None:
         return None
-    starts = (start(table, model, None, own, holdout, scale, width=width) for model in (new, before))
-    now, was = (build(table, new, one.vector, scale).metric(holdout) for one in starts)
+    # Not with the last layer of its own that it may go on with: who has none yet would get one that nobody looked at.
+    vectors = (model.personalised(own, width=width) for model in (new, before))
+    now, was = (build(table, new, vector, scale).metric(holdout) for vector in vectors)
     name, tolerance = evaluate.metric_name(new.task), new.task.round.tolerance
     against = evaluate.much_worse(name, now, was, len(holdout), tolerance)
     return m.Vote(

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,22 +12,26 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from broker import messages as m
 from broker.topics import GatewayPath, Uplink
-from edge.candidates import Start, start
+from edge.candidates import start
+from edge.choose import Start
 from edge.config import ScoringTable, load_config
 from edge.dataset import Dataset
 from edge.events import StartTraining
 from edge.handback import Model
+from edge.memory import Memory
 from edge.ring import Samples
 from edge.shop import Shop
 from edge.store import State
-from edge.train import Result
+from edge.train import Job, Result, Trainer
 from edge.update import seal_update
+from edge.vote import judge
 from models import codec
 from models.delta import Vector, weights_digest
 from models.drift import Reference
 from models.export import export
 from models.scale import Scale
 from models.spec import Task, parse_task
+from tests.test_drift import Floor
 from tests.test_simulate import TASK, figures, rows, run
 
 TEXT = (
@@ -97,6 +103,46 @@ def test_what_is_personal_is_its_own_in_any_case() -> None:
         assert_array_equal(found.vector[head], own[head])
 
 
+def test_a_last_layer_that_is_turned_round_is_voted_against_by_those_who_do_not_use_it() -> None:
+    before = made()
+    own, holdout = says(before, 0, 9), Dataset(X, np.ones(len(X), np.float32))
+    good = replace(before, vector=says(before, 0, 1))
+    poisoned = replace(before, vector=says(before, 9, 0))
+    assert begun(poisoned, own, 1).own == ("head",)
+    vote = judge(TABLE, poisoned, good, holdout, SCALE, own)
+    assert vote
+    assert (vote.verdict, vote.new, vote.old) == ("against", 0, 1)
+
+
+async def test_a_gateway_trains_and_scores_from_its_own_last_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[Job, Vector]] = []
+    train = Trainer.train
+
+    async def watched(self: Trainer, job: Job, base: Vector, *more: Any) -> Result:
+        given.append((job, base))
+        return await train(self, job, base, *more)
+
+    monkeypatch.setattr(Trainer, "train", watched)
+    with closing(State(tmp_path)) as state, closing(Samples(tmp_path, 1 << 26)) as samples:
+        floor = Floor(tmp_path, state, samples)
+        runner = floor.runner()
+        head, own = ~floor.model.layout.mask(["head"]), floor.model.vector
+        # A newer model, whose last layer rebuilds nothing of this gateway's windows.
+        new = replace(floor.model, vector=np.where(head, own + np.float32(3), own - np.float32(0.01)))
+        runner.model = new
+        await runner._train(StartTraining(1, 1, codec.EXACT, 1), None)
+        job, base = given[0]
+        assert job.own == ("head",)
+        assert_array_equal(base, np.where(head, own, new.vector))
+        await runner.scoring.offer(new, changed=True)
+        scoring = Memory(state, "wear").scoring(new.layout.size)
+        assert scoring is not None
+        assert_array_equal(scoring[2][0][1], base)
+        await runner.stop()
+
+
 @pytest.fixture
 def shop(tmp_path: Path) -> Iterator[Shop]:
     file = tmp_path / "gateway.toml"
@@ -139,7 +185,11 @@ def test_plants_that_contradict_each_other_learn_from_each_other(tmp_path: Path)
     assert resumed["federated"] > shared["federated"] + 0.1
 
 
-def test_a_personal_layer_that_the_net_does_not_have_is_refused(tmp_path: Path) -> None:
-    done = run(tmp_path, rows(tmp_path), "--rounds", "1", text=f'personal = ["haed"]\n{TASK}')
+@pytest.mark.parametrize(("key", "before"), [("personal", "[training]\n"), ("resume", "epochs = 1\n")])
+def test_a_layer_that_the_net_does_not_have_is_refused(tmp_path: Path, key: str, before: str) -> None:
+    text = TASK.replace(before, f'{key} = ["haed"]\n{before}')
+    done = run(tmp_path, rows(tmp_path), "--rounds", "1", text=text)
     assert done.returncode == 2
-    assert "personal: the net has no 'haed'; this net has: body, head" in done.stderr
+    line = text[: text.index("haed")].count("\n") + 1
+    assert f"task.toml:{line}: " in done.stderr
+    assert f"{key}: the net has no 'haed'; this net has: body, head" in done.stderr

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -15,8 +16,7 @@ from broker.mask import ring_for
 from broker.rate import Rate
 from edge import events
 from edge import participant as p
-from edge.candidates import Start
-from edge.choose import average
+from edge.choose import Start, average, whose
 from edge.config import Policy
 from edge.lab.down import Down
 from edge.lab.fleet import Workers
@@ -104,24 +104,20 @@ class Fleet:
 
     def tuned_from(self, i: int) -> Vector:
         """The same, with what was its own when its last training began."""
-        return self._held(self._mean, i, self.began.get(i, self.task.personal)).vector
+        return self._held(self._mean, i, self.began.get(i, self.task.personal))
 
     @property
     def _mean(self) -> Vector:
         return self.vector if self.average is None else self.average
 
-    def _held(self, vector: Vector, i: int, own: tuple[str, ...]) -> Start:
+    def _held(self, vector: Vector, i: int, own: tuple[str, ...]) -> Vector:
         held = np.where(self.judge.layout.mask(own), vector, self.personal[i]) if own else vector
-        return Start(cut(self.judge.layout, self.widths[i] or 1, held), own)
+        return cut(self.judge.layout, self.widths[i] or 1, held)
 
     def _start(self, vector: Vector, i: int) -> Start:
-        """As `edge.candidates.start` decides, by what is lost on the plant's holdout."""
-        personal, resume = self.task.personal, self.task.training.resume
-        plain = self._held(vector, i, personal)
         if i not in self.began or not len(self.judge.sites[i].holdout):
-            return plain
-        resumed = self._held(vector, i, (*personal, *resume))
-        return resumed if self.judge.loss(resumed.vector, i) < self.judge.loss(plain.vector, i) else plain
+            return Start(self._held(vector, i, self.task.personal), self.task.personal)
+        return whose(self.task, partial(self._held, vector, i), partial(self.judge.loss, i=i))
 
     def run(self, workers: Workers, dropout: float, after: Callable[[int], None]) -> None:
         """Run every round; `after(number)` is called when each new model is there."""

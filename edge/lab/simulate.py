@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from broker.aggregate import strategy_names
-from broker.job import check_personal
+from broker.job import check_prefixes
 from broker.round import STALEST
 from edge.choose import GLOBAL, OWN, TUNED
 from edge.lab.down import Down
@@ -94,7 +94,7 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
     sites = load_sites(task, scenario.data)
     widths = scenario.widths(task, [site.name for site in sites])
     graph, layout, first = export(task, seed)
-    check_personal(task, layout, place, file)
+    check_prefixes(task, layout, place, file)
     judge = Judge(task, graph, layout, sites)
     curve: list[list[float]] = []
     every = range(len(sites))
