@@ -5,17 +5,15 @@ The participant decides, this carries out. Scoring is `edge.scoring` and never w
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from broker import messages as m
-from broker.topics import Uplink
 from edge import events
 from edge import participant as p
 from edge import vote as votes
-from edge.clauses import terms_of
+from edge.answer import Mouth
 from edge.config import TaskTable
 from edge.handback import Fetch, Model
 from edge.infer import Scorer
@@ -44,7 +42,7 @@ class Runner:
         self.name, self.table, self.shop = name, table, shop
         self.memory = Memory(shop.state, name)
         self.scoring = Scoring(shop, self.memory, self._spawn, self._wish)
-        self._ear, self._trainer = Ear(shop, self.memory), Trainer()
+        self._ear, self._mouth, self._trainer = Ear(shop, self.memory), Mouth(shop, name), Trainer()
         self.model: Model | None = None
         self.fetch: Fetch | None = None
         self.problem, self._envelope = "", b""
@@ -52,7 +50,6 @@ class Runner:
         self._wanted_ms, self._stored_before = -1, 0
         self._installing, self._jobs = asyncio.Lock(), set[asyncio.Task[None]]()
         self.installer = Installer(shop, self.memory, self.scoring, self._spawn, self._installing)
-        self._said: events.Answer | None = None
         self._training: asyncio.Task[None] | None = None
         handled, vote = self.memory.handled(), self.memory.vote()
         self.participant = p.Participant(shop.config.policy, 1, handled=handled, vote=vote)
@@ -234,24 +231,7 @@ class Runner:
             log.info("%s: asks for a round after round %d: %s", self.name, answer.round, answer.reason)
         elif answer.verdict == "declined":
             log.warning("%s: round %d declined: %s", self.name, answer.round, answer.reason)
-        self._spawn(self._say(answer, self.participant.plan))
-
-    async def _say(self, answer: events.Answer, plan: m.Plan | None) -> None:
-        """Send an answer, once the ledger has it; one that is said again is one entry."""
-        topic = Uplink(self.shop.config.path, self.name, "answer").topic
-        now_ms = int(time.time() * 1000)
-        word = m.Answer(m.VERSION, answer.round, answer.verdict, answer.code, answer.reason[:512], now_ms)
-        envelope = self.shop.signer.seal(word, topic)
-
-        def work() -> None:
-            if answer != self._said:
-                body: dict[str, object] = {"task": self.name, "round": answer.round, "reason": word.reason}
-                body |= {"code": answer.code, "message_bytes": len(envelope)} | terms_of(plan)
-                self.shop.state.record(answer.verdict, body)
-                self._said = answer
-
-        await self.shop.state.commit(work)
-        self.shop.publish(topic, envelope)
+        self._spawn(self._mouth.say(answer, self.participant.plan))
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -334,10 +314,15 @@ class Runner:
     async def _install(self, fetch: Fetch, envelope: bytes) -> None:
         """One model after the other: a fault of this machine is tried again, a fault of the model is not."""
         version, made_ms, pause = fetch.manifest.version, fetch.manifest.created_ms, RETRY_S
+        taken: tuple[Model, bool] | None = None
+        fault = ""
         while made_ms == self._wanted_ms:
             try:
                 async with self._installing:
-                    await self._take(fetch, envelope)
+                    if made_ms < self._wanted_ms:
+                        return  # a newer one is on its way
+                    taken = taken or await self._take(fetch, envelope)
+                    await self._let_score(*taken)
             except PeerError as error:
                 self.shop.refuse(error, f"{self.name}: model {version}")
                 self.problem = f"model {version} refused: {error}"
@@ -345,17 +330,16 @@ class Runner:
                     self._begin(fetch, envelope)
                 return
             except (LocalError, OSError) as error:
-                self.problem = f"model {version} can't be taken yet: {error}"
-                log.error("%s: %s", self.name, self.problem)
+                self.problem = fault = f"model {version} can't be taken yet: {error}"
+                log.error("%s: %s", self.name, fault)
             else:
+                self.problem = "" if self.problem == fault else self.problem
                 return
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_S)
 
-    async def _take(self, fetch: Fetch, envelope: bytes) -> None:
-        """A model is complete: verify it, try it, keep it as the base, and let it score if it is no worse."""
-        if fetch.manifest.created_ms < self._wanted_ms:
-            return  # a newer one is on its way
+    async def _take(self, fetch: Fetch, envelope: bytes) -> tuple[Model, bool]:
+        """Verify a complete model, try it, vote, keep it as the base; say too whether it is another net than before."""
         model = await asyncio.to_thread(fetch.model)
         if self.model is None or model.graph != self.model.graph:
             await self.shop.prober.run(model)
@@ -373,6 +357,9 @@ class Runner:
             self._do(self.participant.handle(events.Judged(vote)))
         self._wire(model)
         self._do(self.participant.handle(events.ModelStored(model.manifest.version, model.manifest.digest)))
+        return model, changed
+
+    async def _let_score(self, model: Model, changed: bool) -> None:  # noqa: FBT001 - what `_take` gives
         if not self.shop.releases.in_force:
             await self.scoring.offer(model, changed=changed)
         self.installer.begin(model)

@@ -30,11 +30,13 @@ from broker.release import new_key
 from edge.agent import Agent
 from edge.cli import main
 from edge.config import load_config
+from edge.memory import Memory
 from edge.probe import MOST_TRIES
 from edge.ring import Samples
 from edge.store import State, ledger_lines
 from models import codec
 from models.delta import Layout, weights_digest
+from models.errors import LocalError
 from models.export import export
 from models.spec import parse_task
 from tests.test_drift import Floor
@@ -218,6 +220,34 @@ async def test_numbers_of_releases_begin_anew_under_another_online_key(office: O
         assert installer._wanted
         installer.on_release(replace(installer._wanted, digest=bytes(32)), runner.model)
         assert cell.task["problem"] == "release 4 is another one than that which is installed and stays"
+
+
+async def test_a_model_that_a_full_disk_kept_from_scoring_is_taken_once(
+    office: Office, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge.runner.RETRY_S", 0.1)
+    keep, refused = Memory.keep_scoring, list[int]()
+
+    def full(self: Memory, version: int, *what: Any) -> None:
+        """The disk is full once, after the model itself was stored."""
+        if version > 1 and not refused:
+            refused.append(version)
+            raise LocalError("database or disk is full")
+        keep(self, version, *what)
+
+    monkeypatch.setattr(Memory, "keep_scoring", full)
+    cell = Cell(tmp_path, office)
+    async with cell.runs():
+        for version in (1, 2):
+            office.learn(version)
+            cell.take(office.messages())
+            await cell.until(model=version, scoring_model=version, problem="")
+            if version == 1:
+                first = cell.agent.runners["wear"].model
+        second, average = cell.agent.runners["wear"].model, cell.agent.runners["wear"].scoring.average
+        assert first and second and average is not None  # noqa: PT018
+        assert refused == [2]
+        assert np.allclose(average, first.vector + 0.25 * (second.vector - first.vector))
 
 
 async def test_without_the_metadata_of_releases_no_candidate_scores(office: Office, tmp_path: Path) -> None:
