@@ -72,7 +72,8 @@ def verify(args: argparse.Namespace) -> int:
         print(json.dumps(head._asdict()))
         return 0
     entries = counted(head.entries, "entry", "entries")
-    print(f"{args.place}: ok, {entries}, {_time(head.first_ms)} to {_time(head.last_ms)}")
+    span = f", {_time(head.first_ms)} to {_time(head.last_ms)}" if head.entries else ""
+    print(f"{args.place}: ok, {entries}{span}")
     print(f"  head   {head.hash}")
     if head.signed:
         print(f"  signed by {head.key} up to entry {head.signed}")

@@ -127,6 +127,12 @@ def test_what_was_touched_is_found(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_ledger_in_which_nothing_stands_yet_tells_no_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Journal(tmp_path).close()
+    assert main(["audit", "verify", str(tmp_path)]) == 0
+    assert said(capsys).splitlines()[0] == f"{tmp_path}: ok, 0 entries"
+
+
 @pytest.mark.parametrize("whose", ["gateway's", "aggregator's"])
 def test_an_exported_ledger_is_checked_without_its_machine(
     gateway: Path, tmp_path: Path, whose: str, capsys: pytest.CaptureFixture[str]
