@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,21 +39,27 @@ class _Ended(NamedTuple):
 
 
 class Prober:
-    """First runs, of which those that were ended are counted; `folder` is for their files, `clock` gives seconds."""
+    """First runs, of which those that were ended are counted; `folder` is for their file, `clock` gives seconds."""
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self._folder = folder
+        self._file = folder / "probe.npz"
         self._clock = clock
+        # Of all tasks: memory may be short, and the file is one.
+        self._one = asyncio.Lock()
         self._ended: dict[bytes, _Ended] = {}
 
     async def run(self, model: Model) -> None:
         """Run a new graph; EndedError where to try again may help, PeerError("graph") says why it is refused."""
+        async with self._one:
+            await self._run(model)
+
+    async def _run(self, model: Model) -> None:
         digest = model.terms.graph.digest
         before = self._ended.get(digest, _Ended())
         if before.tries and self._clock() < before.until_s:
             raise EndedError(before.error)
         try:
-            await probe(model, self._folder)
+            await probe(model, self._file)
         except EndedError as error:
             tries = before.tries + 1
             wait_s = min(_SHORTEST_S * 2 ** min(before.tries, 32), _LONGEST_S)
@@ -64,12 +69,15 @@ class Prober:
         self._ended.pop(digest, None)
 
 
-async def probe(model: Model, folder: Path) -> None:
-    """Run a graph once; PeerError("graph") says why it is refused, EndedError by what the run was ended."""
-    path = await asyncio.to_thread(_write, model, folder)
+async def probe(model: Model, file: Path) -> None:
+    """Run a graph once; PeerError("graph") says why it is refused, EndedError by what the run was ended.
+
+    `file` is for the child to read, and gone at the end; of a run that was cut off, the next one takes its place.
+    """
     try:
+        await asyncio.to_thread(_write, model, file)
         child = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "models.graphcheck", str(path),
+            sys.executable, "-P", "-m", "models.graphcheck", str(file),
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         try:
@@ -81,7 +89,7 @@ async def probe(model: Model, folder: Path) -> None:
         # The child's own limit is on processor time, half as long: it had to wait for this machine.
         raise EndedError(f"the graph's first run took longer than {_PROBE_S:.0f} s") from None
     finally:
-        path.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)  # noqa: ASYNC240 - of a cancelled run, too, which may wait for nothing
     if child.returncode in _KILLED:
         name = signal.Signals(-child.returncode).name
         raise EndedError(f"the graph's first run was ended from outside, by {name}")
@@ -90,9 +98,7 @@ async def probe(model: Model, folder: Path) -> None:
         raise PeerError("graph", last or f"its first run ended with {child.returncode}")
 
 
-def _write(model: Model, folder: Path) -> Path:
+def _write(model: Model, file: Path) -> None:
     wire = np.frombuffer(model.layout.to_json().encode(), np.uint8)
     shape = np.array([*model.task.input_shape, model.task.outputs])
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".npz", delete=False) as file:
-        np.savez(file, graph=np.frombuffer(model.graph, np.uint8), layout=wire, shape=shape)
-    return Path(file.name)
+    np.savez(file, graph=np.frombuffer(model.graph, np.uint8), layout=wire, shape=shape)
