@@ -168,12 +168,12 @@ class Service:
         self._downlink.put(self._downlink.status_topic, self._downlink.status("up"))
         if said := self._charters.message(self._config.name, self._signer):
             self._downlink.put(*said)
+        self._rosters.put()  # before the plans, which name it
         for job in self._jobs.values():
             self._put_model(job)
             put_plan(self._downlink, job, self._charters.digest)
         if self._releasing:
             self._releasing.put(self._jobs)
-        self._rosters.put()
         self._wake.set()
 
     def _on_down(self, reason: str) -> None:

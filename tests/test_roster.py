@@ -1,6 +1,7 @@
 """The roster: who is in, with which keys; what the aggregator says of it, and what a gateway makes of that."""
 
 import asyncio
+import copy
 import itertools
 import json
 import signal
@@ -37,7 +38,7 @@ from broker.roster import (
 from edge.clauses import Headcount
 from edge.cli import main
 from edge.config import Policy, load_config
-from edge.events import Answer, ModelStored, PlanSeen, PolicyChanged, StartTraining, StopTraining, WindowsReady
+from edge.events import Answer, ModelStored, PlanSeen, PolicyChanged, StartTraining, StopTraining, Trained, WindowsReady
 from edge.identity import own_agreement_key
 from edge.participant import Participant
 from edge.ring import Samples
@@ -336,7 +337,7 @@ async def test_the_roster_outlives_kill_9_and_an_empty_broker(tmp_path: Path) ->
 async def test_a_plan_names_the_roster_it_was_opened_under_which_goes_out_first(
     broker: BrokerProcess, tmp_path: Path
 ) -> None:
-    plant = Federation(tmp_path, broker.url, min_gateways=1)
+    plant, plan = Federation(tmp_path, broker.url, min_gateways=1), topics.RoundPlan("press", "wear").topic
     async with gateways(broker.url, 1) as (g,):
         ear = Ear(broker.url, lambda: g.key)
         ear.link.start()
@@ -347,12 +348,14 @@ async def test_a_plan_names_the_roster_it_was_opened_under_which_goes_out_first(
                 await until(lambda: ear.is_(g))
                 # It was enrolled by its birth, in the step that opened the round.
                 assert opened.roster_ms == ear.said()[-1].time_ms
-                assert list(g.heard).index(TOPIC) < list(g.heard).index(topics.RoundPlan("press", "wear").topic)
+                assert list(g.heard).index(TOPIC) < list(g.heard).index(plan)
             # Said anew, it is still the round of that roster: nobody who takes part has to wait for another.
+            del g.heard[TOPIC], g.heard[plan]
             async with plant.service():
                 await until(lambda: ear.said()[-1].time_ms > opened.roster_ms)
-                await until(lambda: len(g.heard[topics.RoundPlan("press", "wear").topic]) > 1)
+                await until(lambda: plan in g.heard)
                 assert g.plan() == opened
+                assert list(g.heard).index(TOPIC) < list(g.heard).index(plan)
         finally:
             await ear.link.stop()
 
@@ -397,6 +400,37 @@ def test_a_plan_waits_for_the_roster_that_it_names() -> None:
     strict = Participant(Policy(min_gateways=3), 10, headcount=Headcount(9, 2))
     (answer,) = strict.handle(NAMED)
     assert answer == Answer(1, "declined", "roster", SAYS)
+
+
+def test_a_training_does_not_end_because_a_roster_is_late() -> None:
+    policy = Policy(min_gateways=3)
+    g = Participant(policy, 10, headcount=Headcount(5, 3))
+    late = [
+        PlanSeen(msgspec.structs.replace(NAMED.plan, round=number, opened_ms=number, roster_ms=4 + number, stalest=3))
+        for number in (1, 2, 3)
+    ]
+    for event in READY:
+        g.handle(event)
+    joined, started = g.handle(late[0])
+    assert (joined, type(started)) == (Answer(1, "joined", "ok", ""), StartTraining)
+    # Plans of the next rounds, whose rosters are still on their way, and something else that changes meanwhile.
+    assert g.handle(late[1]) == []
+    assert g.handle(PolicyChanged(policy, None, Headcount(5, 3))) == []
+    assert g.handle(PolicyChanged(policy, None, Headcount(6, 3))) == []
+    assert g.handle(late[2]) == []
+    # What it learnt is sent; the next round waits for its roster.
+    waits = Answer(3, "declined", "roster", "the roster of 7 has not come yet")
+    assert g.handle(Trained(1)) == [waits]
+    joined, started = g.handle(PolicyChanged(policy, None, Headcount(7, 3)))
+    assert (joined, type(started)) == (Answer(3, "joined", "ok", ""), StartTraining)
+    # Of a synchronous task the next round is another training, and waits.
+    again = PlanSeen(msgspec.structs.replace(NAMED.plan, round=4, opened_ms=4, roster_ms=8))
+    waits = Answer(4, "declined", "roster", "the roster of 8 has not come yet")
+    assert copy.deepcopy(g).handle(again) == [StopTraining(), waits]
+    # One that says too few ends it all the same.
+    assert g.handle(PolicyChanged(policy, None, Headcount(8, 2))) == [
+        StopTraining(), Answer(3, "declined", "roster", SAYS)
+    ]  # fmt: skip
 
 
 @pytest.fixture
