@@ -16,9 +16,10 @@ import pytest
 from broker import ledger
 from broker.config import TaskFile
 from broker.genesis import ensure_model, put_first_model
+from broker.job import load_job
 from broker.journal import Journal, ModelRow, TaskRow
 from models.delta import Layout
-from models.errors import LocalError
+from models.errors import LocalError, UserError
 from models.spec import parse_task
 
 TASK_ROW = TaskRow("text", "[]", b"graph", 5, bytes(32))
@@ -170,6 +171,29 @@ def test_the_first_model(journal: Journal) -> None:
         put_first_model(journal, parse_task(text), text, graph=b"g", vector=vector, layout=layout, now_ms=1)
     assert journal.task("t").layout == '[["w", [3]]]'  # type: ignore[union-attr]
     assert journal.model("t").version == 0  # type: ignore[union-attr]
+
+
+def test_a_prefix_that_keeps_nothing_back_may_go(journal: Journal, tmp_path: Path) -> None:
+    """A task from before such a prefix was refused, which no aggregator takes as it is any more."""
+    layout, vector = Layout(("body.w", "head.w"), ((3,), (2,))), np.ones(5, np.float32)
+
+    def file(personal: str) -> TaskFile:
+        text = (
+            f'name = "t"\nkind = "anomaly"\nnet = "autoencoder"\npersonal = {personal}\n'
+            '[window]\nlength = 2\n[[signal]]\nname = "s"\n'
+        )
+        return TaskFile(parse_task(text), text, tmp_path / "task.toml")
+
+    old, mended = file('["head", "adapter"]'), file('["head"]')
+    with journal.transaction():
+        put_first_model(journal, old.task, old.text, graph=b"g", vector=vector, layout=layout, now_ms=1)
+    with pytest.raises(UserError, match="the net has no 'adapter'"):
+        load_job(journal, old)
+    asyncio.run(ensure_model(journal, mended, 2))
+    assert load_job(journal, mended).shared.tolist() == [True] * 3 + [False] * 2
+    for other in ("[]", '["body"]', '["head", "body"]'):
+        with pytest.raises(UserError, match="personal: changed since the model of task 't' was made"):
+            asyncio.run(ensure_model(journal, file(other), 3))
 
 
 def test_a_first_model_that_takes_too_long(journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
