@@ -15,6 +15,7 @@ from broker.pki import Authority
 from edge.cli import main
 from edge.stick import Stick
 from edge.store import State
+from models.errors import UserError
 from tests.brokers import BrokerProcess
 from tests.test_identity import HERE, THERE, Operator, gateway_toml
 from tests.test_service import Plant, broker, gateways, until
@@ -93,13 +94,18 @@ async def test_a_second_federation_of_a_name_is_not_begun(broker: BrokerProcess,
         # Nothing was made there that a later start takes for a federation's own.
         with closing(Journal(wrong)) as journal:
             assert not journal.has_tasks()
-        # What nobody signed says nothing, and once nothing is retained, whoever asks is alone.
-        for payload in (b"rubbish", b""):
+        # What can't be read may be of a later version, or of one who lost a key: somebody is there.
+        good, config, own = said[-1], load_federation(plant.config), Signer.generate().public_key
+        bad = (b"rubbish", good[:-1], good[:-1] + bytes([good[-1] ^ 1]), b"")
+        for payload in bad:
             there[0].link.publish(topic, payload, retain=True)
             await until(lambda payload=payload: said[-1] == payload)  # type: ignore[misc]
-            config, own = load_federation(plant.config), Signer.generate().public_key
-            assert await alone.check_alone(config, wrong, own, lambda: False)
-            assert not await alone.check_alone(config, wrong, own, lambda: True)
+            if payload:
+                with pytest.raises(UserError, match=f"has something on {topic} that can't be read.*lost state"):
+                    await alone.check_alone(config, wrong, own, lambda: False)
+        # Once nothing is retained, whoever asks is alone.
+        assert await alone.check_alone(config, wrong, own, lambda: False)
+        assert not await alone.check_alone(config, wrong, own, lambda: True)
 
 
 class Cell:
