@@ -1,6 +1,8 @@
 """Which folder is whose state: commands with a wrong one say so, and begin nothing new there."""
 
 import asyncio
+import os
+import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -65,6 +67,21 @@ def test_a_key_for_releases_needs_no_state(tmp_path: Path) -> None:
     office = Operator(tmp_path)
     assert main(["broker", "release", "--new-key", str(tmp_path / "k"), "-c", str(office.config), "--state", "no"]) == 0
     assert (tmp_path / "k").is_file()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize("room", ["broker", "edge"])
+def test_the_status_of_a_state_that_is_anothers_is_told_in_one_line(tmp_path: Path, room: str) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir(0o700)
+    (folder / "status.json").write_text("{}")
+    # This user may not be able to read the program's own files.
+    program = "import os, broker.cli, edge.cli, edge.config, edge.status_command; os.setuid(65534); "
+    program += f"raise SystemExit(edge.cli.main(['{room}', 'status', '--state', '{folder}']))"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stderr == f"tundish: {folder}: Permission denied; run this as the user who owns that folder\n"
+    assert done.returncode == 1
 
 
 async def test_a_second_federation_of_a_name_is_not_begun(broker: BrokerProcess, tmp_path: Path) -> None:
