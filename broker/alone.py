@@ -8,10 +8,12 @@ place of what the first one did. What is retained on `_fl/FEDERATION/status` is 
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from broker.config import FederationConfig
+from broker.journal import Journal
 from broker.link import Inbound, Link
 from broker.messages import FederationBirth, open_envelope, peek
 from broker.topics import FederationStatus
@@ -22,7 +24,21 @@ log = logging.getLogger(__name__)
 # What is retained comes right after the subscription; this long after the connection there was none.
 SETTLE_S = 2.0
 _TICK_S = 0.05
+LOOKS = "first start: it waits for the MQTT broker, to see whether this federation is there already"
 _REMEDY = 'write the --state of that one; if it is lost for good, see "A lost state" in docs/operator.md'
+
+
+async def look(
+    config: FederationConfig, journal: Journal, stopping: Callable[[], bool], then: Callable[[], None]
+) -> bool:
+    """Do `check_alone` unless this journal's aggregator did it before, and `then`; False if `stopping` came first."""
+    if not journal.has_looked():
+        if not await check_alone(config, journal.path.parent, journal.signer().public_key, stopping):
+            return False
+        with journal.transaction():
+            journal.put_looked(time.time_ns() // 1_000_000)
+    then()
+    return True
 
 
 async def check_alone(config: FederationConfig, state: Path, own: bytes, stopping: Callable[[], bool]) -> bool:

@@ -103,9 +103,13 @@ class Journal(Registry):
         row = self._one("SELECT text, layout, graph, graph_size, graph_digest FROM tasks WHERE task = ?", task)
         return TaskRow(*row) if row else None
 
-    def has_tasks(self) -> bool:
-        """Whether an aggregator has begun with this journal."""
-        return self._one("SELECT 1 FROM tasks") is not None
+    def has_looked(self) -> bool:
+        """Whether an aggregator with this journal has seen that nobody else has its federation."""
+        return self._one("SELECT 1 FROM looked") is not None
+
+    def put_looked(self, now_ms: int) -> None:
+        """Remember that."""
+        self._do("INSERT INTO looked VALUES (?)", now_ms)
 
     def put_task(self, task: str, row: TaskRow) -> None:
         """Store a task, or its changed text; the strategy's state stays."""

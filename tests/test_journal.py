@@ -282,7 +282,8 @@ def test_refuses_an_unknown_schema(tmp_path: Path) -> None:
 
 
 _WITH_KEYS = 10  # the first schema with X25519 keys
-_TO_10 = "ALTER TABLE rounds DROP COLUMN roster_ms;"
+_TO_11 = "DROP TABLE looked;"
+_TO_10 = f"{_TO_11} ALTER TABLE rounds DROP COLUMN roster_ms;"
 _TO_9 = f"{_TO_10} ALTER TABLE roster DROP COLUMN session; ALTER TABLE roster DROP COLUMN agreement_key;"
 _TO_8 = f"{_TO_9} DROP TABLE receipts;"
 _TO_7 = f"{_TO_8} DROP TABLE metadata; DROP TABLE releases;"
@@ -309,6 +310,7 @@ UNDO = {
     8: _TO_8,
     9: _TO_9,
     10: _TO_10,
+    11: _TO_11,
 }
 
 
@@ -335,6 +337,7 @@ def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path, version: int) -
     db.close()
     for _ in range(2):
         journal = Journal(tmp_path)
+        assert journal.has_looked()  # its aggregator had begun
         assert list(journal.members()) == [("a/b/c/d/e", bytes(32), bytes(32) if version >= _WITH_KEYS else None)]
         assert (journal.residual("wear"), journal.model("wear"), journal.steps("wear", 0, 8)) == (b"", row, [])
         with journal.transaction():
@@ -345,6 +348,17 @@ def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path, version: int) -
     with journal.transaction():
         count(journal, 1, "a")
     journal.close()
+
+
+def test_a_journal_of_the_schema_before_whose_aggregator_never_began_has_not_looked(tmp_path: Path) -> None:
+    Journal(tmp_path).close()
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as db:
+        db.executescript(f"{_TO_11} PRAGMA user_version = 11;")
+    with closing(Journal(tmp_path)) as journal:
+        assert not journal.has_looked()
+        with journal.transaction():
+            journal.put_looked(1)
+        assert journal.has_looked()
 
 
 def test_an_agreement_key_gives_way_to_that_of_a_later_birth_alone(journal: Journal) -> None:

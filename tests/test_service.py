@@ -116,6 +116,7 @@ class Plant:
         journal = Journal(self.state)
         with journal.transaction():
             put_first_model(journal, task, text, graph=GRAPH, vector=self.first, layout=LAYOUT, now_ms=1)
+            journal.put_looked(1)
         journal.close()
 
     @asynccontextmanager

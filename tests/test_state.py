@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import closing
@@ -15,6 +16,7 @@ from broker.journal import Journal
 from broker.messages import FederationBirth, Signer, Vote, peek
 from broker.pki import Authority
 from edge.cli import main
+from edge.lab.processes import free_port
 from edge.stick import Stick
 from edge.store import State
 from models.errors import UserError
@@ -108,9 +110,9 @@ async def test_a_second_federation_of_a_name_is_not_begun(broker: BrokerProcess,
         await until(lambda: peek(said[-1], FederationBirth).state == "down")
         assert says in await refused()
         assert {peek(one, FederationBirth).public_key for one in said} == {key}
-        # Nothing was made there that a later start takes for a federation's own.
+        # A later start looks again.
         with closing(Journal(wrong)) as journal:
-            assert not journal.has_tasks()
+            assert not journal.has_looked()
         # What can't be read may be of a later version, or of one who lost a key: somebody is there.
         good, config, own = said[-1], load_federation(plant.config), Signer.generate().public_key
         bad = (b"rubbish", good[:-1], good[:-1] + bytes([good[-1] ^ 1]), b"")
@@ -123,6 +125,44 @@ async def test_a_second_federation_of_a_name_is_not_begun(broker: BrokerProcess,
         # Once nothing is retained, whoever asks is alone.
         assert await alone.check_alone(config, wrong, own, lambda: False)
         assert not await alone.check_alone(config, wrong, own, lambda: True)
+
+
+async def test_a_first_start_goes_on_until_the_mqtt_broker_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broker = BrokerProcess("amqtt")  # not started yet
+    plant = Plant(tmp_path, broker.url, min_gateways=1)
+    shutil.rmtree(plant.state)
+    listen = free_port()
+    assert main(["broker", "init", "--host", "127.0.0.1", "-c", str(plant.config), "--state", str(plant.state)]) == 0
+    with plant.config.open("a") as file:
+        file.write(f'[enrolment]\nlisten = "127.0.0.1:{listen}"\nhost = "127.0.0.1"\n')
+    process = await plant.process()
+    try:
+        await until(plant.has_status)
+        status = plant.status()
+        assert (status["connected"], status["tasks"]["wear"]["version"]) == (False, 0)
+        assert "first start: it waits for the MQTT broker, to see" in status["mqtt"]["error"]
+        assert main(["broker", "status", "--state", str(plant.state)]) == 0
+        assert "running, first start: it waits for the MQTT broker" in capsys.readouterr().out
+        _, writer = await asyncio.open_connection("127.0.0.1", listen)  # who has a token may enrol
+        writer.close()
+        # Nothing was said before there was anybody to ask; then it was asked, once.
+        with broker:
+            await until(lambda: plant.status()["connected"])
+            with closing(Journal(plant.state)) as journal:
+                assert journal.has_looked()
+    finally:
+        process.terminate()
+        await process.wait()
+    # A later start waits for nobody.
+    process = await plant.process()
+    try:
+        await until(lambda: plant.status()["pid"] == process.pid)
+        assert "first start" not in plant.status()["mqtt"]["error"]
+    finally:
+        process.terminate()
+        await process.wait()
 
 
 class Cell:
