@@ -86,6 +86,25 @@ def test_the_status_of_a_state_that_is_anothers_is_told_in_one_line(tmp_path: Pa
     assert done.returncode == 1
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_a_doctor_who_may_not_read_the_state_says_so(tmp_path: Path) -> None:
+    folder, toml = tmp_path / "state", gateway_toml(tmp_path / "cell")
+    folder.mkdir(0o700)
+    program = f"""
+import asyncio, os
+from pathlib import Path
+from edge import doctor
+from edge.config import load_config
+config = load_config(Path("{toml}"))
+os.setuid(65534)
+print(asyncio.run(doctor._collect(doctor.federation(config, Path("{folder}")))))
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert f"{folder}: Permission denied; run this as the user who owns that folder" in done.stdout
+    assert "report this" not in done.stdout
+
+
 async def test_a_second_federation_of_a_name_is_not_begun(broker: BrokerProcess, tmp_path: Path) -> None:
     """By the real command: a running aggregator, and one that is stopped, whose status outlives it."""
     plant, wrong = Plant(tmp_path, broker.url, min_gateways=1), tmp_path / "wrong"
