@@ -8,10 +8,12 @@ place of what the first one did. What is retained on `_fl/FEDERATION/status` is 
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from broker.config import FederationConfig
+from broker.journal import Journal
 from broker.link import Inbound, Link
 from broker.messages import FederationBirth, open_envelope, peek
 from broker.topics import FederationStatus
@@ -22,23 +24,43 @@ log = logging.getLogger(__name__)
 # What is retained comes right after the subscription; this long after the connection there was none.
 SETTLE_S = 2.0
 _TICK_S = 0.05
+LOOKS = "first start: it waits for the MQTT broker, to see whether this federation is there already"
 _REMEDY = 'write the --state of that one; if it is lost for good, see "A lost state" in docs/operator.md'
+
+
+async def look(
+    config: FederationConfig, journal: Journal, stopping: Callable[[], bool], then: Callable[[], None]
+) -> bool:
+    """Do `check_alone` unless this journal's aggregator did it before, and `then`; False if `stopping` came first."""
+    if not journal.has_looked():
+        if not await check_alone(config, journal.path.parent, journal.signer().public_key, stopping):
+            return False
+        with journal.transaction():
+            journal.put_looked(time.time_ns() // 1_000_000)
+    then()
+    return True
 
 
 async def check_alone(config: FederationConfig, state: Path, own: bytes, stopping: Callable[[], bool]) -> bool:
     """Wait until the broker has had time to show a status of this federation; False if `stopping` came before.
 
-    UserError if there is one by another key than `own`. As long as the broker can't be reached, it tries again.
+    UserError if there is one by another key than `own`, or one that can't be read, as a later version's. As long as
+    the broker can't be reached, it tries again.
     """
-    topic, found, loop = FederationStatus(config.name).topic, list[bytes](), asyncio.get_running_loop()
+    topic, found, loop = FederationStatus(config.name).topic, list[str](), asyncio.get_running_loop()
     until = float("inf")
 
     def hear(inbound: Inbound) -> None:
+        if inbound.topic != topic or not inbound.payload:
+            return  # some brokers send more than was subscribed to; and what is empty clears what was retained
         try:
             key = peek(inbound.payload, FederationBirth).public_key
-            found.append(open_envelope(inbound.payload, topic, key, FederationBirth).public_key)
+            open_envelope(inbound.payload, topic, key, FederationBirth)
         except PeerError as error:
-            log.warning("%s: %s", topic, error)
+            found.append(f"has something on {topic} that can't be read ({error})")
+        else:
+            if key != own:
+                found.append(f"has federation {config.name} of the key {key.hex()}")
 
     def up() -> None:
         nonlocal until
@@ -59,8 +81,6 @@ async def check_alone(config: FederationConfig, state: Path, own: bytes, stoppin
             await asyncio.sleep(_TICK_S)
     finally:
         await link.stop()
-    for key in found:
-        if key != own:
-            problem = f"{state} is new, but {config.mqtt.url} has federation {config.name} of the key {key.hex()}"
-            raise UserError("--state", 0, "", problem, _REMEDY)
+    if found:
+        raise UserError("--state", 0, "", f"{state} is new, but {config.mqtt.url} {found[0]}", _REMEDY)
     return not stopping()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from broker.config import FederationConfig, load_federation
+from broker.database import forbidden
 from broker.folder import check_state
 from broker.status import STATUS_FILE, is_running
 from models.commandline import Parser, counted
@@ -144,14 +145,18 @@ def status_command(args: argparse.Namespace) -> int:
     """Show the status file of the state folder; exit code 1 when the aggregator does not run."""
     folder = args.state or _state(args, load_federation(_config_path(args)))
     path = folder / STATUS_FILE
+    running = False
     try:
+        running = is_running(folder)
         status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except PermissionError as error:
+        raise forbidden(folder, error) from error
     except (OSError, ValueError) as error:
         what = f"no aggregator has run with its state in {folder}; start one with tundish broker run"
-        if is_running(folder):
+        if running:
             what = f"the aggregator of {folder} is starting; its log says what it waits for"
         raise LocalError(what) from error
-    age_s, running = max(0.0, time.time() - status["time_ms"] / 1000), is_running(folder)
+    age_s = max(0.0, time.time() - status["time_ms"] / 1000)
     if args.json:
         print(json.dumps({**status, "running": running, "age_s": round(age_s, 1)}))
     else:

@@ -98,7 +98,12 @@ def is_there(file: Path) -> bool:
     try:
         return file.is_file()
     except PermissionError as error:
-        raise LocalError(f"{file.parent}: {error.strerror}; run this as the user who owns that folder") from error
+        raise forbidden(file.parent, error) from error
+
+
+def forbidden(folder: Path, error: PermissionError) -> LocalError:
+    """Say of a state folder that this user may not read it."""
+    return LocalError(f"{folder}: {error.strerror}; run this as the user who owns that folder")
 
 
 def ledger_lines(folder: Path) -> list[str]:

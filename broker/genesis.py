@@ -12,6 +12,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
+
 from broker.config import TaskFile
 from broker.journal import Journal, ModelRow, TaskRow
 from models import codec
@@ -35,9 +37,11 @@ async def ensure_model(journal: Journal, file: TaskFile, now_ms: int) -> None:
         with journal.transaction():
             put_first_model(journal, file.task, file.text, graph=graph, vector=vector, layout=layout, now_ms=now_ms)
     elif stored.text != file.text:
-        before = parse_task(stored.text, str(file.path))
+        before, layout = parse_task(stored.text, str(file.path)), Layout.from_json(stored.layout)
+        # A prefix that the net does not have keeps nothing back, and may go.
+        same = {"personal"} if np.array_equal(layout.mask(before.personal), layout.mask(file.task.personal)) else set()
         for key in _SHAPE:
-            if getattr(before, key) != getattr(file.task, key):
+            if key not in same and getattr(before, key) != getattr(file.task, key):
                 problem = f"changed since the model of task {file.task.name!r} was made"
                 raise UserError(str(file.path), 0, key, problem, "undo it, or give the task a new name")
         with journal.transaction():

@@ -135,7 +135,9 @@ class Intake:
         self._wanted = wanted
         # Gateways that are not enrolled: path -> the key that they offer, for the operator to see.
         self._strangers: dict[str, bytes] = {}
-        self._revoked: tuple[tuple[int, int] | None, dict[str, Revocation]] = None, {}
+        # What `broker enrol` has revoked, up to that entry of the ledger, when the journal was at that version.
+        self._revoked: dict[str, Revocation] = {}
+        self._revoked_to, self._revoked_at = 0, -1
 
     def read(self, inbound: Inbound, now_ms: int) -> Heard:
         """Verify and decode one message; PeerError when its sender is not proven or may not be here."""
@@ -179,11 +181,13 @@ class Intake:
         return found
 
     def _revocation(self, path: str) -> Revocation | None:
-        """How a path that is not in the roster was taken out; the ledger is read when the roster has changed."""
-        now = self._journal.roster_version()
-        if self._revoked[0] != now:
-            self._revoked = now, self._journal.revocations()
-        return self._revoked[1].get(path)
+        """How a path that is not in the roster was taken out. Only another process revokes: what came since is read."""
+        version = self._journal.data_version()
+        if version != self._revoked_at:
+            self._revoked_at = version
+            new, self._revoked_to = self._journal.revocations(self._revoked_to)
+            self._revoked |= new
+        return self._revoked.get(path)
 
     def _status(self, path: topics.GatewayPath, inbound: Inbound, now_ms: int) -> Heard:
         self._check_root(path)

@@ -103,9 +103,13 @@ class Journal(Registry):
         row = self._one("SELECT text, layout, graph, graph_size, graph_digest FROM tasks WHERE task = ?", task)
         return TaskRow(*row) if row else None
 
-    def has_tasks(self) -> bool:
-        """Whether an aggregator has begun with this journal."""
-        return self._one("SELECT 1 FROM tasks") is not None
+    def has_looked(self) -> bool:
+        """Whether an aggregator with this journal has seen that nobody else has its federation."""
+        return self._one("SELECT 1 FROM looked") is not None
+
+    def put_looked(self, now_ms: int) -> None:
+        """Remember that."""
+        self._do("INSERT INTO looked VALUES (?)", now_ms)
 
     def put_task(self, task: str, row: TaskRow) -> None:
         """Store a task, or its changed text; the strategy's state stays."""
@@ -348,15 +352,18 @@ class Journal(Registry):
         if last:
             self.note(now_ms, ledger.CHECKPOINT, ledger.checkpoint(last[1], last[0] + 1, signer))
 
-    def revocations(self) -> dict[str, Revocation]:
-        """Path -> the newest revocation of each gateway that ever was revoked, whatever came after it."""
-        rows = self._rows("""SELECT line FROM ledger WHERE line LIKE '%"kind":"revoked"%' ORDER BY seq""")
-        entries = (json.loads(line) for (line,) in rows)
-        return {
+    def revocations(self, after: int = 0) -> tuple[dict[str, Revocation], int]:
+        """Path -> the newest revocation of each gateway that was revoked since entry `after`; and the last entry."""
+        row = self._one("SELECT max(seq) FROM ledger")
+        last = (row and row[0]) or 0
+        query = """SELECT line FROM ledger WHERE seq > ? AND seq <= ? AND line LIKE '%"kind":"revoked"%' ORDER BY seq"""
+        entries = (json.loads(line) for (line,) in self._rows(query, after, last))
+        found = {
             one["body"]["path"]: Revocation(one["time_ms"], bytes.fromhex(one["body"]["key"]))
             for one in entries
             if one["kind"] == "revoked"
         }
+        return found, last
 
     def ledger_lines(self) -> Iterator[str]:
         """Every entry from the first, without newlines: what `ledger.verify` takes."""

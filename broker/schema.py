@@ -1,6 +1,6 @@
 """The tables of the journal, and what leads to them from those of earlier versions."""
 
-SCHEMA_VERSION = 11
+SCHEMA_VERSION = 12
 SCHEMA = """
 CREATE TABLE keys(name TEXT PRIMARY KEY, private_key BLOB NOT NULL) STRICT;
 CREATE TABLE roster(path TEXT PRIMARY KEY, public_key BLOB NOT NULL, since_ms INTEGER NOT NULL,
@@ -20,6 +20,7 @@ CREATE TABLE updates(task TEXT NOT NULL, round INTEGER NOT NULL, path TEXT NOT N
     samples INTEGER NOT NULL, metric REAL, payload BLOB, counted_ms INTEGER NOT NULL,
     base_loss REAL, counted_in INTEGER, UNIQUE(task, round, path)) STRICT;
 CREATE TABLE ledger(seq INTEGER PRIMARY KEY, hash TEXT NOT NULL, line TEXT NOT NULL) STRICT;
+CREATE TABLE looked(at_ms INTEGER NOT NULL) STRICT;
 """
 _BALLOTS = """
 CREATE TABLE ballots(task TEXT NOT NULL, version INTEGER NOT NULL, before INTEGER NOT NULL, until_ms INTEGER NOT NULL,
@@ -59,4 +60,5 @@ ALTER TABLE roster ADD COLUMN agreement_key BLOB;
 ALTER TABLE roster ADD COLUMN session INTEGER NOT NULL DEFAULT 0;
 """,
     10: "ALTER TABLE rounds ADD COLUMN roster_ms INTEGER NOT NULL DEFAULT 0;",
+    11: "CREATE TABLE looked(at_ms INTEGER NOT NULL) STRICT; INSERT INTO looked SELECT 0 FROM tasks LIMIT 1;",
 }

@@ -16,9 +16,8 @@ from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from broker import ballot, federation, intake, stick, topics
+from broker import alone, ballot, federation, intake, stick, topics
 from broker import round as rounds
-from broker.alone import check_alone
 from broker.charters import Charters
 from broker.closing import close_round, end_vote
 from broker.config import FederationConfig
@@ -84,9 +83,6 @@ class Service:
         self._journal = Journal(self._state)
         try:
             self._journal.claim()
-            first, own = not self._journal.has_tasks(), self._journal.signer().public_key
-            if first and not await check_alone(self._config, self._state, own, lambda: self._stopping):
-                return
             for file in self._config.tasks:
                 await ensure_model(self._journal, file, self._clock())
                 self._jobs[file.task.name] = load_job(self._journal, file)
@@ -118,13 +114,18 @@ class Service:
             manual_ack=True,
         )
         self._link.subscribe(*_FROM_ALL, *(topics.uplink_filter(name) for name in self._jobs))
-        self._link.start()
+        # Not a word goes to the MQTT broker before it is clear that nobody else has this federation.
+        look = alone.look(self._config, self._journal, lambda: self._stopping, self._link.start)
+        self._looking = asyncio.create_task(look)
         try:
             async with self._enrolment():
                 await self._loop()
             self._link.publish(self._downlink.status_topic, self._downlink.status("down"), retain=True)
         finally:
-            await self._link.stop()
+            self._looking.cancel()
+            (started,) = await asyncio.gather(self._looking, return_exceptions=True)
+            if started is True:
+                await self._link.stop()
             write_status(self._state, self.status())
 
     def _enrolment(self) -> AbstractAsyncContextManager[None]:
@@ -139,6 +140,8 @@ class Service:
         status_at, seen = 0.0, self._journal.data_version()
         while not self._stopping:
             self._wake.clear()
+            if self._looking.done():
+                self._looking.result()  # somebody else has it, or a file of [mqtt] can't be used
             self._step()
             await self._take_files()
             if time.monotonic() >= status_at:
@@ -168,12 +171,12 @@ class Service:
         self._downlink.put(self._downlink.status_topic, self._downlink.status("up"))
         if said := self._charters.message(self._config.name, self._signer):
             self._downlink.put(*said)
+        self._rosters.put()  # before the plans, which name it
         for job in self._jobs.values():
             self._put_model(job)
             put_plan(self._downlink, job, self._charters.digest)
         if self._releasing:
             self._releasing.put(self._jobs)
-        self._rosters.put()
         self._wake.set()
 
     def _on_down(self, reason: str) -> None:
@@ -378,6 +381,7 @@ class Service:
 
     def status(self) -> dict[str, Any]:
         """What `tundish broker status` shows: plain JSON values; times in milliseconds since 1970 UTC."""
+        error = self._link.error or ("" if self._looking.done() else alone.LOOKS)
         return {
             "federation": self._config.name,
             "public_key": self._public_key,
@@ -385,7 +389,7 @@ class Service:
             "time_ms": self._clock(),
             "pid": os.getpid(),
             "connected": self._link.connected,
-            "mqtt": {"version": self._link.version, "error": self._link.error, "counters": dict(self._link.counters)},
+            "mqtt": {"version": self._link.version, "error": error, "counters": dict(self._link.counters)},
             "refused": dict(self._refusals),
             "outcomes": dict(self._outcomes),
             "charter": self._charters.status(),

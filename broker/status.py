@@ -16,14 +16,19 @@ STATUS_FILE = "status.json"
 
 
 def is_running(state: Path) -> bool:
-    """Whether an aggregator holds this folder now: its lock goes with its process, however that ends."""
+    """Whether an aggregator holds this folder now: its lock goes with its process, however that ends.
+
+    PermissionError where this user may not know.
+    """
     try:
         with (state / LOCK_FILE).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except PermissionError:
+        raise
     except OSError:
-        pass  # there is none, or it is not ours to read
+        pass  # there is none
     return False
 
 

@@ -44,14 +44,15 @@ def breach(policy: Policy, clauses: Clauses | None, plan: m.Plan) -> tuple[str, 
     )  # fmt: skip
 
 
-def too_few(policy: Policy, held: Headcount | None, plan: m.Plan) -> tuple[str, str] | None:
+def too_few(policy: Policy, held: Headcount | None, roster_ms: int) -> tuple[str, str] | None:
     """Say that fewer gateways are in the roster than the policy wants in a sum, or that nobody knows; None otherwise.
 
-    A plan names the roster that it was made under, so that a broker that withholds that one switches nothing off. Of an
-    aggregator that says no roster, nothing is known.
+    A plan names the roster that it was made under, that of `roster_ms`, so that a broker that withholds that one
+    switches nothing off; a policy of 1 counts nobody, and waits for none. Of an aggregator that says no roster, nothing
+    is known.
     """
-    if plan.roster_ms > (held.time_ms if held else 0):
-        return "roster", f"the roster of {plan.roster_ms} has not come yet"
+    if policy.min_gateways > 1 and roster_ms > (held.time_ms if held else 0):
+        return "roster", f"the roster of {roster_ms} has not come yet (tundish broker acl, and a reload)"
     if held is None or held.gateways >= policy.min_gateways:
         return None
     wanted = f"policy wants {policy.min_gateways} gateways in a sum"

@@ -27,7 +27,7 @@ from edge.drivers import registry
 from edge.identity import with_own_tls
 from edge.status import is_alive, read_status
 from edge.tags import Source
-from models.errors import UserError
+from models.errors import LocalError, UserError
 
 GATEWAY, BROKER = "gateway", "broker"
 _SOURCE_S = 60.0  # for all steps of one source, whatever happens
@@ -86,7 +86,7 @@ async def _collect(steps: AsyncIterator[Step]) -> list[Step]:
                 found.append(step)  # noqa: PERF401 - at a timeout, what there is must not be lost
     except TimeoutError:
         found.append(fail("time", f"not done within {_SOURCE_S:g} s; check the network"))
-    except UserError as error:
+    except (LocalError, UserError) as error:
         found.append(fail("file", str(error)))
     except Exception as error:  # noqa: BLE001 - a mistake of ours must not hide what the others found
         found.append(fail("doctor", f"{type(error).__name__}: {error}; report this, and see tundish edge status"))

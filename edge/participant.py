@@ -86,9 +86,10 @@ class Participant:
     """One task's state. `handled` is the newest round that needs nothing more from us: its number and its opening.
 
     A round is newer when either grew: the number falls when an aggregator is restored from a backup, the time when
-    its clock is set back. `started` is the round that the child trains for. `wish` says why the next round should come
-    early: it is said once a round is closed, and again whenever the aggregator may not have heard it. So is `vote`, on
-    the newest model, until a round opens from that or a later one.
+    its clock is set back. `started` is the round that the child trains for, `under_ms` the roster that its plan named:
+    no later one is waited for before the training ends. `wish` says why the next round should come early: it is said
+    once a round is closed, and again whenever the aggregator may not have heard it. So is `vote`, on the newest model,
+    until a round opens from that or a later one.
 
     Who may not start to train before the round's deadline declines, so that nobody waits for it, and joins after all if
     the deadline moves on, or if it may start sooner than was known.
@@ -105,6 +106,7 @@ class Participant:
     failures: int = 0
     answer: Answer | None = None
     started: tuple[int, int] = (0, 0)
+    under_ms: int = 0
     wish: str = ""
     vote: Vote | None = None
     may_train: MayTrain = field(default_factory=MayTrain)
@@ -117,9 +119,13 @@ class Participant:
         step = TRANSITIONS.get((self.state, type(event)))
         return step(self, event) if step else []
 
-    def _objection(self, plan: Plan) -> tuple[str, str] | None:
-        """Say what of this gateway's policy, by the roster too, or of the charter a plan breaks; None if nothing."""
-        own = objection(self.policy, plan) or too_few(self.policy, self.headcount, plan)
+    def _objection(self, plan: Plan, *, running: bool = False) -> tuple[str, str] | None:
+        """Say what of this gateway's policy, by the roster too, or of the charter a plan breaks; None if nothing.
+
+        `running` asks of a training that is under way, which needs no later roster than that which it began under.
+        """
+        roster_ms = min(plan.roster_ms, self.under_ms) if running else plan.roster_ms
+        own = objection(self.policy, plan) or too_few(self.policy, self.headcount, roster_ms)
         return own or breach(self.policy, self.clauses, plan)
 
     # -- transitions; each takes the event of its row in the table ---------------------------------------------------
@@ -153,7 +159,7 @@ class Participant:
 
     def _goes_on(self, plan: Plan) -> bool:
         """Whether what is being trained still counts under this plan of an asynchronous federation."""
-        allowed = plan.state != "done" and self._objection(plan) is None
+        allowed = plan.state != "done" and self._objection(plan, running=True) is None
         return bool(plan.stalest) and allowed and 0 <= plan.round - self.started[0] <= plan.stalest
 
     def _next(self) -> list[Action]:
@@ -191,7 +197,7 @@ class Participant:
         elif self.windows < max(self.min_windows, self._due) or may.unless:
             self.state = State.WAITING
         else:
-            self.state, self.started = State.TRAINING, _named(plan)
+            self.state, self.started, self.under_ms = State.TRAINING, _named(plan), plan.roster_ms
             said.append(StartTraining(plan.round, plan.base, plan.bits, plan.opened_ms, plan.keep_ppm, plan.ring))
         return said
 
@@ -317,10 +323,11 @@ class Participant:
 
     def _leave(self) -> list[Action]:
         """Decline after all, where the round is no longer allowed and its update not yet sent."""
-        against = self._objection(self.plan) if self.plan else None
+        training = self.state is State.TRAINING
+        against = self._objection(self.plan, running=training) if self.plan else None
         if against is None or self.state not in {State.FETCHING, State.WAITING, State.TRAINING}:
             return []
-        stop: list[Action] = [StopTraining()] if self.state is State.TRAINING else []
+        stop: list[Action] = [StopTraining()] if training else []
         return stop + self._decline(*against)
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from broker.database import forbidden
 from edge.tags import Driver, Health
 
 log = logging.getLogger(__name__)
@@ -36,9 +37,14 @@ def write_status(folder: Path, snapshot: dict[str, object]) -> None:
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """What the gateway with its state in a folder said of itself last; None if it never ran."""
+    """What the gateway with its state in a folder said of itself last; None if it never ran.
+
+    LocalError where this user may not read that.
+    """
     try:
         status: dict[str, Any] = json.loads((folder / _FILE).read_text())
+    except PermissionError as error:
+        raise forbidden(folder, error) from error
     except (OSError, ValueError):
         return None
     return status

@@ -16,9 +16,10 @@ import pytest
 from broker import ledger
 from broker.config import TaskFile
 from broker.genesis import ensure_model, put_first_model
+from broker.job import load_job
 from broker.journal import Journal, ModelRow, TaskRow
 from models.delta import Layout
-from models.errors import LocalError
+from models.errors import LocalError, UserError
 from models.spec import parse_task
 
 TASK_ROW = TaskRow("text", "[]", b"graph", 5, bytes(32))
@@ -172,6 +173,29 @@ def test_the_first_model(journal: Journal) -> None:
     assert journal.model("t").version == 0  # type: ignore[union-attr]
 
 
+def test_a_prefix_that_keeps_nothing_back_may_go(journal: Journal, tmp_path: Path) -> None:
+    """A task from before such a prefix was refused, which no aggregator takes as it is any more."""
+    layout, vector = Layout(("body.w", "head.w"), ((3,), (2,))), np.ones(5, np.float32)
+
+    def file(personal: str) -> TaskFile:
+        text = (
+            f'name = "t"\nkind = "anomaly"\nnet = "autoencoder"\npersonal = {personal}\n'
+            '[window]\nlength = 2\n[[signal]]\nname = "s"\n'
+        )
+        return TaskFile(parse_task(text), text, tmp_path / "task.toml")
+
+    old, mended = file('["head", "adapter"]'), file('["head"]')
+    with journal.transaction():
+        put_first_model(journal, old.task, old.text, graph=b"g", vector=vector, layout=layout, now_ms=1)
+    with pytest.raises(UserError, match="the net has no 'adapter'"):
+        load_job(journal, old)
+    asyncio.run(ensure_model(journal, mended, 2))
+    assert load_job(journal, mended).shared.tolist() == [True] * 3 + [False] * 2
+    for other in ("[]", '["body"]', '["head", "body"]'):
+        with pytest.raises(UserError, match="personal: changed since the model of task 't' was made"):
+            asyncio.run(ensure_model(journal, file(other), 3))
+
+
 def test_a_first_model_that_takes_too_long(journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = 'name = "t"\nkind = "anomaly"\nnet = "autoencoder"\n[window]\nlength = 2\n[[signal]]\nname = "s"\n'
     monkeypatch.setattr("broker.genesis._TIMEOUT_S", 0)
@@ -258,7 +282,8 @@ def test_refuses_an_unknown_schema(tmp_path: Path) -> None:
 
 
 _WITH_KEYS = 10  # the first schema with X25519 keys
-_TO_10 = "ALTER TABLE rounds DROP COLUMN roster_ms;"
+_TO_11 = "DROP TABLE looked;"
+_TO_10 = f"{_TO_11} ALTER TABLE rounds DROP COLUMN roster_ms;"
 _TO_9 = f"{_TO_10} ALTER TABLE roster DROP COLUMN session; ALTER TABLE roster DROP COLUMN agreement_key;"
 _TO_8 = f"{_TO_9} DROP TABLE receipts;"
 _TO_7 = f"{_TO_8} DROP TABLE metadata; DROP TABLE releases;"
@@ -285,6 +310,7 @@ UNDO = {
     8: _TO_8,
     9: _TO_9,
     10: _TO_10,
+    11: _TO_11,
 }
 
 
@@ -311,6 +337,7 @@ def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path, version: int) -
     db.close()
     for _ in range(2):
         journal = Journal(tmp_path)
+        assert journal.has_looked()  # its aggregator had begun
         assert list(journal.members()) == [("a/b/c/d/e", bytes(32), bytes(32) if version >= _WITH_KEYS else None)]
         assert (journal.residual("wear"), journal.model("wear"), journal.steps("wear", 0, 8)) == (b"", row, [])
         with journal.transaction():
@@ -321,6 +348,17 @@ def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path, version: int) -
     with journal.transaction():
         count(journal, 1, "a")
     journal.close()
+
+
+def test_a_journal_of_the_schema_before_whose_aggregator_never_began_has_not_looked(tmp_path: Path) -> None:
+    Journal(tmp_path).close()
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as db:
+        db.executescript(f"{_TO_11} PRAGMA user_version = 11;")
+    with closing(Journal(tmp_path)) as journal:
+        assert not journal.has_looked()
+        with journal.transaction():
+            journal.put_looked(1)
+        assert journal.has_looked()
 
 
 def test_an_agreement_key_gives_way_to_that_of_a_later_birth_alone(journal: Journal) -> None:

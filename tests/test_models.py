@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -611,7 +612,7 @@ def test_a_tiny_model_that_asks_for_gigabytes_dies_alone(tmp_path: Path) -> None
 
     async def refuse() -> None:
         with pytest.raises(PeerError) as caught:
-            await asyncio.wait_for(probe(offered(bomb), tmp_path), 60)
+            await asyncio.wait_for(probe(offered(bomb), tmp_path / "probe.npz"), 60)
         assert caught.value.reason == "graph"
         assert caught.value.detail
 
@@ -619,12 +620,27 @@ def test_a_tiny_model_that_asks_for_gigabytes_dies_alone(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_is_full_keeps_nothing_of_a_graph(tmp_path: Path) -> None:
+    graph, file = PLAIN.SerializeToString(), tmp_path / "probe.npz"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(graph), hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            asyncio.run(probe(offered(graph), file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+    file.write_bytes(b"of a run that was cut off")
+    asyncio.run(probe(offered(graph), file))
+    assert not list(tmp_path.iterdir())
+
+
 async def test_the_first_run_says_what_is_wrong(tmp_path: Path) -> None:
-    await probe(offered(PLAIN.SerializeToString()), tmp_path)
+    await probe(offered(PLAIN.SerializeToString()), tmp_path / "probe.npz")
     with pytest.raises(PeerError, match="operator 'Tile' is not on the list"):
-        await probe(offered(REFUSED["another operator"][0]), tmp_path)
+        await probe(offered(REFUSED["another operator"][0]), tmp_path / "probe.npz")
     wide = model_of([FLAT, node("MatMul", ["f", "w"], ["g"]), node("Concat", ["g", "g"], ["y"], axis=1)], [weight()])
     with pytest.raises(PeerError, match=r"gives \[\[256, 4\]\] for 256 windows of 2 outputs"):
-        await probe(offered(wide.SerializeToString()), tmp_path)
+        await probe(offered(wide.SerializeToString()), tmp_path / "probe.npz")
     with pytest.raises(PeerError, match=r"^graph: .*nowhere"):
-        await probe(offered(edited(lambda m: m.graph.node[1].input.__setitem__(0, "nowhere"))), tmp_path)
+        await probe(offered(edited(lambda m: m.graph.node[1].input.__setitem__(0, "nowhere"))), tmp_path / "probe.npz")

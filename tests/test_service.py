@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -116,6 +116,7 @@ class Plant:
         journal = Journal(self.state)
         with journal.transaction():
             put_first_model(journal, task, text, graph=GRAPH, vector=self.first, layout=LAYOUT, now_ms=1)
+            journal.put_looked(1)
         journal.close()
 
     @asynccontextmanager
@@ -854,6 +855,48 @@ async def test_one_who_was_taken_out_and_asks_again_is_shown_as_such(
             await shows(f"it asks with another key, {there.signer.public_key.hex()}\n")
             await run("enrol", "--path", path, "--key", there.signer.public_key.hex())
             await until(lambda: not plant.status()["revoked"] and not plant.status()["not_enrolled"])
+
+
+def test_no_gateway_makes_the_aggregator_read_its_ledger_again(tmp_path: Path) -> None:
+    plant, gone = Plant(tmp_path, "mqtt://127.0.0.1:1", join="enrolled"), Signer.generate()
+    config, path, read = load_federation(plant.config), "acme/lyon/press/line4/cell9", list[str]()
+    options = ["-c", str(plant.config), "--state", str(plant.state), "--path"]
+
+    def enrol(*more: str) -> None:
+        assert cli.main(["enrol", *options, *more]) == 0
+
+    with closing(Journal(plant.state)) as journal:
+        hears = intake.Intake(config, journal, {})
+        topic = topics.Status(topics.GatewayPath.parse(path)).topic
+        journal._db.set_trace_callback(lambda query: read.append(query) if "FROM ledger" in query else None)
+
+        def asks(reason: str) -> None:
+            birth = gone.seal(Birth(1, 1, 1, gone.public_key, "test", ()), topic)
+            with pytest.raises(PeerError) as caught, journal.transaction():
+                hears.read(Inbound(topic, birth, retain=True, qos=1, mid=1), 1)
+            assert caught.value.reason == reason
+
+        asks("unknown-gateway")
+        enrol(path, "--key", gone.public_key.hex())
+        enrol(path, "--revoke")
+        asks("revoked")
+        enrol(CELL, "--key", KNOWN.public_key.hex())
+        asks("revoked")
+        before, known = len(read), len(list(journal.ledger_lines()))
+        # Whatever a gateway lets the aggregator write: no entry is read for it.
+        for session in range(3):
+            with journal.transaction():
+                journal.put_agreement_key(CELL, bytes([session] * 32), session + 1)
+                journal.note(1, "refused", {"kind": "revoked"})
+            asks("revoked")
+            assert hears.asking()["revoked"][path]["same_key"]
+        assert len([query for query in read[before:] if "LIKE" in query]) == 0
+        # Of what another process wrote, what is new.
+        enrol(CELL, "--revoke")
+        asks("revoked")
+        last = len(list(journal.ledger_lines()))
+        (query,) = [query for query in read[before:] if "LIKE" in query]
+        assert f"seq > {known} AND seq <= {last}" in query
 
 
 async def test_a_changed_net_needs_a_new_name(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Which folder is whose state: commands with a wrong one say so, and begin nothing new there."""
 
 import asyncio
+import os
+import shutil
+import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -13,8 +16,10 @@ from broker.journal import Journal
 from broker.messages import FederationBirth, Signer, Vote, peek
 from broker.pki import Authority
 from edge.cli import main
+from edge.lab.processes import free_port
 from edge.stick import Stick
 from edge.store import State
+from models.errors import UserError
 from tests.brokers import BrokerProcess
 from tests.test_identity import HERE, THERE, Operator, gateway_toml
 from tests.test_service import Plant, broker, gateways, until
@@ -66,6 +71,40 @@ def test_a_key_for_releases_needs_no_state(tmp_path: Path) -> None:
     assert (tmp_path / "k").is_file()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize("room", ["broker", "edge"])
+def test_the_status_of_a_state_that_is_anothers_is_told_in_one_line(tmp_path: Path, room: str) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir(0o700)
+    (folder / "status.json").write_text("{}")
+    # This user may not be able to read the program's own files.
+    program = "import os, broker.cli, edge.cli, edge.config, edge.status_command; os.setuid(65534); "
+    program += f"raise SystemExit(edge.cli.main(['{room}', 'status', '--state', '{folder}']))"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stderr == f"tundish: {folder}: Permission denied; run this as the user who owns that folder\n"
+    assert done.returncode == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_a_doctor_who_may_not_read_the_state_says_so(tmp_path: Path) -> None:
+    folder, toml = tmp_path / "state", gateway_toml(tmp_path / "cell")
+    folder.mkdir(0o700)
+    program = f"""
+import asyncio, os
+from pathlib import Path
+from edge import doctor
+from edge.config import load_config
+config = load_config(Path("{toml}"))
+os.setuid(65534)
+print(asyncio.run(doctor._collect(doctor.federation(config, Path("{folder}")))))
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert f"{folder}: Permission denied; run this as the user who owns that folder" in done.stdout
+    assert "report this" not in done.stdout
+
+
 async def test_a_second_federation_of_a_name_is_not_begun(broker: BrokerProcess, tmp_path: Path) -> None:
     """By the real command: a running aggregator, and one that is stopped, whose status outlives it."""
     plant, wrong = Plant(tmp_path, broker.url, min_gateways=1), tmp_path / "wrong"
@@ -90,16 +129,59 @@ async def test_a_second_federation_of_a_name_is_not_begun(broker: BrokerProcess,
         await until(lambda: peek(said[-1], FederationBirth).state == "down")
         assert says in await refused()
         assert {peek(one, FederationBirth).public_key for one in said} == {key}
-        # Nothing was made there that a later start takes for a federation's own.
+        # A later start looks again.
         with closing(Journal(wrong)) as journal:
-            assert not journal.has_tasks()
-        # What nobody signed says nothing, and once nothing is retained, whoever asks is alone.
-        for payload in (b"rubbish", b""):
+            assert not journal.has_looked()
+        # What can't be read may be of a later version, or of one who lost a key: somebody is there.
+        good, config, own = said[-1], load_federation(plant.config), Signer.generate().public_key
+        bad = (b"rubbish", good[:-1], good[:-1] + bytes([good[-1] ^ 1]), b"")
+        for payload in bad:
             there[0].link.publish(topic, payload, retain=True)
             await until(lambda payload=payload: said[-1] == payload)  # type: ignore[misc]
-            config, own = load_federation(plant.config), Signer.generate().public_key
-            assert await alone.check_alone(config, wrong, own, lambda: False)
-            assert not await alone.check_alone(config, wrong, own, lambda: True)
+            if payload:
+                with pytest.raises(UserError, match=f"has something on {topic} that can't be read.*lost state"):
+                    await alone.check_alone(config, wrong, own, lambda: False)
+        # Once nothing is retained, whoever asks is alone.
+        assert await alone.check_alone(config, wrong, own, lambda: False)
+        assert not await alone.check_alone(config, wrong, own, lambda: True)
+
+
+async def test_a_first_start_goes_on_until_the_mqtt_broker_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broker = BrokerProcess("amqtt")  # not started yet
+    plant = Plant(tmp_path, broker.url, min_gateways=1)
+    shutil.rmtree(plant.state)
+    listen = free_port()
+    assert main(["broker", "init", "--host", "127.0.0.1", "-c", str(plant.config), "--state", str(plant.state)]) == 0
+    with plant.config.open("a") as file:
+        file.write(f'[enrolment]\nlisten = "127.0.0.1:{listen}"\nhost = "127.0.0.1"\n')
+    process = await plant.process()
+    try:
+        await until(plant.has_status)
+        status = plant.status()
+        assert (status["connected"], status["tasks"]["wear"]["version"]) == (False, 0)
+        assert "first start: it waits for the MQTT broker, to see" in status["mqtt"]["error"]
+        assert main(["broker", "status", "--state", str(plant.state)]) == 0
+        assert "running, first start: it waits for the MQTT broker" in capsys.readouterr().out
+        _, writer = await asyncio.open_connection("127.0.0.1", listen)  # who has a token may enrol
+        writer.close()
+        # Nothing was said before there was anybody to ask; then it was asked, once.
+        with broker:
+            await until(lambda: plant.status()["connected"])
+            with closing(Journal(plant.state)) as journal:
+                assert journal.has_looked()
+    finally:
+        process.terminate()
+        await process.wait()
+    # A later start waits for nobody.
+    process = await plant.process()
+    try:
+        await until(lambda: plant.status()["pid"] == process.pid)
+        assert "first start" not in plant.status()["mqtt"]["error"]
+    finally:
+        process.terminate()
+        await process.wait()
 
 
 class Cell:
