@@ -14,8 +14,7 @@ from broker.messages import MAX_PAYLOAD
 
 NARROWER, WIDER = 0.8, 1.5
 LEAST, MOST = 0.02, 0.35
-# So many values at the least, whatever the net's size: in docs/learning.md, updates of 660 to 940 bytes, of nets of
-# 7,000 to 20,000 values. With 200 of 7,000, ai4i2020 ended 1.4 points lower over three seeds, whose spread is as large.
+# So many values at the least, whatever the net's size: updates of less than a kilobyte (docs/learning.md has them).
 _FEWEST = 600
 _FIRST = 2.5  # floors wide is the first round
 # A loss this much higher is level, however well the gateways agree.

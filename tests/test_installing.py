@@ -242,6 +242,8 @@ async def test_a_model_that_a_full_disk_kept_from_scoring_is_taken_once(
         for version in (1, 2):
             office.learn(version)
             cell.take(office.messages())
+            # It scores before that is stored; the ledger tells both.
+            await cell.when(lambda version=version: len(cell.ledger("model-adopted")) == version)  # type: ignore[misc]
             await cell.until(model=version, scoring_model=version, problem="")
             if version == 1:
                 first = cell.agent.runners["wear"].model
