@@ -65,7 +65,9 @@ def mosquitto_conf(folder: Path, port: int, clients: int) -> str:
     `clients` is the number of gateways and bridges.
     """
     lines = [
-        "# Written by tundish broker acl, for Mosquitto 2: into /etc/mosquitto/conf.d/",
+        "# Written by tundish broker acl, for Mosquitto 2. It stays here: /etc/mosquitto/mosquitto.conf gets, once,",
+        "# beside Debian's own `include_dir /etc/mosquitto/conf.d`, the line",
+        f"# include_dir {folder}",
         "per_listener_settings false",
         f"listener {port}",
         f"cafile {folder / 'ca.pem'}",

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from broker.config import FederationConfig
 from broker.journal import Journal
 from broker.link import Inbound, Link
@@ -71,9 +73,10 @@ async def check_alone(config: FederationConfig, state: Path, own: bytes, stoppin
         until = float("inf")
 
     log.info("first start with %s: is federation %s on %s already?", state, config.name, config.mqtt.url)
-    # Without a will, and with a client id of its own: a running aggregator keeps its connection.
-    name = f"tundish-look-{secrets.token_hex(4)}"
-    link = Link(config.mqtt, client_id=name, will=None, on_message=hear, on_up=up, on_down=down)
+    # Without a will, and with a client id of its own: a running aggregator keeps its connection. Where the MQTT broker
+    # takes the certificate's name for it, as with the files of `broker acl`, that is seen to before (`broker.folder`).
+    settings, name = msgspec.structs.replace(config.mqtt, client_id=None), f"tundish-look-{secrets.token_hex(4)}"
+    link = Link(settings, client_id=name, will=None, on_message=hear, on_up=up, on_down=down)
     link.subscribe(topic)
     link.start()
     try:

@@ -63,8 +63,10 @@ def check_tasks(name: str, named: Named, tasks: Iterable[Task], roots: Iterable[
         secure = task.privacy.secure_aggregation
         against = outside(named.charter, task.name, roots, min_gateways=task.round.min_gateways, secure=secure)
         if against:
-            remedy = "change the task or the roots, or agree on another charter"
-            raise file.error(_KEYS[against[0]], f"task {task.name}: {against[1]}", remedy)
+            what = "[federation] roots" if against[0] == "members" else "the task"
+            remedy = f"change {what}, or agree on another charter"
+            about = "" if against[0] == "members" else f"task {task.name}: "
+            raise file.error(_KEYS[against[0]], f"{about}{against[1]}", remedy)
 
 
 class Charters:

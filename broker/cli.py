@@ -17,7 +17,7 @@ import platformdirs
 
 from broker.config import FederationConfig, load_federation
 from broker.database import forbidden
-from broker.folder import check_state
+from broker.folder import check_authority, check_state, is_state
 from broker.status import STATUS_FILE, is_running
 from models.commandline import Parser, counted
 from models.errors import LocalError, TundishError, UserError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from broker.service import Service
 
 STALE_S = 10
+_CHANNELS = "canary", "stable"
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -83,18 +84,26 @@ def _add_release(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     example = "-c federation.toml --task spindle-wear --to stable --key /media/stick/release.key"
     give = _command(subparsers, "release", _module("release_command", "release"), text, example)
     give.add_argument("--version", type=int, metavar="V", help="version (the canaries', else the newest that is kept)")
-    give.add_argument("--to", choices=("canary", "stable"), help="who gets it")
+    give.add_argument("--to", choices=_CHANNELS, help="who gets it")
     give.add_argument("--new-key", type=Path, metavar="FILE", help="instead: make a key that may release to all")
     text = "instead: sign by another online key, where the one before was stolen or its journal restored"
     give.add_argument("--new-online-key", action="store_true", help=text)
     example = "-c federation.toml --task spindle-wear --key /media/stick/release.key"
     text = "give gateways an earlier model again"
     back = _command(subparsers, "rollback", _module("release_command", "rollback"), text, example)
-    back.add_argument("--to", type=int, metavar="V", help="version (the one released before)")
-    back.add_argument("--channel", choices=("canary", "stable"), default="stable", help="whose (stable)")
+    back.add_argument("--to", type=_version, metavar="V", help="version (the one released before)")
+    back.add_argument("--channel", choices=_CHANNELS, default="stable", help="whose (stable)")
     for one in (give, back):
         one.add_argument("--task", metavar="T", help="task (the only one)")
         one.add_argument("--key", type=Path, action="append", default=[], metavar="FILE", help="a key of [release]")
+
+
+def _version(text: str) -> int:
+    if text in _CHANNELS:
+        raise argparse.ArgumentTypeError(f"{text!r} is a channel: write --channel {text}; --to takes a version")
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no version: write a number, as tundish broker status shows it")
+    return int(text)
 
 
 def _add_stick(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -135,6 +144,7 @@ def run_command(args: argparse.Namespace) -> int:
         logging.getLogger().setLevel(level)  # whoever called may have set logging up already
     state = _state(args, config)
     check_state(state, config, new=True)
+    check_authority(config, state)
     from broker.service import Service  # noqa: PLC0415 - the other commands need none of it
 
     asyncio.run(_serve(Service(config, state)))
@@ -152,10 +162,17 @@ def status_command(args: argparse.Namespace) -> int:
     except PermissionError as error:
         raise forbidden(folder, error) from error
     except (OSError, ValueError) as error:
-        what = f"no aggregator has run with its state in {folder}; start one with tundish broker run"
         if running:
-            what = f"the aggregator of {folder} is starting; its log says what it waits for"
-        raise LocalError(what) from error
+            raise LocalError(f"the aggregator of {folder} is starting; its log says what it waits for") from error
+        if is_state(folder):
+            raise LocalError(
+                f"no aggregator has run yet with its state in {folder}; start it: tundish broker run"
+            ) from error
+        problem, remedy = (
+            f"no aggregator ever ran with its state in {folder}",
+            "write the --state of tundish broker run",
+        )
+        raise UserError("--state", 0, "", problem, remedy) from error
     age_s = max(0.0, time.time() - status["time_ms"] / 1000)
     if args.json:
         print(json.dumps({**status, "running": running, "age_s": round(age_s, 1)}))
@@ -226,11 +243,16 @@ def _report(status: dict[str, Any], age_s: float, *, running: bool) -> list[str]
         lines.append(f"  charter {charter['title']!r} {charter['digest']}, accepted by {len(charter['accepted'])}")
         lines += [f"    NOT ACCEPTED by {path}" for path in charter["not_accepted"]]
     for name, task in status["tasks"].items():
-        lines += _of_task(name, task)
+        lines += _of_task(name, task, status)
+    for path, one in status.get("unseen", {}).items():
+        how = "offline, not seen since this aggregator started" if one["seen"] else "never seen online"
+        lines.append(f"  {path}: {how}; enrolled {_clock(one['since_ms'])}")
     for name, channels in status.get("released", {}).items():
         for channel, one in sorted(channels.items()):
-            lines.append(f"  {name}: {channel} has release {one['release']}, version {one['version']}")
-    lines += [f"  NOT ENROLLED {path}, key {key}" for path, key in status["not_enrolled"].items()]
+            than = "" if one.get("in_force", True) else "; its gateways go by stable, whose release is higher"
+            lines.append(f"  {name}: {channel} has release {one['release']}, version {one['version']}{than}")
+    for path, key in status["not_enrolled"].items():
+        lines.append(f"  NOT ENROLLED {path}: tundish broker enrol -c federation.toml --path {path} --key {key}")
     for path, asks in status.get("revoked", {}).items():
         which = "the key that was revoked" if asks["same_key"] else f"another key, {asks['key']}"
         lines.append(f"  REVOKED {path} since {_clock(asks['since_ms'])}; it asks with {which}")
@@ -238,7 +260,7 @@ def _report(status: dict[str, Any], age_s: float, *, running: bool) -> list[str]
     return lines
 
 
-def _of_task(name: str, task: dict[str, Any]) -> list[str]:
+def _of_task(name: str, task: dict[str, Any], status: dict[str, Any]) -> list[str]:
     lines = [f"  {name}: round {task['round']} {task['state']}, model version {task['version']}"]
     if (rounds := task.get("rounds")) and (last := rounds["last_voted_down"]):
         said = f"{counted(rounds['closed'], 'round')}, {rounds['voted_down']} voted down"
@@ -251,8 +273,12 @@ def _of_task(name: str, task: dict[str, Any]) -> list[str]:
         lines.append(f"    votes on version {vote['version']}: {vote['for']} for, {vote['against']} against")
     for path, gateway in task["gateways"].items():
         word = "online" if gateway["online"] else "offline"
+        if since_ms := status.get("taken_out", {}).get(path):
+            word = f"REVOKED since {_clock(since_ms)}"
         said = f", round {gateway['round']} {gateway['verdict']}" if gateway["verdict"] else ""
         why = f" ({gateway['code']}: {_plain(gateway['reason'])})" if gateway["reason"] else ""
+        if has := status.get("installed", {}).get(path, {}).get(name):
+            word += f", has release {has['release']} (version {has['version']})"
         lines.append(f"    {path}: {word}{said}{why}")
     return lines
 

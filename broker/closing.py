@@ -48,7 +48,8 @@ def close_round(journal: Journal, job: Job, number: int, base: int, now_ms: int)
         until_ms = now_ms + int(task.round.vote_s * 1000)
         ballot = BallotRow(version, job.model.version, until_ms, before, journal.residual(name))
         journal.open_ballot(name, ballot)
-    job.model = ModelRow(version, number, weights, digest, gateways, samples, now_ms, step.payload)
+    signed_ms = _later(job, now_ms)
+    job.model = ModelRow(version, number, weights, digest, gateways, samples, now_ms, step.payload, signed_ms)
     journal.put_model(name, job.model)
     journal.put_residual(name, step.residual.astype("<f4").tobytes())
     journal.close_round(name, number, now_ms, version, state)
@@ -85,7 +86,8 @@ def _go_back(journal: Journal, job: Job, now_ms: int) -> None:
     if ballot is None:
         raise LocalError(f"{journal.path}: no vote on {name} is there; restore a backup")
     model = _model(journal, name, ballot.before)
-    job.model = model._replace(version=job.model.version + 1, created_ms=now_ms, step=None)
+    version, signed_ms = job.model.version + 1, _later(job, now_ms)
+    job.model = model._replace(version=version, created_ms=now_ms, step=None, signed_ms=signed_ms)
     journal.put_model(name, job.model)
     journal.put_strategy_state(name, ballot.strategy_state)
     journal.put_residual(name, ballot.residual)
@@ -94,6 +96,11 @@ def _go_back(journal: Journal, job: Job, now_ms: int) -> None:
         job.ring = ring_for(job.task, layout, aggregate.load_state(ballot.strategy_state))
     body = {"task": name, "version": job.model.version, "digest": model.digest.hex(), "again": model.version}
     journal.note(now_ms, "model", body)
+
+
+def _later(job: Job, now_ms: int) -> int:
+    """When the next model is signed: after the one before, where the clock was set back too."""
+    return max(now_ms, job.model.signed_ms + 1)
 
 
 def _model(journal: Journal, name: str, version: int) -> ModelRow:

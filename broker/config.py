@@ -18,6 +18,7 @@ from models.spec import Task, load_task
 from models.tomlfile import TomlFile, read_toml
 
 _MOST_KEYS = 16
+_MADE_BY = "; tundish broker init makes ca, cert and key, and prints these lines: leave them out until then"
 
 
 class FederationTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -103,7 +104,7 @@ def load_federation(path: Path) -> FederationConfig:
         _check_name(file, ["federation", "roots"], root)
         if root.startswith("_"):
             raise file.error(["federation", "roots"], f"{root!r} begins with _", "that marks functional segments")
-    mqtt = check_mqtt(file, raw.mqtt)
+    mqtt = check_mqtt(file, raw.mqtt, _MADE_BY)
     if not raw.task:
         raise file.error(["task"], "no task", 'add [[task]] with file = "task.toml"')
     if raw.enrolment is not None:

@@ -32,6 +32,7 @@ class Database:
             self.path.chmod(0o600)
             self._db = sqlite3.connect(self.path, isolation_level=None)
             self._prepare()
+            self._inode = self.path.stat().st_ino
 
     def claim(self) -> None:
         """Be the one aggregator of this folder until closed; LocalError when there is another."""
@@ -41,9 +42,16 @@ class Database:
             for _ in range(_TRIES):  # `tundish broker status` holds it for a moment, to see whether anybody does
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._check_there(path)
                     return
                 time.sleep(_PAUSE_S)
         raise LocalError(f"{path}: another aggregator runs with this state; stop it, or choose another --state")
+
+    def _check_there(self, lock: Path) -> None:
+        """LocalError where a first start that was refused has deleted these files meanwhile: they are nobody's."""
+        open_ = (os.fstat(self._lock).st_ino if self._lock is not None else 0, self._inode)
+        if not (lock.exists() and self.path.exists()) or open_ != (lock.stat().st_ino, self.path.stat().st_ino):
+            raise LocalError(f"{self.path}: was deleted by another start that was refused; start again")
 
     def close(self) -> None:
         """Close the file; the journal can't be used afterwards."""

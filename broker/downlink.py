@@ -177,6 +177,7 @@ class Downlink:
             version=model.version,
             round=model.round,
             created_ms=model.created_ms,
+            signed_ms=model.signed_ms,
             gateways=model.gateways,
             samples=model.samples,
             terms=hashlib.sha256(self.terms(task, row)).digest(),

@@ -4,7 +4,8 @@
                                                           ^--voted down: the weights before, again--'  after `rounds`
 
 Rounds open every `every_ms`, measured from the last opening, never while one is open, and only when `min_gateways`
-are online. `early_ms` after that opening, one opens too if a gateway that is online has asked for it since the last
+are online. An asynchronous one is open for all of that time: what comes between two rounds counts in neither.
+`early_ms` after that opening, one opens too if a gateway that is online has asked for it since the last
 round closed. A new model waits `vote_ms` at most for the votes of those that can judge it (`broker.ballot`); one that
 is voted down makes way for the weights before. While the broker is out of reach, gateways keep what they have to say,
 so no round opens or closes and no vote ends. After a restart the state is rebuilt from what the journal says (`Past`).
@@ -14,7 +15,7 @@ Times are milliseconds on the caller's clock. Every transition stands in `TRANSI
 # ruff: noqa: SLF001 - the table of transitions stands below the class whose methods it names
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from broker import round as rounds
@@ -185,18 +186,8 @@ class Federation:
             self.state = State.VOTING
         elif past and past.is_open:
             self.state = State.OPEN
-            self.round = Round(
-                past.round,
-                past.base,
-                deadline_ms=past.deadline_ms,
-                length_ms=rules.deadline_ms,
-                min_gateways=rules.min_gateways,
-                counted=past.counted,
-                hold_ms=rounds.FOREVER_MS,
-                buffer=rules.buffer,
-                bases=self.bases,
-                older=past.older,
-            )
+            self.round = self._make(past.base, past.deadline_ms)
+            self.round.take_up(past.counted, past.older)
         elif self._is_last():
             self.state = State.DONE
 
@@ -353,6 +344,8 @@ class Federation:
         actions = self.round.handle(event, now_ms)
         if self.state is State.OPEN and self.round.state is rounds.State.CLOSED:
             self.state = State.CLOSING
+        if any(isinstance(one, rounds.Extend) and one.again for one in actions):
+            self.opened_ms = now_ms
         return actions
 
     def _open_if_due(self, now_ms: int) -> list[Action]:
@@ -364,18 +357,22 @@ class Federation:
         self._asked = ""
         self.number, self.opened_ms, self.state = self.number + 1, now_ms, State.OPEN
         deadline_ms = now_ms + self.rules.deadline_ms
-        self.round = Round(
+        self.round = self._make(self.version, deadline_ms, online)
+        self.bases = {**self.round.bases, self.number: self.version}
+        return [Open(self.number, self.version, now_ms, deadline_ms, asked)]
+
+    def _make(self, base: int, deadline_ms: int, expected: Iterable[str] = ()) -> Round:
+        return Round(
             self.number,
-            self.version,
+            base,
             deadline_ms=deadline_ms,
             length_ms=self.rules.deadline_ms,
             min_gateways=self.rules.min_gateways,
-            expected=online,
+            expected=expected,
             buffer=self.rules.buffer,
             bases=self.bases,
+            least_ms=0 if self.rules.buffer is None else self.opened_ms + self.rules.every_ms,
         )
-        self.bases = {**self.round.bases, self.number: self.version}
-        return [Open(self.number, self.version, now_ms, deadline_ms, asked)]
 
 
 # A transition's event is of the type that its key names. Only a federation that is closing is told of a new model.

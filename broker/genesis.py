@@ -1,4 +1,6 @@
-"""Version 0 of a task's model, made by a child process, because making a net needs torch and the aggregator does not.
+"""A task's model at a start of the aggregator: version 0 of a new one, and the newest of a known one, signed anew.
+
+Version 0 is made by a child process, because making a net needs torch and the aggregator does not.
 
 The child `python -m models.export --task FILE --out FILE.npz --seed N` writes `graph` (uint8, ONNX without weights),
 `vector` (float32, the first weights) and `layout` (uint8, `Layout.to_json()`).
@@ -7,6 +9,7 @@ The child `python -m models.export --task FILE --out FILE.npz --seed N` writes `
 import asyncio
 import contextlib
 import hashlib
+import json
 import sys
 import tempfile
 import zipfile
@@ -15,11 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from broker.config import TaskFile
+from broker.job import check_prefixes
 from broker.journal import Journal, ModelRow, TaskRow
 from models import codec
 from models.delta import Layout, Vector, read_export, weights_digest
-from models.errors import LocalError, PeerError, UserError
+from models.errors import LocalError, PeerError
 from models.spec import Task, parse_task, task_digest
+from models.tomlfile import TomlFile
 
 _TIMEOUT_S = 600
 # What a net's layout follows from: a task that differs here has another model.
@@ -27,26 +32,34 @@ _SHAPE = ("kind", "net", "window", "signal", "personal", "target")
 
 
 async def ensure_model(journal: Journal, file: TaskFile, now_ms: int) -> None:
-    """Make and store version 0 of a new task; of a known one, store its changed text.
+    """Make and store version 0 of a new task; of a known one, store its changed text, and sign its newest model anew.
 
-    UserError when the change would need another model; LocalError when the child fails.
+    Each start says it under a later time: of a journal that was restored, gateways know a newer one. UserError when the
+    change would need another model; LocalError when the child fails.
     """
     stored = journal.task(file.task.name)
     if stored is None:
         graph, vector, layout = await _export(file)
         with journal.transaction():
             put_first_model(journal, file.task, file.text, graph=graph, vector=vector, layout=layout, now_ms=now_ms)
-    elif stored.text != file.text:
+        return
+    if stored.text != file.text:
         before, layout = parse_task(stored.text, str(file.path)), Layout.from_json(stored.layout)
+        check_prefixes(file.task, layout, str(file.path), file.text)  # a typo is no other model
         # A prefix that the net does not have keeps nothing back, and may go.
         same = {"personal"} if np.array_equal(layout.mask(before.personal), layout.mask(file.task.personal)) else set()
         for key in _SHAPE:
             if key not in same and getattr(before, key) != getattr(file.task, key):
                 problem = f"changed since the model of task {file.task.name!r} was made"
-                raise UserError(str(file.path), 0, key, problem, "undo it, or give the task a new name")
+                was = f", with {json.dumps(before.personal)}" if key == "personal" else ""
+                place = TomlFile(str(file.path), file.text)
+                raise place.error([key], f"{problem}{was}", "undo it, or give the task a new name")
         with journal.transaction():
             journal.put_task(file.task.name, stored._replace(text=file.text))
             journal.note(now_ms, "task", {"task": file.task.name, "digest": task_digest(file.text).hex()})
+    if newest := journal.model(file.task.name):
+        with journal.transaction():
+            journal.sign_model(file.task.name, newest.version, max(now_ms, newest.signed_ms + 1))
 
 
 def put_first_model(
@@ -56,9 +69,9 @@ def put_first_model(
 
     Belongs inside a transaction.
     """
-    digest = weights_digest(vector)
+    digest, weights = weights_digest(vector), codec.encode(vector, codec.EXACT).data
     journal.put_task(task.name, task_row(text, graph, layout))
-    journal.put_model(task.name, ModelRow(0, 0, codec.encode(vector, codec.EXACT).data, digest, 0, 0, now_ms))
+    journal.put_model(task.name, ModelRow(0, 0, weights, digest, 0, 0, now_ms, signed_ms=now_ms))
     journal.note(now_ms, "model", {"task": task.name, "version": 0, "digest": digest.hex(), "round": 0})
 
 

@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 from broker import admission
@@ -17,10 +18,10 @@ from broker.est import VALID_S
 from broker.journal import Journal
 from broker.messages import KEY_BYTES, Request
 from broker.pki import AGGREGATOR, BRIDGES, ENROLMENT, MOST_NAME, OPERATORS, Authority
-from broker.settings import MqttSettings
+from broker.settings import MqttSettings, is_loopback
 from broker.topics import GatewayPath, segment
 from models.commandline import counted
-from models.errors import LocalError, PeerError, UserError
+from models.errors import PeerError, TundishError, UserError
 
 _BROKERS_FILES = ("ca.pem", "broker.pem", "broker.key", "crl.pem")
 _MOST_PORT, _MQTTS_PORT = 65_535, 8883
@@ -34,7 +35,7 @@ def folder(state: Path) -> Path:
 def init(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     """Make the authority; say what comes next."""
     with blame_disk(folder(state)):
-        made = Authority.create(folder(state.absolute()), config.name, args.host or ["localhost"])
+        made = Authority.create(folder(state.resolve()), config.name, args.host or ["localhost"])
     print(f"the authority of {config.name} is {made.folder / 'ca.pem'}; its key {made.folder / 'ca.key'} stays here")
     print("[mqtt] of federation.toml:")
     for key, name in (("ca", "ca.pem"), ("cert", f"{AGGREGATOR}.pem"), ("key", f"{AGGREGATOR}.key")):
@@ -102,7 +103,7 @@ def _token(args: argparse.Namespace, config: FederationConfig, journal: Journal,
 
 def acl(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     """Write what Mosquitto reads: certificates, revocations, access list, and its configuration."""
-    out: Path = args.out.absolute()
+    out: Path = args.out.resolve()  # what is written names it, for a server that starts anywhere
     port = _port_before(out) if args.port is None else args.port
     if not 0 < port <= _MOST_PORT:
         raise UserError("--port", 0, "", f"{port} is no port", f"write 1 to {_MOST_PORT}")
@@ -190,9 +191,12 @@ def _certify_bridge(authority: Authority, site: str, port: int, config: Federati
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         authority.make_pair(f"{BRIDGES}/{folder.name}/bridge", "client", name=site)
     shutil.copy(authority.folder / "ca.pem", folder / "ca.pem")
-    address = f"{authority.brokers_host()}:{port}"
-    (folder / "tundish-bridge.conf").write_text(bridge_conf(site, address), encoding="utf-8")
+    host = authority.brokers_host(far=True)
+    (folder / "tundish-bridge.conf").write_text(bridge_conf(site, f"{host}:{port}"), encoding="utf-8")
     print(f"{folder} is for the broker of {site}: its files into {BRIDGE_FOLDER} there, readable by mosquitto alone")
+    if is_loopback(host):
+        remedy = "the certificate has no other --host of init; a broker elsewhere does not reach this one by that"
+        print(f"  BUT its address is {host}: {remedy}", file=sys.stderr)
 
 
 def _revoke_bridge(authority: Authority, site: str) -> None:
@@ -235,9 +239,16 @@ def _key(text: str) -> bytes:
 
 
 def _admit(journal: Journal, path: str, key: bytes, how: str, state: Path) -> int:
+    was, _ = journal.revocations()
     with journal.transaction():
+        before = journal.key_of(path)
         admit(journal, path, key, how)
     print(f"{path} may take part with key {key.hex()} (state: {state})")
+    if before is None and path in was:
+        print(f"it was revoked on {_day(was[path].since_ms)}, and is in again from now on")
+    if how == "key" and (folder(state) / "ca.key").exists() and Authority(folder(state)).is_revoked(path):
+        print("its certificate stays revoked: the MQTT broker refuses it without another, by --request FILE --out FILE")
+        print("instead of --key, or by a token (--path alone, where federation.toml has [enrolment]); then broker acl")
     return 0
 
 
@@ -246,30 +257,45 @@ def _revoke(journal: Journal, path: str, state: Path, ends: MqttSettings | None)
 
     With `ends`, its connection is closed too, by these settings.
     """
-    key, certificates = journal.key_of(path), 0
+    key, was = journal.key_of(path), journal.revocations()[0].get(path)
     with journal.transaction():
         had_token = journal.remove_from_roster(path)
         if key is not None:
             journal.note(time.time_ns() // 1_000_000, "revoked", {"path": path, "key": key.hex()})
     if key is not None:
         print(f"{path} takes part no more (state: {state})")
+    elif was is not None:
+        print(f"{path} was already revoked on {_day(was.since_ms)} (state: {state})")
     if had_token:
         print(f"the token of {path} is no good any more")
-    # Also where the roster has forgotten it: an earlier try may have ended between the two.
-    if (folder(state) / "ca.key").exists():
-        try:
-            certificates = Authority(folder(state)).revoke(path)
-        except LocalError as error:
-            if key is not None:
-                print(error)
-        else:
-            print(f"{counted(certificates, 'certificate')} of it revoked; tundish broker acl tells the MQTT broker")
+    certificates = _revoke_certificates(path, state, quiet=key is None and was is None)
     if ends is not None:
         from broker.kick import end_connection  # noqa: PLC0415 - no other command connects
 
         end_connection(ends, Authority(folder(state)), path)
         print(f"{path} is connected no more; it comes back if the MQTT broker has not been reloaded after broker acl")
-    if key is None and not certificates and not had_token:
+    if key is None and was is None and not certificates and not had_token:
         problem = f"{path} is not in the roster, and has no certificate and no token"
         raise UserError("--path", 0, "", problem, "write the path as tundish broker status shows it")
     return 0
+
+
+def _revoke_certificates(path: str, state: Path, *, quiet: bool) -> int:
+    """Put every certificate of a gateway onto the list, and say so; how many there are. `quiet`: not that it has none.
+
+    Also where the roster has forgotten it: an earlier try may have ended between the two.
+    """
+    if not (folder(state) / "ca.key").exists():
+        return 0
+    try:
+        certificates = Authority(folder(state)).revoke(path)
+    except TundishError as error:
+        if not quiet:
+            print(error)
+        return 0
+    print(f"{counted(certificates, 'certificate')} of it revoked; tundish broker acl tells the MQTT broker")
+    return certificates
+
+
+def _day(time_ms: int) -> str:
+    return datetime.fromtimestamp(time_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -16,7 +16,7 @@ from broker.charter import Acceptance
 from broker.config import FederationConfig
 from broker.journal import Journal, Revocation
 from broker.link import Inbound
-from broker.messages import Answer, Birth, Death, Message, Update, Vote, open_envelope, peek
+from broker.messages import BASE_DIGEST, Answer, Birth, Death, Message, Update, Vote, open_envelope, peek
 from broker.roster import MAX_GATEWAYS
 from models import codec, ringcode
 from models.errors import PeerError
@@ -93,12 +93,13 @@ class HeardVote:
 
 @dataclass(frozen=True)
 class HeardUpdate:
-    """A decodable update; `digest` is the SHA-256 of its envelope."""
+    """A decodable update; `digest` is the SHA-256 of its envelope, which has `size` bytes."""
 
     path: str
     task: str
     update: Update
     digest: bytes
+    size: int
 
 
 @dataclass(frozen=True)
@@ -173,14 +174,14 @@ class Intake:
         for path, key in self._strangers.items():
             if self._journal.key_of(path) is not None:
                 continue
-            if was := self._revocation(path):
+            if was := self.revocation(path):
                 about = {"key": key.hex(), "since_ms": was.since_ms, "same_key": key == was.key}
                 found["revoked"][path] = about
             else:
                 found["not_enrolled"][path] = key.hex()
         return found
 
-    def _revocation(self, path: str) -> Revocation | None:
+    def revocation(self, path: str) -> Revocation | None:
         """How a path that is not in the roster was taken out. Only another process revokes: what came since is read."""
         version = self._journal.data_version()
         if version != self._revoked_at:
@@ -209,12 +210,13 @@ class Intake:
             raise
         if birth.public_key != key:
             raise PeerError("key", f"{name} names another key than the one it signs with")
-        self._keep_agreement_key(name, birth)
+        self._keep(name, birth)
         return HeardBirth(name, birth, pinned=False)
 
-    def _keep_agreement_key(self, path: str, birth: Birth) -> None:
+    def _keep(self, path: str, birth: Birth) -> None:
         if birth.agreement_key:
             self._journal.put_agreement_key(path, birth.agreement_key, birth.session)
+        self._journal.put_seen(path, birth.session)
 
     def _first_birth(self, path: str, inbound: Inbound, now_ms: int) -> Birth:
         if self._config.join != "first-seen":
@@ -226,7 +228,7 @@ class Intake:
             open_envelope(inbound.payload, inbound.topic, key, Birth)
             if len(self._strangers) < MAX_STRANGERS or path in self._strangers:
                 self._strangers[path] = key
-            if was := self._revocation(path):
+            if was := self.revocation(path):
                 which = "the key that it had" if key == was.key else "another key"
                 raise PeerError("revoked", f"{path} was revoked, and asks again with {which}, {key.hex()}")
             raise PeerError(
@@ -237,7 +239,7 @@ class Intake:
         offered = peek(inbound.payload, Birth).public_key
         birth = open_envelope(inbound.payload, inbound.topic, offered, Birth)
         self._journal.add_to_roster(path, offered, now_ms, "first-seen")
-        self._keep_agreement_key(path, birth)
+        self._keep(path, birth)
         return birth
 
     def _acceptance(self, path: topics.GatewayPath, inbound: Inbound) -> Heard:
@@ -273,10 +275,11 @@ class Intake:
             raise PeerError("schema", type(message).__name__)
         try:
             self._check_accepted(name, key)
+            self._check_base(task, message)
             check_update(message, wanted)
         except PeerError as error:
             return Refused(name, task, message.round, digest, error.reason, error.detail)
-        return HeardUpdate(name, task, message, digest)
+        return HeardUpdate(name, task, message, digest, len(data))
 
     def _vote(self, path: str, task: str, vote: Vote, digest: bytes, key: bytes) -> Heard:
         try:
@@ -288,6 +291,12 @@ class Intake:
             detail = f"a vote on version {vote.version}, which is none of ours"
             return Refused(path, task, None, digest, "unknown-model", detail)
         return HeardVote(path, task, vote)
+
+    def _check_base(self, task: str, update: Update) -> None:
+        """Refuse what was learnt from weights that the version of that number does not have: of a lost journal."""
+        known = self._journal.digest_of(task, update.base)
+        if update.base_digest and known and known[:BASE_DIGEST] != update.base_digest:
+            raise PeerError("unknown-model", f"trained from another version {update.base} than ours")
 
     def _check_accepted(self, name: str, key: bytes) -> None:
         if not self._covers(name, key):

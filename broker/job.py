@@ -114,9 +114,11 @@ def load_job(journal: Journal, file: TaskFile) -> Job:
     check_prefixes(task, layout, str(file.path), file.text)
     _check_size(file, int(shared.sum()))
     r = task.round
-    every_ms = int(r.every_s * 1000) if r.mode == "sync" else 0
+    every_ms = int(r.every_s * 1000)
+    # An asynchronous round is open for `every` at least; its plan says no earlier deadline.
+    length_ms = max(int(r.deadline_s * 1000), every_ms if r.mode == "async" else 0)
     early_ms = None if r.early_s is None else int(r.early_s * 1000)
-    rules = Rules(r.min_gateways, int(r.deadline_s * 1000), every_ms, r.rounds, r.full, early_ms, int(r.vote_s * 1000))
+    rules = Rules(r.min_gateways, length_ms, every_ms, r.rounds, r.full, early_ms, int(r.vote_s * 1000))
     past = ballot = None
     if last:
         counted = journal.counted(name, last.round)

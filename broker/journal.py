@@ -33,7 +33,8 @@ class RoundRow(NamedTuple):
 class ModelRow(NamedTuple):
     """One model; `weights` is the codec's exact (32 bit) payload, `digest` that of the little-endian float32 values.
 
-    `step` leads here from the version before (`broker.steps`); None where there is no such way.
+    `step` leads here from the version before (`broker.steps`); None where there is no such way. `signed_ms` is the time
+    that its manifest is signed under: the newest has the latest, whatever the clock says.
     """
 
     version: int
@@ -44,6 +45,7 @@ class ModelRow(NamedTuple):
     samples: int
     created_ms: int
     step: bytes | None = None
+    signed_ms: int = 0
 
 
 class ReleaseRow(NamedTuple):
@@ -140,12 +142,16 @@ class Journal(Registry):
 
     def put_model(self, task: str, row: ModelRow) -> None:
         """Store a version of the weights; what is long past, and was never released, keeps digest and numbers alone."""
-        self._do("INSERT INTO models VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", task, *row)
+        self._do("INSERT INTO models VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", task, *row)
         gone = (
             "UPDATE models SET weights = x'', step = NULL WHERE task = ? AND version = ? AND version > 0 "
             "AND NOT EXISTS (SELECT 1 FROM releases AS r WHERE r.task = models.task AND r.version = models.version)"
         )
         self._do(gone, task, row.version - _KEPT_VERSIONS)
+
+    def sign_model(self, task: str, version: int, signed_ms: int) -> None:
+        """Let a version's manifest be signed under another time."""
+        self._do("UPDATE models SET signed_ms = ? WHERE task = ? AND version = ?", signed_ms, task, version)
 
     def model(self, task: str, version: int | None = None) -> ModelRow | None:
         """One version, or the newest; None if there is none."""
@@ -155,6 +161,11 @@ class Journal(Registry):
         else:
             row = self._one(f"{columns} AND version = ?", task, version)
         return ModelRow(*row) if row else None
+
+    def digest_of(self, task: str, version: int) -> bytes | None:
+        """The digest of a version's weights; None if there is none."""
+        row = self._one("SELECT digest FROM models WHERE task = ? AND version = ?", task, version)
+        return row[0] if row else None
 
     def steps(self, task: str, version: int, most: int) -> list[bytes]:
         """Steps that lead to a version, newest first, without a gap; `most` at most."""
@@ -175,9 +186,10 @@ class Journal(Registry):
         values = (task, number, base, opened_ms, deadline_ms, roster_ms)
         self._do("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, 'open', NULL, NULL, ?)", *values)
 
-    def extend_round(self, task: str, number: int, deadline_ms: int) -> None:
-        """Move an open round's deadline."""
-        self._do("UPDATE rounds SET deadline_ms = ? WHERE task = ? AND round = ?", deadline_ms, task, number)
+    def extend_round(self, task: str, number: int, opened_ms: int, deadline_ms: int) -> None:
+        """Move an open round's deadline; one that is opened again has another opening, too."""
+        values = (opened_ms, deadline_ms, task, number)
+        self._do("UPDATE rounds SET opened_ms = ?, deadline_ms = ? WHERE task = ? AND round = ?", *values)
 
     def close_round(self, task: str, number: int, closed_ms: int, version: int, state: bytes) -> None:
         """Close a round with the version it made and the strategy's state; its updates' payloads are dropped."""
@@ -256,9 +268,9 @@ class Journal(Registry):
         query = f"SELECT payload, samples, ? - round FROM updates WHERE {_COUNTED_IN} ORDER BY path, round"
         yield from self._rows(query, number, task, number, number, number)
 
-    def put_receipt(self, topic: str, digest: bytes, envelope: bytes) -> None:
-        """Keep the first receipt of an update that came by file: what is said of it later is of a copy."""
-        self._do("INSERT OR IGNORE INTO receipts VALUES (?, ?, ?)", topic, digest, envelope)
+    def put_receipt(self, topic: str, digest: bytes, envelope: bytes, *, copy: bool) -> None:
+        """Keep the last receipt of an update that came by file; of a `copy` of one that was counted, the first."""
+        self._do(f"INSERT OR {'IGNORE' if copy else 'REPLACE'} INTO receipts VALUES (?, ?, ?)", topic, digest, envelope)
 
     def receipts(self, path: str) -> list[tuple[str, bytes]]:
         """(topic, envelope) of the receipts that are kept for a gateway."""

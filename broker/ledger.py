@@ -31,7 +31,7 @@ class LedgerError(LocalError):
 
     def __init__(self, seq: int, problem: str) -> None:
         self.seq = seq
-        super().__init__(f"ledger entry {seq}: {problem}; this and all later entries prove nothing")
+        super().__init__(f"ledger entry {seq} {problem}; this and all later entries prove nothing")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Signs(Protocol):
 class Head(NamedTuple):
     """A chain that holds: its entries, the hash of the last, and from when to when they were written (ms).
 
-    `key` (hex, empty without a checkpoint) has signed the first `signed` entries.
+    `key` (hex, empty without a checkpoint) has signed the first `signed` entries. `noted` is the entry whose hash was
+    noted earlier, 0 where none was given.
     """
 
     entries: int
@@ -74,6 +75,7 @@ class Head(NamedTuple):
     last_ms: int
     key: str
     signed: int
+    noted: int = 0
 
 
 def checkpoint(prev_hash: str, seq: int, signer: Signs) -> dict[str, str]:
@@ -94,20 +96,21 @@ def verify(lines: Iterable[str], *, key: str = "", head: str = "") -> Head:
     that was noted earlier, is in it no more, or if it isn't signed by a `key` that was named.
     """
     prev, first_ms, last_ms, signed, seq = GENESIS, 0, 0, 0, 0
-    wanted, found = key, not head or head == GENESIS
+    wanted, noted = key, 0
     for seq, line in enumerate(lines, FIRST):
         entry = _entry(line, prev, seq)
         if entry.kind == CHECKPOINT:
             wanted = wanted or str(entry.body.get("key"))
             _check_signature(entry.body, wanted, prev, seq)
             signed = seq - 1
-        prev, found = entry.hash, found or entry.hash == head
+        prev = entry.hash
+        noted = seq if prev == head else noted
         first_ms, last_ms = first_ms or entry.time_ms, entry.time_ms
-    if not found:
+    if head not in ("", GENESIS) and not noted:
         raise LocalError(f"no entry has the hash {head} that was noted earlier: some were taken away, or all made anew")
     if key and not signed:
         raise LocalError(f"no entry is signed by {key}: whoever has the file may have written it")
-    return Head(seq, prev, first_ms, last_ms, wanted if signed else "", signed)
+    return Head(seq, prev, first_ms, last_ms, wanted if signed else "", signed, noted)
 
 
 def bodies(lines: Iterable[str], kind: str) -> Iterator[dict[str, Any]]:
@@ -122,34 +125,34 @@ def _entry(line: str, prev: str, seq: int) -> Entry:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise LedgerError(seq, f"not JSON ({type(error).__name__})") from error
+        raise LedgerError(seq, f"is not JSON ({type(error).__name__})") from error
     if not isinstance(entry, dict) or entry.keys() != _KEYS or not isinstance(entry["body"], dict):
-        raise LedgerError(seq, "not an entry")
+        raise LedgerError(seq, "is no entry")
     if type(entry["time_ms"]) is not int or type(entry["kind"]) is not str:
-        raise LedgerError(seq, "not an entry")
+        raise LedgerError(seq, "is no entry")
     if entry["seq"] != seq:
-        raise LedgerError(seq, f"numbered {entry['seq']!r}"[:80])
+        raise LedgerError(seq, f"is missing: in its place is entry {entry['seq']!r}"[:80])
     if entry["prev"] != prev:
         raise LedgerError(seq, "does not follow the entry before")
     try:
         expected = append(prev, seq, entry["time_ms"], entry["kind"], entry["body"])
     except (ValueError, RecursionError) as error:
-        raise LedgerError(seq, "not canonical JSON") from error
+        raise LedgerError(seq, "is not canonical JSON") from error
     # The whole line is compared, so that not even a space or a doubled key can be slipped in.
     if line.rstrip("\n") != expected.line:
-        raise LedgerError(seq, "changed after it was written")
+        raise LedgerError(seq, "was changed after it was written")
     return expected
 
 
 def _check_signature(body: Mapping[str, Any], key: str, prev: str, seq: int) -> None:
     named = body.get("key")
     if named != key and isinstance(named, str):
-        raise LedgerError(seq, f"signed by {named[:64]!r}, not by {key}")
+        raise LedgerError(seq, f"is signed by {named[:64]!r}, not by {key}")
     try:
         signature = bytes.fromhex(body["signature"]) if named == key else b""
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(signature, _signed(prev, seq))
     except (KeyError, TypeError, ValueError, InvalidSignature) as error:
-        raise LedgerError(seq, "its signature does not verify") from error
+        raise LedgerError(seq, "has a signature that does not verify") from error
 
 
 def _signed(prev: str, seq: int) -> bytes:

@@ -81,6 +81,7 @@ class Link:
     ) -> None:
         self.connected = False
         self.error = ""
+        self._told = set[str]()  # since the last connection
         self.counters: Counter[str] = Counter()
         self._settings = settings
         self._endpoint = endpoint(settings.url)
@@ -292,6 +293,7 @@ class Link:
 
     def _up(self, max_packet: int | None) -> None:
         self._hush()
+        self._told.clear()
         self._max_packet = max_packet
         self.connected, self.error = True, ""
         self._sent.clear()
@@ -335,7 +337,8 @@ class Link:
 
     def _fault(self, problem: str, remedy: str) -> None:
         line = f"mqtt {self._settings.url}: {problem}; {remedy}"
-        if line != self.error:
+        if line not in self._told:  # tries that fail by turns in two ways are no news each time
+            self._told.add(line)
             log.warning("%s", line)
         self.error = line
 

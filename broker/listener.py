@@ -66,7 +66,7 @@ class _Refusal(Exception):  # noqa: N818 - not an error of ours
 async def listening(
     config: FederationConfig, table: EnrolmentTable, state: Path, refusals: Counter[str]
 ) -> AsyncIterator[None]:
-    """Serve as long as the context lasts; LocalError without an authority, or where the port can't be had."""
+    """Serve as long as the context lasts; UserError without an authority, LocalError where the port can't be had."""
     listener = Listener(config, table, state, refusals)
     listener.open()
     serving = asyncio.create_task(listener.serve())

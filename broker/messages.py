@@ -40,16 +40,29 @@ Share = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]  # in millionths
 Real = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 
 
+# Of a base's digest that an update carries: it tells versions apart, the signature proves.
+BASE_DIGEST = 4
+
+
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Base of all messages. `v` is the version of its fields, 1 today."""
 
     v: Annotated[int, msgspec.Meta(ge=VERSION, le=VERSION)]
 
 
+class Installed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A release that a gateway has installed: the task, the release's number, and the version that it is."""
+
+    task: Text
+    release: Count
+    version: Count
+
+
 class Birth(Message, frozen=True, tag="birth"):
     """Retained on a gateway's status topic: it is there, with these keys: Ed25519, and X25519 (RFC 7748) to agree by.
 
-    `session` grows with each start (milliseconds at start), so an older birth or death is known to be old.
+    `session` grows with each start (milliseconds at start), so an older birth or death is known to be old. `installed`
+    has a release for each task that has one, where the federation releases.
     """
 
     session: Millis
@@ -58,6 +71,7 @@ class Birth(Message, frozen=True, tag="birth"):
     software: Text
     tasks: Annotated[tuple[Text, ...], msgspec.Meta(max_length=64)]
     agreement_key: PublicKey | None = None
+    installed: Annotated[tuple[Installed, ...], msgspec.Meta(max_length=64)] = ()
 
 
 class Death(Message, frozen=True, tag="death"):
@@ -84,6 +98,8 @@ class Update(Message, frozen=True, tag="update"):
 
     `metric` is the trained model's, `base_loss` the mean loss of the round's base; None without a holdout. `quarters`
     is the gateway's width (`models.width`), in quarters of the net; `quality` the share of good values in its windows.
+    `base_digest` begins the SHA-256 of the base's weights, and tells it from another version of that number, which an
+    aggregator that was restored has made.
     """
 
     round: Count
@@ -94,6 +110,7 @@ class Update(Message, frozen=True, tag="update"):
     base_loss: Real | None = None
     quarters: Annotated[int, msgspec.Meta(ge=1, le=4)] = 4
     quality: Share = 1_000_000
+    base_digest: Annotated[bytes, msgspec.Meta(max_length=BASE_DIGEST)] = b""
 
 
 class Vote(Message, frozen=True, tag="vote"):
@@ -201,6 +218,8 @@ class ModelManifest(Message, frozen=True, tag="manifest"):
     `version`, newest first: each the first `STEP_DIGEST` bytes of the SHA-256 of `model/{its version}/step0`, a codec
     payload to add to the version before (`broker.steps`). Short, since they only tell pieces apart; `digest` proves
     the whole. `gateways` and `samples` say how many the round that made it counted; `released` that there are releases.
+    `created_ms` is when the model was made. `signed_ms` (0 in those of before it: `created_ms`) orders manifests:
+    versions alone do not, since an aggregator that was restored from a backup counts lower again.
     """
 
     version: Count
@@ -213,6 +232,7 @@ class ModelManifest(Message, frozen=True, tag="manifest"):
     whole: Whole
     steps: Annotated[tuple[StepDigest, ...], msgspec.Meta(max_length=MAX_STEPS)] = ()
     released: bool = False
+    signed_ms: Millis = 0
 
 
 class FirstRoot(Message, frozen=True, tag="first-root"):
@@ -321,7 +341,7 @@ def _fields(message: Message) -> list[object]:
     """Without the last ones that have their defaults: a peer that doesn't know them yet reads the others."""
     fields: list[object] = msgspec.to_builtins(message, builtin_types=(bytes,))
     for default in reversed(type(message).__struct_defaults__):
-        if fields[-1] != msgspec.to_builtins(default):
+        if fields[-1] != msgspec.to_builtins(default, builtin_types=(bytes,)):
             break
         fields.pop()
     return fields

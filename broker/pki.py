@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from broker.settings import is_loopback
 from models.errors import LocalError, PeerError, UserError
 
 Role = Literal["broker", "client"]
@@ -51,14 +52,14 @@ class Authority:
     """The CA in a folder."""
 
     def __init__(self, folder: Path, key_file: Path | None = None) -> None:
-        """Load it; LocalError where there is none."""
+        """Load it; UserError where there is none, LocalError where it can't be read."""
         self.folder = folder
         try:
             self.certificate = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
             key = serialization.load_pem_private_key((key_file or folder / "ca.key").read_bytes(), None)
         except FileNotFoundError as error:
-            remedy = "is --state the aggregator's own? where there is none yet, tundish broker init makes the authority"
-            raise LocalError(f"{error.filename} is not there; {remedy}") from None
+            remedy = "write the --state of tundish broker init, or run that first: it makes the authority"
+            raise UserError("--state", 0, "", f"{error.filename} is not there", remedy) from None
         except (OSError, ValueError) as error:
             raise LocalError(f"the authority in {folder} can't be read: {error}") from error
         if not isinstance(key, ec.EllipticCurvePrivateKey):
@@ -104,10 +105,14 @@ class Authority:
             self.make_pair(file, role, _hosts(path), name=_common_name(path))
         return [path for path, _ in old]
 
-    def brokers_host(self) -> str:
-        """Return the first name or address by which the MQTT broker is reached; LocalError if there is none."""
+    def brokers_host(self, *, far: bool = False) -> str:
+        """Return the first name or address by which the MQTT broker is reached; LocalError if there is none.
+
+        From `far`, one that is not this machine itself goes first.
+        """
         try:
-            return _hosts(self.folder / "broker.pem")[0]
+            hosts = _hosts(self.folder / "broker.pem")
+            return min(hosts, key=is_loopback) if far else hosts[0]
         except (OSError, ValueError, IndexError) as error:
             raise LocalError(f"{self.folder / 'broker.pem'} names no host: {error}") from error
 
@@ -156,6 +161,15 @@ class Authority:
         serials = {one.serial_number for one in issued}
         self._revoke_serials(serials.union(entry.serial_number for entry in old))
         return len(serials)
+
+    def is_revoked(self, name: str) -> bool:
+        """Whether a name had certificates, and none is left that counts."""
+        try:
+            issued = x509.load_pem_x509_certificates(self._issued(name).read_bytes())
+        except OSError:
+            return False
+        revoked = x509.load_pem_x509_crl((self.folder / "crl.pem").read_bytes())
+        return all(revoked.get_revoked_certificate_by_serial_number(one.serial_number) for one in issued)
 
     def _issued(self, name: str) -> Path:
         return self.folder / "issued" / f"{name.replace('/', '+')}.pem"

@@ -68,6 +68,15 @@ class Registry(Database):
         query = "UPDATE roster SET agreement_key = ?, session = ? WHERE path = ? AND session < ?"
         self._edits += self._do(f"{query} AND agreement_key IS NOT ?", key, session, path, session, key)
 
+    def put_seen(self, path: str, session: int) -> None:
+        """Remember that a gateway was heard with the key that it has now, by a birth of this session."""
+        self._do("UPDATE roster SET session = ? WHERE path = ? AND session = 0", session, path)
+
+    def enrolled(self) -> Iterator[tuple[str, int, bool]]:
+        """(path, since when it has its key (ms), whether a birth by that key was ever heard) of each of the roster."""
+        rows = self._rows("SELECT path, since_ms, session FROM roster ORDER BY path")
+        yield from ((path, since_ms, session > 0) for path, since_ms, session in rows)
+
     def members(self) -> Iterator[tuple[str, bytes, bytes | None]]:
         """(path, raw Ed25519 key, raw X25519 key or None where no birth named one) of each gateway of the roster."""
         yield from self._rows("SELECT path, public_key, agreement_key FROM roster")
@@ -82,6 +91,10 @@ class Registry(Database):
         """Let the one who knows what has this digest enrol as a path, once; an earlier one of that path is no good."""
         self._do("DELETE FROM tokens WHERE path = ?", path)
         self._do("INSERT INTO tokens VALUES (?, ?, ?, 0)", digest, path, expires_ms)
+
+    def has_tokens(self) -> bool:
+        """Whether somebody may enrol by a token, or did."""
+        return self._one("SELECT 1 FROM tokens") is not None
 
     def token(self, digest: bytes) -> TokenRow | None:
         """What is known of a token; None if it is none of ours."""

@@ -11,12 +11,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from securesystemslib.signer import CryptoSigner, SSlibKey
-from tuf.api.exceptions import UnsignedMetadataError
+from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import (
     DelegatedRole,
     Delegations,
@@ -29,6 +29,7 @@ from tuf.api.metadata import (
     TargetFile,
     Targets,
     Timestamp,
+    VerificationResult,
 )
 from tuf.api.serialization.json import JSONSerializer
 
@@ -37,6 +38,7 @@ from broker.config import ReleaseTable
 from broker.journal import Journal
 from broker.messages import Signer
 from broker.pki import write_file
+from models.commandline import counted
 from models.errors import LocalError, UserError
 
 _ONLINE = "release"
@@ -44,6 +46,7 @@ _YEAR, _MONTH, _WEEK = timedelta(days=365), timedelta(days=30), timedelta(days=7
 _LIFE = {"root": _YEAR, "targets": _YEAR, "stable": _YEAR, "canary": _MONTH, "snapshot": _MONTH, "timestamp": _WEEK}
 _TOP = ("root", "targets", "snapshot", "timestamp")
 _OFFLINE = ("root", "targets")
+_ANEW = "run tundish broker release --new-online-key, with the operators' keys"
 # At INFO it tells of each key that has not signed, where enough others have too.
 logging.getLogger("tuf").setLevel(logging.WARNING)
 S = TypeVar("S", Root, Targets, Snapshot, Timestamp)
@@ -102,8 +105,7 @@ class Repository:
             targets.delegations = wanted
             self._put("targets", targets, self._signers, root)
         for channel in CHANNELS:
-            data = self._journal.metadata().get(channel)
-            made = Metadata[Targets].from_bytes(data) if data else Metadata(Targets())
+            made: Metadata[Targets] = self._stored(channel) or Metadata(Targets())
             known = targets.get_verification_result(channel, made.signed_bytes, made.signatures)
             if not known or self._due(channel, made.signed):
                 self._put(channel, made.signed, self._signers_of(channel), targets)
@@ -192,8 +194,17 @@ class Repository:
         return max((name for name in self._journal.metadata() if name.startswith("root")), key=_number, default="root0")
 
     def _load(self, name: str, _kind: type[S]) -> S | None:
+        stored: Metadata[S] | None = self._stored(name)
+        return None if stored is None else stored.signed
+
+    def _stored(self, name: str) -> Any:
+        """A file of metadata that the journal has, None for none; LocalError for one that is damaged."""
         data = self._journal.metadata().get(name)
-        return None if data is None else Metadata[S].from_bytes(data).signed
+        try:
+            return None if data is None else Metadata.from_bytes(data)
+        except (RepositoryError, ValueError) as error:
+            place = f"{self._journal.path}: the metadata {name!r} of releases is damaged"
+            raise LocalError(f"{place} ({error}); restore a backup") from error
 
     def _ages(self, name: str, signed: Root | Targets | Snapshot | Timestamp) -> bool:
         """Whether half of its life is over."""
@@ -205,29 +216,38 @@ class Repository:
 
     def _meta(self, name: str) -> MetaFile:
         data = self._journal.metadata()[name]
-        version = Metadata.from_bytes(data).signed.version
+        version = self._stored(name).signed.version
         return MetaFile(version, len(data), {"sha256": hashlib.sha256(data).hexdigest()})
 
     def _put(self, name: str, signed: S, signers: Sequence[CryptoSigner], *delegators: Root | Targets) -> S:
         """Sign the next version of a role, as each of those who delegate to it demands, and store it; UserError."""
-        stored = self._journal.metadata().get(self._last_root() if name == "root" else name)
-        signed.version = Metadata.from_bytes(stored).signed.version + 1 if stored else 1
+        stored = self._stored(self._last_root() if name == "root" else name)
+        signed.version = stored.signed.version + 1 if stored else 1
         signed.expires = self._now + _LIFE[name]
         made = Metadata(signed)
         for signer in signers:
             made.sign(signer, append=True)
-        try:
-            for delegator in delegators:
-                delegator.verify_delegate(name, made.signed_bytes, made.signatures)
-        except UnsignedMetadataError as error:
-            problem = f"too few: {name} is signed by {self._table.threshold} keys of [release], and of those before"
-            raise UserError("--key", 0, "", problem, "give each of them with --key FILE") from error
+        for delegator in delegators:
+            self._check(name, delegator.get_verification_result(name, made.signed_bytes, made.signatures))
         data = made.to_bytes(JSONSerializer(compact=True))
         if len(data) > MAX_METADATA:
             problem = f"{name} would have {len(data)} bytes, at most {MAX_METADATA} are sent"
             raise UserError("federation.toml", 0, "release.canary", problem, "name fewer gateways")
         self._journal.put_metadata(f"root{signed.version}" if name == "root" else name, data)
         return signed
+
+    def _check(self, name: str, found: VerificationResult) -> None:
+        """Refuse what too few of those have signed who must; UserError, LocalError for what was not the operators'."""
+        if found:
+            return
+        keys = sorted(str(key.keyval["public"]) for key in found.unsigned.values())
+        if self._online.public_key.keyval["public"] in (*keys, *(k.keyval["public"] for k in found.signed.values())):
+            raise LocalError(f"{self._journal.path}: the online key of releases is not that of {name}; {_ANEW}")
+        whose = "of [release]" if set(keys) <= set(self._table.keys) else "that [release] had before this change"
+        needed = counted(found.threshold, "signature")
+        problem = f"too few: {name} needs {needed} by keys {whose}, {len(found.signed)} given"
+        remedy = f"give --key FILE for {found.missing} more of: {', '.join(keys)}"
+        raise UserError("--key", 0, "", problem, remedy)
 
 
 def _signer(key: Signer) -> CryptoSigner:

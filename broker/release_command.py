@@ -15,6 +15,7 @@ from broker.channels import Channel, Custom, model_digest, target_of
 from broker.config import FederationConfig, ReleaseTable
 from broker.journal import Journal, ModelRow, ReleaseRow
 from broker.release import Repository, load_key, new_key
+from broker.status import is_running, read_status
 from models.delta import Layout
 from models.errors import LocalError, UserError
 from models.spec import parse_task
@@ -34,9 +35,10 @@ def release(args: argparse.Namespace, config: FederationConfig, state: Path) -> 
         raise UserError("--to", 0, "", "missing", "write --to canary or --to stable")
     task = _task(args.task, config)
     with closing(Journal(state)) as journal:
-        return _release(
-            journal, config, task, args.to, partial(_newest, journal, task, args.to, args.version), args.key
-        )
+        choose = partial(_newest, journal, task, args.to, args.version)
+        done = _release(journal, config, task, args.to, choose, args.key)
+    _warn_of_running(state)
+    return done
 
 
 def _newest(journal: Journal, task: str, channel: Channel, version: int | None) -> int:
@@ -57,7 +59,17 @@ def rollback(args: argparse.Namespace, config: FederationConfig, state: Path) ->
     """Give gateways an earlier model again, by a higher release."""
     task, channel = _task(args.task, config), args.channel
     with closing(Journal(state)) as journal:
-        return _release(journal, config, task, channel, partial(_earlier, journal, task, channel, args.to), args.key)
+        choose = partial(_earlier, journal, task, channel, args.to)
+        done = _release(journal, config, task, channel, choose, args.key)
+    _warn_of_running(state)
+    return done
+
+
+def _warn_of_running(state: Path) -> None:
+    """Say of an aggregator that runs, and was started without `[release]`, that it publishes nothing of it."""
+    said = read_status(state) if is_running(state) else None
+    if said is not None and not said.get("releasing", True):
+        print("the aggregator that runs was started without [release] and publishes none of this: restart it")
 
 
 def _earlier(journal: Journal, task: str, channel: Channel, version: int | None) -> int:
@@ -67,8 +79,12 @@ def _earlier(journal: Journal, task: str, channel: Channel, version: int | None)
     if version is None:
         version = max((one for one in of if one < of[0]), default=None)
     if version is None or version not in of:
-        problem = "nothing older was released" if version is None else f"{version} was not released"
-        raise UserError("--to", 0, "", problem, f"released were: {sorted(set(of))}")
+        problem = f"nothing older than version {of[0]} was released to {channel}"
+        if version is not None:
+            problem = f"version {version} was never released to {channel}"
+        released = ", ".join(str(one) for one in sorted(set(of)))
+        remedy = f"released were: {released}; any other that is there is for tundish broker release --version"
+        raise UserError("--to", 0, "", problem, remedy)
     return version
 
 
@@ -142,6 +158,13 @@ def _release(
         journal.note(now_ms, "release", body | {"digest": model.digest.hex()})
     whom = "all gateways" if channel == "stable" else ", ".join(table.canary)
     print(f"release {number} of {task}: version {version} for {whom}")
+    before = next((row.version for row in rows if row.channel == channel), None)
+    if before not in (None, version):
+        canaries = ", canaries too" if channel == "stable" and table.canary else ""
+        print(f"{channel} goes {'back ' if version < before else ''}from version {before} to {version}{canaries}")
+    if channel == "stable" and not any(row.version == version for row in rows):
+        first = "--to canary lets some try it first" if table.canary else "[release] canary names none"
+        print(f"no canary was given version {version}: all gateways get it at once ({first})")
     return 0
 
 

@@ -1,7 +1,9 @@
 """Releases while the aggregator runs: what the online key signs stays fresh, what `broker release` made goes out."""
 
+import json
 import logging
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from broker.channels import CHANNELS
 from broker.config import ReleaseTable
@@ -23,10 +25,25 @@ def releases_of(journal: Journal, downlink: Downlink, table: ReleaseTable | None
     """Releases where federation.toml has `[release]`; UserError where it has no more."""
     if table is not None:
         return Releasing(journal, downlink, table)
-    if "timestamp" in journal.metadata():
+    metadata = journal.metadata()
+    if "timestamp" in metadata:
         problem = "missing, but models were released, and gateways score with these alone"
-        raise UserError("federation.toml", 0, "release", problem, "put it back as it was")
+        try:
+            remedy = f"put it back as it was: {_before(metadata)}"
+        except (KeyError, TypeError, ValueError):
+            remedy = f"put it back; what it was is damaged in {journal.path}"
+        raise UserError("federation.toml", 0, "release", problem, remedy)
     return None
+
+
+def _before(metadata: Mapping[str, bytes]) -> str:
+    """The lines of `[release]` that made the metadata."""
+    targets = json.loads(metadata["targets"])["signed"]["delegations"]
+    canary, stable = ({role["name"]: role for role in targets["roles"]}[name] for name in ("canary", "stable"))
+    keys = [targets["keys"][one]["keyval"]["public"] for one in stable["keyids"]]
+    paths = [glob.removeprefix("canary/").removesuffix("/*") for glob in canary["paths"]]
+    table = {"keys": sorted(keys), "threshold": stable["threshold"], "canary": paths}
+    return ", ".join(f"{key} = {json.dumps(value)}" for key, value in table.items())
 
 
 class Releasing:
@@ -72,10 +89,17 @@ class Releasing:
         gone = {(version, WEIGHTS): size for version, size in sizes.items() if (version, WEIGHTS) not in kept}
         self._downlink.clear(name, gone)
 
-    def status(self, task: str) -> dict[str, dict[str, int]]:
-        """Channel -> release and version that it has; plain JSON values."""
-        rows = reversed(self._journal.releases(task))
-        return {row.channel: {"release": row.release, "version": row.version} for row in rows}
+    def status(self, task: str) -> dict[str, dict[str, Any]]:
+        """Channel -> release and version that it has, and whether its gateways go by it: by the higher release."""
+        newest = {row.channel: row for row in reversed(self._journal.releases(task))}
+        return {
+            channel: {
+                "release": row.release,
+                "version": row.version,
+                "in_force": channel == "stable" or row.release == max(one.release for one in newest.values()),
+            }
+            for channel, row in newest.items()
+        }
 
     def retained(self, task: str) -> set[tuple[int, str]]:
         """Which objects of a task's models must stay, as (version, name)."""

@@ -8,7 +8,8 @@ A round counts at most one update of each gateway. It closes
   was counted stays.
 An asynchronous round (`buffer`, after FedBuff: Nguyen et al. 2022, arXiv:2106.06639) also closes as soon as that many
 updates of enough gateways are counted, and counts those of rounds up to STALEST before, which a gateway was still
-training for when their round closed; each gateway counts once for each round that it trained for.
+training for when their round closed; each gateway counts once for each round that it trained for. It is open for
+`least_ms` at least, so that those who are fast don't leave behind whoever needs longer.
 While held (from a restart or a lost connection until births had time to arrive) it does not close at all.
 
 Times are milliseconds on the caller's clock. Every transition stands in `TRANSITIONS`.
@@ -121,10 +122,11 @@ class Outcome(Action):
 
 @dataclass(frozen=True)
 class Extend(Action):
-    """The deadline moved on."""
+    """The deadline moved on; `again` says that the round opens anew, under the same number."""
 
     round: int
     deadline_ms: int
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ class Round:
     """The state of one round.
 
     `length_ms` is from opening to deadline; `counted` is path -> digest, `expected` the paths that are online.
+    It closes neither before `hold_ms` nor before `least_ms`.
     `buffer` is None for a synchronous round; `older` holds (path, round) of what it counted of rounds before, and
     `bases` the versions that those started from, by round.
     """
@@ -169,11 +172,9 @@ class Round:
         length_ms: int,
         min_gateways: int,
         expected: Iterable[str] = (),
-        counted: Mapping[str, bytes] | None = None,
-        hold_ms: int = 0,
         buffer: int | None = None,
         bases: Mapping[int, int] | None = None,
-        older: Iterable[tuple[str, int]] = (),
+        least_ms: int = 0,
     ) -> None:
         self.number = number
         self.base = base
@@ -183,12 +184,22 @@ class Round:
         self.expected = set(expected)
         self.declined: set[str] = set()
         self.refused: set[str] = set()
-        self.counted = dict(counted or {})
-        self.hold_ms = hold_ms
+        self.counted: dict[str, bytes] = {}
+        self.hold_ms = 0
+        self.least_ms = least_ms
         self.buffer = buffer
         self.bases = {n: version for n, version in (bases or {}).items() if number - STALEST <= n < number}
-        self.older = set(older)
+        self.older: set[tuple[str, int]] = set()
+        self.taken_up = False
         self.state = State.OPEN
+
+    def take_up(self, counted: Mapping[str, bytes], older: Iterable[tuple[str, int]] = ()) -> None:
+        """Go on, after a restart, with what was counted; nothing closes before it is known who is online.
+
+        Of a journal that was restored from a backup, gateways know later openings, and pass the round over: where its
+        deadline comes without enough updates, it opens anew, once.
+        """
+        self.counted, self.older, self.hold_ms, self.taken_up = dict(counted), set(older), FOREVER_MS, True
 
     @property
     def waiting_for(self) -> set[str]:
@@ -262,19 +273,22 @@ class Round:
         return []
 
     def _tick(self, _event: Tick, now_ms: int) -> list[Action]:
-        if now_ms < self.deadline_ms or now_ms < self.hold_ms:
+        if now_ms < max(self.deadline_ms, self.hold_ms, self.least_ms):
             return self._early(now_ms)
         if self._enough():
             return self._close()
         self.deadline_ms = now_ms + self.length_ms
-        return [Extend(self.number, self.deadline_ms)]
+        # Where all who are there are counted, another opening would have them learn the same again.
+        again = self.taken_up and bool(self.waiting_for)
+        self.taken_up = self.taken_up and not again
+        return [Extend(self.number, self.deadline_ms, again)]
 
     def _nothing(self, _event: Event, _now_ms: int) -> list[Action]:
         return []
 
     def _early(self, now_ms: int) -> list[Action]:
         full = self.buffer is not None and len(self.counted) + len(self.older) >= self.buffer
-        if now_ms < self.hold_ms or not self._enough() or (self.waiting_for and not full):
+        if now_ms < max(self.hold_ms, self.least_ms) or not self._enough() or (self.waiting_for and not full):
             return []
         return self._close()
 

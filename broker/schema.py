@@ -1,6 +1,6 @@
 """The tables of the journal, and what leads to them from those of earlier versions."""
 
-SCHEMA_VERSION = 12
+SCHEMA_VERSION = 13
 SCHEMA = """
 CREATE TABLE keys(name TEXT PRIMARY KEY, private_key BLOB NOT NULL) STRICT;
 CREATE TABLE roster(path TEXT PRIMARY KEY, public_key BLOB NOT NULL, since_ms INTEGER NOT NULL,
@@ -12,7 +12,7 @@ CREATE TABLE tasks(task TEXT PRIMARY KEY, text TEXT NOT NULL, layout TEXT NOT NU
     residual BLOB NOT NULL DEFAULT x'') STRICT;
 CREATE TABLE models(task TEXT NOT NULL, version INTEGER NOT NULL, round INTEGER NOT NULL, weights BLOB NOT NULL,
     digest BLOB NOT NULL, gateways INTEGER NOT NULL, samples INTEGER NOT NULL, created_ms INTEGER NOT NULL,
-    step BLOB, PRIMARY KEY(task, version)) STRICT;
+    step BLOB, signed_ms INTEGER NOT NULL DEFAULT 0, PRIMARY KEY(task, version)) STRICT;
 CREATE TABLE rounds(task TEXT NOT NULL, round INTEGER NOT NULL, base INTEGER NOT NULL, opened_ms INTEGER NOT NULL,
     deadline_ms INTEGER NOT NULL, state TEXT NOT NULL, closed_ms INTEGER, version INTEGER,
     roster_ms INTEGER NOT NULL DEFAULT 0, PRIMARY KEY(task, round)) STRICT;
@@ -61,4 +61,5 @@ ALTER TABLE roster ADD COLUMN session INTEGER NOT NULL DEFAULT 0;
 """,
     10: "ALTER TABLE rounds ADD COLUMN roster_ms INTEGER NOT NULL DEFAULT 0;",
     11: "CREATE TABLE looked(at_ms INTEGER NOT NULL) STRICT; INSERT INTO looked SELECT 0 FROM tasks LIMIT 1;",
+    12: "ALTER TABLE models ADD COLUMN signed_ms INTEGER NOT NULL DEFAULT 0; UPDATE models SET signed_ms = created_ms;",
 }

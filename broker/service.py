@@ -22,12 +22,14 @@ from broker.charters import Charters
 from broker.closing import close_round, end_vote
 from broker.config import FederationConfig
 from broker.downlink import Downlink
+from broker.folder import owned
 from broker.genesis import ensure_model
 from broker.job import Job, load_job
-from broker.journal import Journal
 from broker.link import Inbound, Link
 from broker.messages import VERSION, Receipt
+from broker.presence import Presence
 from broker.publish import put_model, put_plan
+from broker.refusals import LOUD, Refusals
 from broker.releasing import releases_of
 from broker.roster import Rosters
 from broker.status import write_status
@@ -39,9 +41,6 @@ TICK_S = 0.25
 BATCH = 256
 FILED = 64  # of a file, between two such batches
 STATUS_S = 1.0
-# Refusals of one gateway that enter the ledger between two openings; a counter knows the rest.
-_NOTED_REFUSALS = 16
-_LOUD = 10
 _FROM_ALL = topics.ALL_STATUS, topics.ALL_ACCEPTED
 
 
@@ -61,9 +60,8 @@ class Service:
         self._inbox: deque[Inbound] = deque()
         self._wake = asyncio.Event()
         self._stopping = False
-        self._refusals: Counter[str] = Counter()
+        self._refusals = Refusals()
         self._outcomes: Counter[str] = Counter()
-        self._noted: Counter[str] = Counter()
         self._receipts: list[tuple[str, bytes]] = []
         # The file that is being taken, and what is left of it.
         self._files, self._filed = stick.Inbox(state), deque[Inbound]()
@@ -80,15 +78,11 @@ class Service:
 
     async def run(self) -> None:
         """Serve until stopped; UserError for a task that can't be served, LocalError when the disk refuses."""
-        self._journal = Journal(self._state)
-        try:
-            self._journal.claim()
+        with owned(self._state) as self._journal:
             for file in self._config.tasks:
                 await ensure_model(self._journal, file, self._clock())
                 self._jobs[file.task.name] = load_job(self._journal, file)
             await self._serve()
-        finally:
-            self._journal.close()
 
     async def _serve(self) -> None:
         signer = self._journal.signer()
@@ -102,6 +96,7 @@ class Service:
         self._charters.enter()
         wanted = {name: job.wanted for name, job in self._jobs.items()}
         self._intake = intake.Intake(self._config, self._journal, wanted, self._charters.covers)
+        self._presence = Presence(self._journal, self._intake.revocation)
         for job in self._jobs.values():
             self._put_model(job)  # also proves, before anybody connects, that the manifest fits into a message
         self._link = Link(
@@ -179,8 +174,7 @@ class Service:
             self._releasing.put(self._jobs)
         self._wake.set()
 
-    def _on_down(self, reason: str) -> None:
-        log.warning("offline: %s", reason)
+    def _on_down(self, _reason: str) -> None:  # the link has logged it
         self._connection.append(federation.Disconnected())
         self._wake.set()
 
@@ -191,6 +185,9 @@ class Service:
             for event in self._connection:
                 self._tell_all(event, now_ms)
             self._connection.clear()
+            for path, session in self._presence.gone():
+                log.info("%s was taken out, or has another key", path)
+                self._tell_all(federation.Died(path, session), now_ms)
             for inbound in batch:
                 self._hear(inbound, now_ms)
             self._tell_all(federation.Tick(), now_ms)
@@ -227,14 +224,14 @@ class Service:
         try:
             return (self._intake.read_filed if self._by_file else self._intake.read)(inbound, now_ms)
         except PeerError as error:
-            self._refuse(inbound.topic, error.reason, error.detail)
+            self._refusals.count(inbound.topic, error.reason, error.detail)
         except LocalError:
             raise  # the disk, not the message
         except Exception as error:
             # Nobody foresaw it, yet one message must not end the service for everybody else.
-            if self._refusals["internal"] < _LOUD:
+            if self._refusals["internal"] < LOUD:
                 log.exception("a message could not be read")
-            self._refuse(inbound.topic, "internal", type(error).__name__)
+            self._refusals.count(inbound.topic, "internal", type(error).__name__)
         return None
 
     def _hear(self, inbound: Inbound, now_ms: int) -> None:
@@ -262,6 +259,7 @@ class Service:
 
     def _hear_birth(self, heard: intake.HeardBirth, now_ms: int) -> None:
         path, birth = heard.path, heard.birth
+        self._presence.hear(path, birth)
         if heard.pinned:
             log.warning("pinned the key of %s at first sight: %s", path, birth.public_key.hex())
             self._journal.note(now_ms, "pinned", {"path": path, "key": birth.public_key.hex()})
@@ -269,10 +267,9 @@ class Service:
             self._tell(job, federation.Born(path, birth.session, name in birth.tasks), now_ms)
 
     def _hear_refused(self, heard: intake.Refused, topic: str, now_ms: int) -> None:
-        self._refuse(topic, heard.reason, heard.detail)
-        self._noted[heard.path] += 1
+        self._refusals.count(topic, heard.reason, heard.detail)
         digest, reason, detail = heard.digest, heard.reason, heard.detail[:512]
-        if self._noted[heard.path] <= _NOTED_REFUSALS:
+        if self._refusals.enters(heard.path):
             body = {"path": heard.path, "task": heard.task, "digest": digest.hex(), "reason": reason, "detail": detail}
             self._journal.note(now_ms, "refused", body)
         if heard.round is not None:
@@ -303,14 +300,12 @@ class Service:
                     payload=update.payload, base_loss=update.base_loss,
                     counted_in=job.federation.number, now_ms=now_ms,
                 )  # fmt: skip
+                self._journal.note(now_ms, "update", {
+                    "path": heard.path, "task": heard.task, "round": update.round, "digest": heard.digest.hex(),
+                    "outcome": action.word, "samples": update.samples, "bytes": len(update.payload),
+                    "message_bytes": heard.size,
+                })  # fmt: skip
         self._act(job, actions, now_ms)
-
-    def _refuse(self, topic: str, reason: str, detail: str) -> None:
-        self._refusals[reason] += 1
-        count = self._refusals[reason]
-        # A flood of refusals must not become a flood of log lines.
-        if count <= _LOUD or count % 1000 == 0:
-            log.warning("refused (%s, %d so far) %r: %r", reason, count, topic[:400], detail[:400])
 
     def _tell(self, job: Job, event: rounds.Event, now_ms: int) -> None:
         self._act(job, job.federation.handle(event, now_ms), now_ms)
@@ -322,13 +317,10 @@ class Service:
                 case rounds.Outcome(path, number, digest, word, detail):
                     self._outcomes[word] += 1
                     log.info("%s round %d: %s %s %s", name, number, path, word, detail)
-                    body = {"path": path, "task": name, "round": number, "digest": digest.hex(), "outcome": word}
-                    if word == rounds.COUNTED:
-                        self._journal.note(now_ms, "update", body)
                     self._receipt(name, path, Receipt(VERSION, number, digest, word, detail, now_ms))
                 case federation.Open(number, base, opened_ms, deadline_ms, asked):
                     log.info("%s round %d: open, from version %d%s", name, number, base, asked and f", for {asked}")
-                    self._noted.clear()
+                    self._refusals.opened()
                     self._rosters.refresh(now_ms)  # it goes out ahead of the plan that names it
                     job.deadline_ms, job.roster_ms = deadline_ms, self._rosters.time_ms
                     self._journal.open_round(name, number, base, opened_ms, deadline_ms, job.roster_ms)
@@ -339,7 +331,7 @@ class Service:
                     put_plan(self._downlink, job, self._charters.digest)
                 case rounds.Extend(number, deadline_ms):
                     log.info("%s round %d: too few updates, the deadline moves on", name, number)
-                    self._journal.extend_round(name, number, deadline_ms)
+                    self._journal.extend_round(name, number, job.federation.opened_ms, deadline_ms)
                     self._journal.note(now_ms, "extended", {"task": name, "round": number, "deadline_ms": deadline_ms})
                     job.deadline_ms = deadline_ms
                     put_plan(self._downlink, job, self._charters.digest)
@@ -373,7 +365,7 @@ class Service:
         topic, envelope = self._downlink.receipt(task, path, receipt)
         self._receipts.append((topic, envelope))
         if self._by_file:
-            self._journal.put_receipt(topic, receipt.digest, envelope)
+            self._journal.put_receipt(topic, receipt.digest, envelope, copy=receipt.outcome == rounds.DUPLICATE)
 
     def _put_model(self, job: Job, *, new: bool = False) -> None:
         retained = self._releasing.retained(job.task.name) if self._releasing else set[tuple[int, str]]()
@@ -386,6 +378,9 @@ class Service:
             "federation": self._config.name,
             "public_key": self._public_key,
             **self._intake.asking(),
+            "taken_out": self._presence.revoked(),
+            "unseen": self._presence.unseen(),
+            "installed": self._presence.installed(),
             "time_ms": self._clock(),
             "pid": os.getpid(),
             "connected": self._link.connected,
@@ -394,5 +389,6 @@ class Service:
             "outcomes": dict(self._outcomes),
             "charter": self._charters.status(),
             "tasks": {n: job.status() | {"rounds": self._journal.tally(n)} for n, job in self._jobs.items()},
+            "releasing": self._releasing is not None,
             "released": {name: self._releasing.status(name) for name in self._jobs} if self._releasing else {},
         }

@@ -52,7 +52,7 @@ def endpoint(url: str) -> Endpoint:
         raise ValueError(f"{url!r} is not a scheme, a host and a port alone")
     port = parts.port  # raises ValueError itself when it is not one
     tls = parts.scheme == "mqtts"
-    return Endpoint(parts.hostname, port or _PORTS[parts.scheme], tls, not tls and not _is_loopback(parts.hostname))
+    return Endpoint(parts.hostname, port or _PORTS[parts.scheme], tls, not tls and not is_loopback(parts.hostname))
 
 
 class Place(Protocol):
@@ -66,8 +66,8 @@ class Place(Protocol):
         """Build the error for a key."""
 
 
-def check_mqtt(file: Place, settings: MqttSettings) -> MqttSettings:
-    """Check the table; UserError at ["mqtt", key].
+def check_mqtt(file: Place, settings: MqttSettings, made_by: str = "") -> MqttSettings:
+    """Check the table; UserError at ["mqtt", key], which says by what a certificate that is not there is `made_by`.
 
     Returns the settings with their file names made absolute: they are meant relative to the file they stand in.
     """
@@ -92,19 +92,19 @@ def check_mqtt(file: Place, settings: MqttSettings) -> MqttSettings:
         if name is None:
             continue
         path = Path(file.name).absolute().parent / name
-        _check_there(file, key, path)
+        _check_there(file, key, path, "" if key == "password_file" else made_by)
         found[key] = str(path)
     return msgspec.structs.replace(settings, **found)
 
 
-def _check_there(file: Place, key: str, path: Path) -> None:
+def _check_there(file: Place, key: str, path: Path, more: str) -> None:
     try:
         there = path.is_file()
     except PermissionError:
         remedy = "let the user who runs this read it, or run this as its owner"
         raise file.error(["mqtt", key], f"{path}: Permission denied", remedy) from None
     if not there:
-        raise file.error(["mqtt", key], f"no file {path}", "check the path, which is relative to this file")
+        raise file.error(["mqtt", key], f"no file {path}", f"check the path, which is relative to this file{more}")
 
 
 def password_of(path: str | None) -> str | None:
@@ -117,7 +117,8 @@ def password_of(path: str | None) -> str | None:
         raise UserError(path, 0, "password_file", f"can't be read: {error}", "write the password in it") from error
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a name or address means the machine itself."""
     if host == "localhost":
         return True
     try:

@@ -16,7 +16,7 @@ STATUS_FILE = "status.json"
 
 
 def is_running(state: Path) -> bool:
-    """Whether an aggregator holds this folder now: its lock goes with its process, however that ends.
+    """Whether an aggregator, or a gateway, holds this folder now: its lock goes with its process, however that ends.
 
     PermissionError where this user may not know.
     """
@@ -30,6 +30,15 @@ def is_running(state: Path) -> bool:
     except OSError:
         pass  # there is none
     return False
+
+
+def read_status(state: Path) -> dict[str, Any] | None:
+    """What the aggregator last said of itself; None where it never said anything. OSError."""
+    try:
+        said: dict[str, Any] = json.loads((state / STATUS_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return said
 
 
 def write_status(state: Path, status: Mapping[str, Any]) -> None:

@@ -120,8 +120,8 @@ def _piece(data: bytes, at: int, head: struct.Struct, most: int) -> tuple[bytes,
     return data[at + head.size : end], end
 
 
-def leave(state: Path, path: Path) -> Messages:
-    """Check a file, and leave it where whoever runs with that state takes it; UserError.
+def leave(state: Path, path: Path) -> Path:
+    """Check a file, and leave it where whoever runs with that state takes it, which is returned; UserError.
 
     What root leaves belongs to the owner of the state folder, a service's own user, who must be able to delete it. That
     user may put links there at any moment, so nothing below the state folder is reached by a path.
@@ -130,7 +130,8 @@ def leave(state: Path, path: Path) -> Messages:
         data = _bytes(path)
     except OSError as error:
         raise UserError(str(path), 0, "", f"can't be read: {error.strerror}", "check the name") from error
-    messages, folder = _parse(path, data), state / INBOX
+    _parse(path, data)
+    folder, name = state / INBOX, str(time.time_ns())
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _opened(state, os.O_DIRECTORY) as above:
@@ -138,10 +139,10 @@ def leave(state: Path, path: Path) -> Messages:
                 os.mkdir(INBOX, 0o700, dir_fd=above)
             with _opened(INBOX, os.O_DIRECTORY | os.O_NOFOLLOW, above) as inbox:
                 _give(inbox, above)
-                _drop(data, str(time.time_ns()), inbox, above)
+                _drop(data, name, inbox, above)
     except OSError as error:
         raise UserError(str(folder), 0, "", f"can't be written: {error.strerror}", "check its owner") from error
-    return messages
+    return folder / name
 
 
 def _drop(data: bytes, name: str, inbox: int, above: int) -> None:

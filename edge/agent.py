@@ -32,6 +32,8 @@ from broker.topics import (
     downlink_filters,
     parse,
 )
+from edge import SOFTWARE
+from edge.birth import Herald
 from edge.charter import CharterKeeper
 from edge.config import Config, Policy
 from edge.health import Watch
@@ -55,7 +57,6 @@ from models.errors import PeerError, UserError
 
 log = logging.getLogger(__name__)
 
-SOFTWARE = "tundish 0.1.0"
 _TICK_S = 0.5
 _HEALTH_S = 10.0
 
@@ -74,7 +75,7 @@ class Agent:
         self.samples = Samples(folder, config.store_bytes, config.store_days, self.watch.take)
         self.samples.retag(config.meanings)
         self.stopped, self._hangup = asyncio.Event(), asyncio.Event()
-        signer, self._agreement_key = own_signer(self.state), own_agreement_key(self.state)
+        signer, agreement_key = own_signer(self.state), own_agreement_key(self.state)
         self.session = self.state.next_session()
         self._enter(signer)
         self.status = Status(config.path).topic
@@ -93,10 +94,10 @@ class Agent:
         self.charter = CharterKeeper(self.shop, partial(self._bound_anew, "charter"))
         self.roster = RosterKeeper(self.shop, partial(self._bound_anew, "roster"))
         self.runners = {name: Runner(name, table, self.shop) for name, table in config.tasks.items()}
+        self.herald = Herald(self.shop, self.session, agreement_key, self._installed, self.charter.say)
         self.renewal = Renewal(self.shop)
         self.sources = Sources(folder / "pki", self._sink)
         self._unread, self._restart = "", tuple[str, ...]()
-        self._told: tuple[str, ...] | None = None
         self._health_at, self._tags = 0.0, dict[str, dict[str, dict[str, object]]]()
         self.resender = Resender(self.state, self.link, config.path)
 
@@ -200,7 +201,7 @@ class Agent:
         if self.shop.federation:
             self._follow(new.join)
         if new.leave or new.join:
-            self._born()
+            self.herald.announce()
         self._restart = new.restart
         log.info("reload: %s", new.summary)
         for key in new.restart:
@@ -266,39 +267,23 @@ class Agent:
             for runner in self.runners.values():
                 runner.guard("scoring", runner.tick)
             self.resender.tick(self.runners)
+            self.herald.tick()
             await asyncio.to_thread(write_status, self.folder, self.snapshot() | {"running": True})
 
     # -- the link ---------------------------------------------------------------------------------------------------
 
     def _up(self) -> None:
         """Say everything again: a broker may have come back empty."""
-        log.info("mqtt: connected to %s (MQTT %s)", self.config.mqtt.url, self.link.version)
-        self._born()
+        self.herald.announce()
         for runner in self.runners.values():
             runner.reconnected()
         self.resender.hurry()
 
-    def _born(self) -> None:
-        self._announcing = asyncio.ensure_future(self._announce())
+    def _installed(self) -> tuple[m.Installed, ...]:
+        return tuple(has for runner in self.runners.values() if (has := runner.installer.installed))
 
-    async def _announce(self) -> None:
-        """Say who is here, once the ledger has it; at later connections the same is said again."""
-        now_ms, keys = int(time.time() * 1000), (self.shop.signer.public_key, self._agreement_key)
-        birth = m.Birth(m.VERSION, self.session, now_ms, keys[0], SOFTWARE, tuple(self.config.tasks), keys[1])
-        envelope = self.shop.signer.seal(birth, self.status)
-
-        def work() -> None:
-            if birth.tasks != self._told:
-                body = {"session": self.session, "software": SOFTWARE, "tasks": list(birth.tasks)}
-                self.state.record("birth", {**body, "message_bytes": len(envelope)})
-                self._told = birth.tasks
-
-        await self.state.commit(work)
-        self.link.publish(self.status, envelope, retain=True)
-        await self.charter.say()
-
-    def _down(self, reason: str) -> None:
-        log.warning("mqtt: %s; scoring goes on, updates wait in the outbox", reason)
+    def _down(self, _reason: str) -> None:
+        """Scoring goes on, updates wait in the outbox; the link has logged it."""
 
     def _follow(self, tasks: Iterable[str]) -> None:
         """Read what the pinned federation says to all, and of our tasks."""

@@ -1,50 +1,48 @@
-"""`tundish audit`: whether a ledger holds, its file for an auditor, and for a legal team what left a site."""
+"""`tundish audit`: whether a ledger holds, its file for an auditor, and what left a site."""
 
 import argparse
-import csv
-import html
 import json
 import re
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from broker import database, ledger, stick
-from edge import store
+from edge import received, store
+from edge.page import Report, proof, utc, write
 from models.commandline import counted
-from models.errors import UserError
+from models.errors import LocalError, UserError
 
 MOST_LINE = 1 << 20  # characters of an entry in a file
 COLUMNS = (
     "entry", "time_utc", "what", "task", "round", "windows", "payload_bytes", "message_bytes", "digest", "answered",
     "charter", "detail",
 )  # fmt: skip
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1f2937}
-h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse;width:100%}
-td,th{padding:.25rem .6rem;border-bottom:1px solid #e5e7eb;text-align:left;vertical-align:top}
-td.n{text-align:right}code{font-size:.8rem;word-break:break-all}
-"""
 _WORDS = {
-    "birth": "birth: the gateway said who it is (again at each connection, and that it ended)",
-    "joined": "answer: it takes part in a round",
-    "declined": "answer: it does not take part in a round",
-    "asks": "answer: it asks for a round, since signals have drifted",
-    "vote": "vote: for or against a new model, with what it and the one before are worth on this gateway's own holdout",
-    "update": "update: a weight delta (the same one again until it is answered)",
-    "acceptance": "acceptance: which charter this site accepts (again at each connection)",
-    "request-made": "request for enrolment, written to a file or sent with a token",
+    "birth": "the gateway said who it is (again at each connection, and that it ended)",
+    "joined": "it takes part in a round",
+    "declined": "it does not take part in a round",
+    "asks": "it asks for a round, since signals have drifted",
+    "vote": "for or against a new model, with what it and the one before are worth on this gateway's own holdout",
+    "update": "a weight delta (the same one again until it is answered)",
+    "acceptance": "which charter this site accepts (again at each connection)",
+    "request-made": "a request for enrolment, written to a file or sent with a token",
 }
 
 _UNDER = ("update", "acceptance")  # kinds that name the charter
-_WHAT_IT_MEANS = (
-    "Entry: its number in the ledger. Payload: the weight delta alone, in bytes; message: with signature and header. "
-    "Digest: SHA-256 of the message. Charter: what it left under, by title and SHA-256 of its file. Answered: what the "
-    "aggregator said of it; counted: it is part of a model. From a "
-    "weight delta something of the data that it was learnt from can be inferred. Whoever runs tundish edge doctor also "
-    "publishes one empty message, to _fl/doctor/probe, which is not in the ledger."
+_INTRO = (
+    "Beyond the site's broker go these and no others. From a weight delta something of the data that it was learnt "
+    "from can be inferred. Whoever runs tundish edge doctor also publishes one empty message, to "
+    "_fl/doctor/probe, which is not in the ledger."
 )
+_MEANS = {
+    "entry": "its number in the ledger",
+    "payload_bytes": "the weight delta alone",
+    "message_bytes": "the whole message, with signature and header",
+    "digest": "SHA-256 of the message",
+    "answered": "what the aggregator said of it; counted: it is part of a model",
+    "charter": "what it left under, by title and SHA-256 of its file",
+}
 
 
 class Left(NamedTuple):
@@ -67,20 +65,36 @@ class Left(NamedTuple):
 def verify(args: argparse.Namespace) -> int:
     """Check a ledger; LocalError names the first entry that does not hold."""
     key, noted = (_hex(f"--{name}", getattr(args, name)) for name in ("key", "head"))
-    head = ledger.verify(lines_of(args.place), key=key, head=noted)
+    head = _verified(args.place, lines_of(args.place), key=key, head=noted)
     if args.json:
         print(json.dumps(head._asdict()))
         return 0
     entries = counted(head.entries, "entry", "entries")
-    span = f", {_time(head.first_ms)} to {_time(head.last_ms)}" if head.entries else ""
+    span = f", {utc(head.first_ms)} to {utc(head.last_ms)}" if head.entries else ""
     print(f"{args.place}: ok, {entries}{span}")
     print(f"  head   {head.hash}")
-    if head.signed:
-        print(f"  signed by {head.key} up to entry {head.signed}")
-    else:
+    if not head.signed:
         print("  not signed: whoever has the file may have written it")
+    else:
+        whose = "as --key wants it" if key else "NOT PROVEN whose key that is: compare it, or give --key"
+        print(f"  signed by {head.key} up to entry {head.signed}; {whose}")
+    print("  proven: no entry in it was changed, left out or moved without all later ones being made anew")
+    if head.noted:
+        print(
+            f"  proven: the head that was noted is entry {head.noted}; up to it nothing was changed or taken away since"
+        )
+    else:
+        print("  NOT PROVEN without --head: that nothing was taken off its end, or all of it made anew by its writer")
     print("  keep the head: with --head, a later check proves that nothing before it was taken away or changed")
     return 0
+
+
+def _verified(place: Path, lines: list[str], *, key: str = "", head: str = "") -> ledger.Head:
+    """Check a ledger; LocalError says of which place, and names the first entry that does not hold."""
+    try:
+        return ledger.verify(lines, key=key, head=head)
+    except LocalError as error:
+        raise LocalError(f"{place}: {error}") from error
 
 
 def export(args: argparse.Namespace) -> int:
@@ -90,32 +104,30 @@ def export(args: argparse.Namespace) -> int:
         stick.put(args.out, "".join(f"{line}\n" for line in lines).encode())
     except OSError as error:
         raise UserError("--out", 0, "", f"{args.out}: {error.strerror}", "name a file that can be written") from None
-    head = ledger.verify(lines)
+    head = _verified(args.place, lines)
     print(f"{args.out}: {counted(head.entries, 'entry', 'entries')}, head {head.hash}")
     print(f"whoever has it runs: tundish audit verify {args.out.name} --head {head.hash}")
     return 0
 
 
 def report(args: argparse.Namespace) -> int:
-    """Check a gateway's ledger, and write what left its site as one page and one table."""
+    """Check a ledger, and write what left a gateway's site, or what an aggregator did, as one page and one table."""
     lines = lines_of(args.place)
-    head = ledger.verify(lines, key=_hex("--key", args.key))
+    head = _verified(args.place, lines, key=_hex("--key", args.key))
     entries = [json.loads(line) for line in lines]
     sessions = [entry["body"] for entry in entries if entry["kind"] == "session"]
-    if not sessions:
-        raise UserError(str(args.place), 0, "", "is no gateway's ledger", "name the gateway's state folder")
-    found = list(left(entries))
-    page, table = args.out / "report.html", args.out / "left-this-site.csv"
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        with table.open("w", encoding="utf-8-sig", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(COLUMNS)
-            rows.writerows([_cell(value) for value in one] for one in found)
-        page.write_text(_page(str(sessions[-1].get("path", "")), head, entries, found), encoding="utf-8")
-    except OSError as error:
-        raise UserError("--out", 0, "", f"{args.out}: {error.strerror}", "name a folder that can be written") from None
-    print(f"messages that left this site: {len(found)}; {table}, {page}")
+    if sessions:
+        found = list(left(entries))
+        made = _report(str(sessions[-1].get("path", "")), head, entries, found)
+        table, page = write(args.out, "left-this-site.csv", made)
+        print(f"messages that left this site: {len(found)}; {table}, {page}")
+        return 0
+    made = received.report(head, entries)
+    if not made.rows:
+        problem = "holds nothing that a gateway or an aggregator has done"
+        raise UserError(str(args.place), 0, "", problem, "name the state folder of one that has run")
+    table, page = write(args.out, "aggregator.csv", made)
+    print(f"what this aggregator did and received: {counted(len(made.rows), 'entry', 'entries')}; {table}, {page}")
     return 0
 
 
@@ -160,7 +172,7 @@ def _bounded(file: Any, place: Path) -> Iterator[str]:
 def left(entries: list[dict[str, Any]]) -> Iterator[Left]:
     """What left a site, from the entries of its gateway's ledger, oldest first."""
     answers = {
-        entry["body"].get("digest"): f"{entry['body'].get('outcome')} {_time(entry['time_ms'])}"
+        entry["body"].get("digest"): f"{entry['body'].get('outcome')} {utc(entry['time_ms'])}"
         for entry in entries
         if entry["kind"] == "receipt"
     }
@@ -172,11 +184,15 @@ def left(entries: list[dict[str, Any]]) -> Iterator[Left]:
         detail = body.get("reason", "")
         if kind == "birth":
             detail = f"path, public key, software {body.get('software')}, tasks {body.get('tasks')}"
+            if has := body.get("installed"):
+                detail += f", task, release and version installed: {has}"
+        if kind == "request-made":
+            detail = f"path {body.get('path')}, public key {body.get('public_key')}, a request for a TLS certificate"
         if kind == "vote":
             detail = f"{body.get('verdict')} version {body.get('version')}: {body.get('new')}, was {body.get('old')}"
         yield Left(
             str(entry["seq"]),
-            _time(entry["time_ms"]),
+            utc(entry["time_ms"]),
             kind,
             str(body.get("task", "")),
             str(body.get("round", "")),
@@ -195,21 +211,7 @@ def _clause(body: dict[str, Any]) -> str:
     return f"{body.get('title', '')} {body['charter']}".strip() if body.get("charter") else "none"
 
 
-def _time(time_ms: int) -> str:
-    """Text of a time; of one that no calendar holds, the number."""
-    try:
-        return datetime.fromtimestamp(time_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    except (OverflowError, ValueError, OSError):
-        return str(time_ms)
-
-
-def _cell(text: str) -> str:
-    """A cell that no spreadsheet takes for a formula (OWASP, CSV injection)."""
-    return f"'{text}" if text[:1] in {"=", "+", "-", "@", "\t", "\r"} else text
-
-
-def _page(path: str, head: ledger.Head, entries: list[dict[str, Any]], found: list[Left]) -> str:
-    """One page that needs nothing else to be read."""
+def _report(path: str, head: ledger.Head, entries: list[dict[str, Any]], found: list[Left]) -> Report:
     updates = [one for one in found if one.what == "update"]
     payload, message = (
         sum(int(text) for one in updates if (text := getattr(one, key)).isdecimal())
@@ -220,24 +222,13 @@ def _page(path: str, head: ledger.Head, entries: list[dict[str, Any]], found: li
     charters = dict.fromkeys(one.charter for one in found if one.what == "acceptance")
     facts = [
         ("Gateway", path),
-        ("Written", f"{_time(head.first_ms)} to {_time(head.last_ms)}, {counted(head.entries, 'entry', 'entries')}"),
-        ("Head", head.hash),
-        ("Signed", f"by {head.key} up to entry {head.signed}" if head.signed else "not signed"),
+        *proof(head),
         ("Federation", ", ".join(f"{one.get('federation')} (key {one.get('key')})" for one in trusted) or "none yet"),
         ("Policy in force", _plain(policy)),
         ("Charters accepted, oldest first", "; ".join(one for one in charters if one != "none") or "none"),
         ("Updates", f"{len(updates)}: {payload:,} bytes of weight deltas, {message:,} with signatures"),
-    ]  # fmt: skip
-    summary = "".join(f"<tr><th>{_text(name)}</th><td><code>{_text(value)}</code></td></tr>" for name, value in facts)
-    words = "".join(f"<li>{_text(text)}</li>" for text in _WORDS.values())
-    header = "".join(f"<th>{_text(name.replace('_', ' '))}</th>" for name in COLUMNS)
-    rows = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in one)}</tr>" for one in found)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>What left {_text(path)}</title>'
-        f"<style>{_STYLE}</style><h1>What left {_text(path)}</h1><table>{summary}</table>"
-        f"<h2>Kinds of message</h2><p>Beyond the site's broker go these and no others:</p><ul>{words}</ul>"
-        f"<h2>One by one</h2><p>{_text(_WHAT_IT_MEANS)}</p><table><tr>{header}</tr>{rows}</table></html>\n"
-    )
+    ]
+    return Report(f"What left {path}", facts, _INTRO, _WORDS, _MEANS, COLUMNS, found)
 
 
 def _plain(policy: object) -> str:
@@ -245,7 +236,3 @@ def _plain(policy: object) -> str:
     if not isinstance(policy, dict):
         return str(policy)
     return "; ".join(f"{key} = {json.dumps(value)}" for key, value in policy.items() if value is not None)
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from edge import SOFTWARE
 from models.commandline import Parser, counted
 from models.errors import PeerError, TundishError, UserError
 
@@ -28,6 +29,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         description="Federated learning on factory gateways: OPC UA, Modbus in; scores out; weight deltas over MQTT.",
         epilog="start here: tundish demo",
     )
+    parser.add_argument("--version", action="version", version=SOFTWARE)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_simulate(commands)
@@ -104,7 +106,7 @@ def _add_audit(commands: Any) -> None:
     verify.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     report = verbs.add_parser(
         "report",
-        help="write what left a gateway's site as one HTML page and one CSV",
+        help="write what left a gateway's site, or what an aggregator did and received, as one HTML page and one CSV",
         epilog="example: tundish audit report /var/lib/tundish --out what-left",
     )
     report.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for report.html and the CSV")

@@ -7,7 +7,6 @@ Nothing is written to a machine, and a gateway that runs is not disturbed.
 import argparse
 import asyncio
 import contextlib
-import fcntl
 import importlib.util
 import json
 import os
@@ -25,7 +24,7 @@ from broker.topics import FederationStatus, downlink_filters
 from edge.config import Config
 from edge.drivers import registry
 from edge.identity import with_own_tls
-from edge.status import is_alive, read_status
+from edge.status import is_alive, read_status, taken_out
 from edge.tags import Source
 from models.errors import LocalError, UserError
 
@@ -158,14 +157,9 @@ def _writable(state: Path) -> Step:
 
 
 def _runs(state: Path) -> bool:
-    """Whether another process holds the state folder."""
-    try:
-        with (state / "lock").open("r") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+    """Whether another process holds the state folder; False, too, where this user may not know."""
+    with contextlib.suppress(LocalError):
+        return is_alive(state)
     return False
 
 
@@ -224,8 +218,10 @@ async def federation(config: Config, state: Path) -> AsyncIterator[Step]:
     filters = [FederationStatus(name).topic]
     for task in config.tasks:
         filters += downlink_filters(name, task, config.path)
+    if said and (out := taken_out(said)):
+        yield fail("roster", f"{out}; ask the operator, who can enrol it again")
     settings = with_own_tls(config.mqtt, state)
-    if settings.cert and said and is_alive(said):
+    if settings.cert and said and is_alive(state):
         # A broker may let each certificate in once: a second client would throw the gateway out.
         mqtt = said["mqtt"]
         how = "is connected" if mqtt["connected"] else f"is not connected: {mqtt['error']}"

@@ -8,6 +8,7 @@ holds one of the versions before fetches the steps since; one that holds nothing
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import numpy as np
 
@@ -36,6 +37,7 @@ from models.width import cut
 MAX_PARAMETERS = 4_000_000
 _FLOAT = 4
 _SLACK = 2
+_DAY_MS = 86_400_000
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,52 @@ class Model:
         if own is not None and own.size == self.vector.size:
             shared = np.where(self.layout.mask((*self.task.personal, *resume)), shared, own)
         return cut(self.layout, width, shared)
+
+    def is_of(self, manifest: ModelManifest) -> bool:
+        """Whether a manifest offers this model, if under another task text perhaps."""
+        return (manifest.version, manifest.digest) == (self.manifest.version, self.manifest.digest)
+
+
+def same_model(one: ModelManifest | None, other: ModelManifest | None) -> bool:
+    """Whether two manifests offer the same model of the same task, signed at different times perhaps."""
+    if one is None or other is None:
+        return False
+    return (one.version, one.digest, one.terms) == (other.version, other.digest, other.terms)
+
+
+def newer(manifest: ModelManifest, than: ModelManifest | None, now_ms: int) -> bool:
+    """Whether a manifest is the later word of the aggregator.
+
+    One that was signed more than a day after this gateway's clock is not believed over what came by now: an
+    aggregator's clock that was wrong once must not shut out every model until that day.
+    """
+    if than is None:
+        return True
+    at, than_at = _signed_ms(manifest), _signed_ms(than)
+    return at > than_at or at <= now_ms + _DAY_MS < than_at
+
+
+def passed_over(manifest: ModelManifest, wanted: ModelManifest) -> str:
+    """Say why a manifest that is not newer counts for nothing; "" of the same time.
+
+    An old copy of a broker's may be that, or an aggregator whose clock and state were both set back.
+    """
+    at, wanted_at = _signed_ms(manifest), _signed_ms(wanted)
+    if at == wanted_at:
+        return ""
+    text = f"passed over model {manifest.version}, signed at {_time(at)}, for one of {_time(wanted_at)}"
+    return f"{text}; is the aggregator's clock right?"
+
+
+def _signed_ms(manifest: ModelManifest) -> int:
+    return manifest.signed_ms or manifest.created_ms
+
+
+def _time(ms: int) -> str:
+    try:
+        return datetime.fromtimestamp(ms / 1000, UTC).astimezone().isoformat(" ", "seconds")
+    except (OverflowError, ValueError, OSError):
+        return f"{ms} ms"
 
 
 class Fetch:

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from broker import admission, stick
 from broker.est import Token, is_token
-from broker.messages import VERSION, Admission, Request, Signer, Vote
+from broker.messages import VERSION, Admission, ModelManifest, Request, Signer, Vote, peek
 from broker.settings import MqttSettings, endpoint
 from broker.topics import Accepted, Uplink, segment
 from edge.charter import SAID
@@ -132,10 +132,9 @@ def export_updates(args: argparse.Namespace, config: Config, folder: Path) -> in
         messages = [(Accepted(config.path).topic, word)] if word else []
         messages += [(Uplink(config.path, out.task, "update").topic, out.envelope) for out in waiting]
         for task in config.tasks:
-            vote = state.get(f"vote/{task}")
-            if vote is not None:
+            if vote := _last_vote(state, task):
                 topic = Uplink(config.path, task, "vote").topic
-                messages.append((topic, signer.seal(msgspec.msgpack.decode(vote, type=Vote), topic)))
+                messages.append((topic, signer.seal(vote, topic)))
         stick.write(args.updates, messages)
         digests = [out.digest.hex() for out in waiting]
         with state.transaction():
@@ -144,6 +143,15 @@ def export_updates(args: argparse.Namespace, config: Config, folder: Path) -> in
     print(f"{args.updates} is for the operator: {counted(len(digests), 'update')}, {counted(votes, 'vote')}{said}")
     print(f"he runs: tundish broker import -c federation.toml {args.updates.name}")
     return 0
+
+
+def _last_vote(state: State, task: str) -> Vote | None:
+    """The vote on the newest model that is here; on one before it, it is over."""
+    data, manifest = state.get(f"vote/{task}"), state.get(f"manifest/{task}")
+    if data is None or manifest is None:
+        return None
+    vote = msgspec.msgpack.decode(data, type=Vote)
+    return vote if peek(manifest, ModelManifest).version == vote.version else None
 
 
 def import_any(args: argparse.Namespace, config: Config, folder: Path) -> int:

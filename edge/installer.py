@@ -36,9 +36,13 @@ class Installer:
         lock: asyncio.Lock,
     ) -> None:
         self._shop, self._memory, self._scoring, self._spawn, self._lock = shop, memory, scoring, spawn, lock
-        self.number, self.key, self.model = memory.release() or _NOTHING
-        scoring.released = self.model
         self.problem = ""
+        try:
+            self.number, self.key, self.model = memory.release() or _NOTHING
+        except PeerError as error:  # of another version of this program: what is released comes again
+            self.number, self.key, self.model = _NOTHING
+            self._tell(f"the release that is stored can't be read: {error}")
+        scoring.released = self.model
         self._wanted: Released | None = None
         self._offers: dict[str, tuple[m.ModelManifest, bytes]] = {}
         self._fetch: Fetch | None = None
@@ -65,6 +69,13 @@ class Installer:
             "problem": releases.problem,
         }
         return {"release": self.number, "released": about}
+
+    @property
+    def installed(self) -> m.Installed | None:
+        """What of the federation's releases is here; None where there are none, or none has come yet."""
+        if not self._shop.releases.in_force or self.model is None:
+            return None
+        return m.Installed(self._memory.task, self.number, self.model.manifest.version)
 
     def on_release(self, release: Released, held: Model | None) -> None:
         """Take what verified metadata says this task is to score with; `held` is a model that is here already."""

@@ -64,16 +64,22 @@ class Memory:
         task, layout = parse_task(terms.task_text, "stored task"), Layout.from_wire(terms.layout)
         return Model(peek(envelope, ModelManifest), terms, task, layout, graph, np.frombuffer(vector, np.float32))
 
-    def keep_model(self, model: Model, envelope: bytes) -> Vector:
+    def keep_model(self, model: Model, envelope: bytes, *, again: bool = False) -> Vector:
         """Store a verified model with the manifest that it came by; the caller makes it one transaction.
 
-        Returns the running mean of the models (layout.size,), which the first that has seen data begins.
+        Returns the running mean of the models (layout.size,), which the first that has seen data begins, and in which
+        one that comes `again`, under another task text or signature, counts once.
         """
-        mean = average(self.vector("average") if model.manifest.version > 1 else None, model.vector)
+        before = self.vector("average") if model.manifest.version > 1 else None
+        mean = before if again and before is not None else average(before, model.vector)
         self.keep_vector("average", mean)
         self._keep_model("", model, envelope)
         self._put("weights", model.vector.tobytes())
         return mean
+
+    def keep_manifest(self, envelope: bytes) -> None:
+        """Store another manifest of the model that is here."""
+        self._put("manifest", envelope)
 
     def _keep_model(self, prefix: str, model: Model, envelope: bytes) -> None:
         self._put(f"{prefix}manifest", envelope)

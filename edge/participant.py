@@ -77,6 +77,10 @@ def _named(plan: Plan) -> tuple[int, int]:
     return plan.round, plan.opened_ms
 
 
+def _round_of(plan: Plan) -> tuple[int, int, bytes]:
+    return plan.round, plan.base, plan.base_digest
+
+
 def _newer(plan: Plan, than: tuple[int, int]) -> bool:
     return plan.round > than[0] or plan.opened_ms > than[1]
 
@@ -139,6 +143,8 @@ class Participant:
             return []
         if self.vote and plan.state != "closed" and plan.base >= self.vote.version:
             self.vote = None
+        if self._opened_again(plan):
+            return self._leave()
         if self.state is State.TRAINING and self._goes_on(plan):
             self.plan = plan
             return []
@@ -156,6 +162,18 @@ class Participant:
             self.state = State.IDLE
             return stop + late if told else stop + late + self._ask()
         return stop + self._join(plan)
+
+    def _opened_again(self, plan: Plan) -> bool:
+        """Take up a round's later opening: what is trained for it, or sent without an answer yet, still counts."""
+        before = self.plan
+        if before is None or _named(before) != self.started or self.state not in {State.TRAINING, State.SENT}:
+            return False
+        if plan.state != "open" or _round_of(plan) != _round_of(before) or _named(plan) == _named(before):
+            return False
+        self.plan, self.started = plan, _named(plan)
+        if self.state is State.SENT:
+            self.handled = self.started
+        return True
 
     def _goes_on(self, plan: Plan) -> bool:
         """Whether what is being trained still counts under this plan of an asynchronous federation."""

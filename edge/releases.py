@@ -24,6 +24,15 @@ log = logging.getLogger(__name__)
 
 # The state's keys of the pinned root, and of what a manifest said; another federation's key forgets both.
 _PINNED, _TOLD = "release-root/pinned", "release-root/told"
+# What to do, by the framework's errors; that of any other, and of this machine's, comes last.
+_REMEDIES = {
+    "ExpiredMetadataError": "check this gateway's clock; a running aggregator, or the next release, renews it",
+    "BadVersionNumberError": "older than what is here: ask the operator (docs/operator.md, a restored journal)",
+    "UnsignedMetadataError": "too few keys known here signed it: ask the operator (docs/operator.md, Releases)",
+    "LengthOrHashMismatchError": "pieces of two releases do not go together: wait for the rest",
+}
+_REMEDY = "what the federation says of releases can't be used: ask the operator (docs/operator.md, Releases)"
+_FAULT = "free space on the disk of the state folder, or mend its owner"
 _MISSING = "releases: their metadata is missing: the first root has not come, so no new model scores; ask the operator"
 
 
@@ -138,7 +147,9 @@ class Releases:
         return found
 
     def _refuse(self, error: Exception) -> None:
-        problem = f"releases: {type(error).__name__}: {error}"[:400]
+        what = f"{type(error).__name__}: {error}"[:400]
+        remedy = _FAULT if isinstance(error, OSError) else _REMEDIES.get(type(error).__name__, _REMEDY)
+        problem = f"releases: {what}; {remedy}"
         if problem != self._problem:
             log.warning("%s; what scores goes on", problem)
         self._problem = problem

@@ -7,6 +7,7 @@ import time
 from collections.abc import Container
 
 from broker.link import Link
+from broker.messages import Receipt, Signer
 from broker.topics import GatewayPath, Status, Uplink
 from edge.store import State
 
@@ -43,3 +44,18 @@ class Resender:
                     self._link.publish(Uplink(self._path, out.task, "update").topic, out.envelope)
             self._every_s = min(2 * self._every_s, _EVERY_S[1])
         self._at = now + self._every_s
+
+
+async def settle(state: State, signer: Signer, task: str, receipt: Receipt) -> bool:
+    """Let the outbox go of what the aggregator has answered for; False if it held no such update."""
+    body: dict[str, object] = {"task": task, "round": receipt.round, "digest": receipt.digest.hex()}
+    body |= {"outcome": receipt.outcome, "detail": receipt.detail}
+
+    def work() -> bool:
+        if not state.settle(receipt.digest):
+            return False
+        state.record("receipt", body)
+        state.checkpoint(signer)
+        return True
+
+    return await state.commit(work)

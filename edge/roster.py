@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Key of the state, of the federation that gave the roster.
-_HELD = "roster/held"
+# Keys of the state, of the federation that gave the roster, and of that which this gateway was taken out by.
+_HELD, _OUT = "roster/held", "roster/out"
 
 
 class RosterKeeper:
     """Keeps `shop.roster`. `changed` is called when another one is here.
 
-    `status` says how many are in, and whether this gateway is (plain JSON types); None where no roster has come.
+    `status` says how many are in, and whether this gateway is (plain JSON types); None where no roster has come. Where
+    it was in an earlier one, `out_ms` is the time of the first without it.
     """
 
     def __init__(self, shop: "Shop", changed: Callable[[], None]) -> None:
@@ -33,6 +34,7 @@ class RosterKeeper:
         self._storing: asyncio.Task[None] | None = None
         held = shop.state.get(_HELD)
         self.status: dict[str, object] | None = None
+        self._out_ms = int.from_bytes(shop.state.get(_OUT) or b"", "big")
         self._take(msgspec.msgpack.decode(held, type=Roster) if held else None)
         self._parts = Collector(shop.roster.time_ms if shop.roster else -1)
 
@@ -54,9 +56,11 @@ class RosterKeeper:
             await asyncio.wait([before])
         body: dict[str, object] = {"digest": roster.digest.hex(), "time_ms": roster.time_ms}
         body |= {"gateways": roster.gateways, "enterprises": roster.enterprises}
+        out = self._out_ms.to_bytes(8, "big")
 
         def work() -> None:
             self._shop.state.put(_HELD, msgspec.msgpack.encode(roster))
+            self._shop.state.put(_OUT, out)
             self._shop.state.record(ROSTER, body)
 
         try:
@@ -69,7 +73,11 @@ class RosterKeeper:
         if roster is None:
             return
         known = roster.has(self._shop.config.path.enterprise, self._shop.signer.public_key)
+        was = bool(self.status and self.status["has_this"])
+        self._out_ms = 0 if known else self._out_ms or (roster.time_ms if was else 0)
+        if was and not known:
+            log.warning("this gateway was taken out of the federation, by the roster of %d", roster.time_ms)
         self.status = {
             "digest": roster.digest.hex(), "time_ms": roster.time_ms, "gateways": roster.gateways,
-            "enterprises": roster.enterprises, "has_this": known,
+            "enterprises": roster.enterprises, "has_this": known, "out_ms": self._out_ms or None,
         }  # fmt: skip

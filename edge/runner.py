@@ -5,6 +5,7 @@ The participant decides, this carries out. Scoring is `edge.scoring` and never w
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,11 +16,12 @@ from edge import participant as p
 from edge import vote as votes
 from edge.answer import Mouth
 from edge.config import TaskTable
-from edge.handback import Fetch, Model
+from edge.handback import Fetch, Model, newer, passed_over, same_model
 from edge.infer import Scorer
 from edge.installer import LONGEST_S, RETRY_S, Installer
 from edge.live import Live
 from edge.memory import Memory
+from edge.resend import settle
 from edge.scoring import Scoring
 from edge.shop import Shop
 from edge.store import Outgoing
@@ -45,9 +47,10 @@ class Runner:
         self._ear, self._mouth, self._trainer = Ear(shop, self.memory), Mouth(shop, name), Trainer()
         self.model: Model | None = None
         self.fetch: Fetch | None = None
-        self.problem, self._envelope = "", b""
+        self.problem, self.passed, self._envelope = "", "", b""
         self._stored: tuple[Model, Scorer | None] | None = None
-        self._wanted_ms, self._stored_before = -1, 0
+        self._wanted: m.ModelManifest | None = None
+        self._taking, self._stored_before = set[asyncio.Task[None]](), 0
         self._installing, self._jobs = asyncio.Lock(), set[asyncio.Task[None]]()
         self.installer = Installer(shop, self.memory, self.scoring, self._spawn, self._installing)
         self._training: asyncio.Task[None] | None = None
@@ -70,7 +73,7 @@ class Runner:
         self._wire(model)
         # Of what an earlier run stored the child alone knows how much is good; it says so if it is too little.
         self._stored_before = model.task.training.min_windows
-        self.model, self._wanted_ms = model, model.manifest.created_ms
+        self.model, self._wanted = model, model.manifest
         self.participant.handle(events.ModelStored(model.manifest.version, model.manifest.digest))
         if scorer:
             self.scoring.swap(scorer, model)
@@ -143,14 +146,27 @@ class Runner:
         if of != "manifest":
             self.installer.on_manifest(of, manifest, envelope, self.model)
             return
-        # The newest by its signed time, not by its number: an aggregator restored from a backup counts lower again.
-        if manifest.created_ms <= self._wanted_ms:
+        wanted = self._wanted
+        if wanted and not newer(manifest, wanted, int(time.time() * 1000)):
+            self.passed = passed_over(manifest, wanted)
             return
-        self._begin(Fetch(self.shop.federation, self.name, manifest, self.model), envelope)
+        there = self.fetch or self._taking or (self.model and same_model(manifest, self.model.manifest))
+        if there and same_model(manifest, wanted):
+            self._envelope = envelope
+            self._spawn(self._renew(manifest, envelope))
+        else:
+            self._begin(Fetch(self.shop.federation, self.name, manifest, self.model), envelope)
+        self.passed, self._wanted = "", manifest
+
+    async def _renew(self, manifest: m.ModelManifest, envelope: bytes) -> None:
+        """Keep the newer word on the model that is here: nothing is to be fetched or judged for it."""
+        async with self._installing:
+            if self.model and same_model(manifest, self.model.manifest):
+                await self.shop.state.commit(lambda: self.memory.keep_manifest(envelope))
 
     def _begin(self, fetch: Fetch, envelope: bytes) -> None:
         self.shop.unsubscribe(*(self.fetch.topics if self.fetch else ()))
-        self.fetch, self._envelope, self._wanted_ms = fetch, envelope, fetch.manifest.created_ms
+        self.fetch, self._envelope = fetch, envelope
         self.shop.subscribe(*fetch.topics)
         self._complete()
 
@@ -168,7 +184,8 @@ class Runner:
         fetch = self.fetch
         if fetch and not fetch.topics:
             self.fetch = None
-            self._spawn(self._install(fetch, self._envelope))
+            self._taking.add(job := self._spawn(self._install(fetch, self._envelope)))
+            job.add_done_callback(self._taking.discard)
 
     def on_feedback(self, payload: bytes) -> None:
         """Take what an operator said of a window."""
@@ -181,17 +198,7 @@ class Runner:
             self._spawn(self._settle(receipt))
 
     async def _settle(self, receipt: m.Receipt) -> None:
-        body: dict[str, object] = {"task": self.name, "round": receipt.round, "digest": receipt.digest.hex()}
-        body |= {"outcome": receipt.outcome, "detail": receipt.detail}
-
-        def work() -> bool:
-            if not self.shop.state.settle(receipt.digest):
-                return False
-            self.shop.state.record("receipt", body)
-            self.shop.state.checkpoint(self.shop.signer)
-            return True
-
-        if await self.shop.state.commit(work):
+        if await settle(self.shop.state, self.shop.signer, self.name, receipt):
             log.info("%s: round %d: %s %s", self.name, receipt.round, receipt.outcome, receipt.detail)
             self._do(self.participant.handle(events.Settled(receipt.round, receipt.outcome)))
 
@@ -313,21 +320,23 @@ class Runner:
 
     async def _install(self, fetch: Fetch, envelope: bytes) -> None:
         """One model after the other: a fault of this machine is tried again, a fault of the model is not."""
-        version, made_ms, pause = fetch.manifest.version, fetch.manifest.created_ms, RETRY_S
+        version, pause = fetch.manifest.version, RETRY_S
         taken: tuple[Model, bool] | None = None
         fault = ""
-        while made_ms == self._wanted_ms:
+        while same_model(fetch.manifest, self._wanted):
             try:
                 async with self._installing:
-                    if made_ms < self._wanted_ms:
-                        return  # a newer one is on its way
+                    if not same_model(fetch.manifest, self._wanted):
+                        return  # another one is on its way
                     taken = taken or await self._take(fetch, envelope)
                     await self._let_score(*taken)
             except PeerError as error:
+                if same_model(fetch.manifest, self._wanted) and fetch.fall_back():
+                    log.info("%s: model %d does not follow from what is here: fetched whole", self.name, version)
+                    self._begin(fetch, envelope)
+                    return
                 self.shop.refuse(error, f"{self.name}: model {version}")
                 self.problem = f"model {version} refused: {error}"
-                if made_ms == self._wanted_ms and fetch.fall_back():
-                    self._begin(fetch, envelope)
                 return
             except (LocalError, OSError) as error:
                 self.problem = fault = f"model {version} can't be taken yet: {error}"
@@ -344,12 +353,13 @@ class Runner:
         if self.model is None or model.graph != self.model.graph:
             await self.shop.prober.run(model)
         changed = self.model is None or self.model.layout != model.layout
-        vote = await self.scoring.judge(model, self.model)
+        again = self.model is not None and self.model.is_of(fetch.manifest)
+        vote = None if again else await self.scoring.judge(model, self.model)
 
         def work() -> Vector:
             if vote:
                 votes.keep(self.shop, self.memory, vote)
-            return self.memory.keep_model(model, envelope)
+            return self.memory.keep_model(model, envelope, again=again)
 
         self.scoring.average = await self.shop.state.commit(work)
         self.model = model
@@ -380,7 +390,7 @@ class Runner:
             **self.installer.status,
             "training_waits_for": self.participant.may_train.unless,
             "drift": self.scoring.drift.last,
-            "problem": self.problem or self.installer.problem,
+            "problem": self.problem or self.installer.problem or self.passed,
             "last": live.last if live else {},
             **(asdict(live.stats) if live else {}),
         }

@@ -4,16 +4,17 @@ import json
 import logging
 import time
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from broker.database import forbidden
+from broker.status import is_running
 from edge.tags import Driver, Health
 
 log = logging.getLogger(__name__)
 
 _FILE = "status.json"
-_FRESH_S = 10.0  # a status that is older is of a gateway that ended
 
 
 def sources_status(drivers: dict[str, Driver], tags: dict[str, dict[str, dict[str, object]]]) -> dict[str, object]:
@@ -50,6 +51,18 @@ def read_status(folder: Path) -> dict[str, Any] | None:
     return status
 
 
-def is_alive(status: dict[str, Any]) -> bool:
-    """Whether that was said by a gateway that still runs."""
-    return bool(status["running"]) and time.time() - status["time_ms"] / 1000 < _FRESH_S
+def taken_out(status: dict[str, Any]) -> str:
+    """Say since when the federation's roster is without this gateway, which was in it; empty if it is not."""
+    out_ms = (status.get("roster") or {}).get("out_ms")
+    if not out_ms:
+        return ""
+    since = f"{datetime.fromtimestamp(out_ms / 1000, UTC):%Y-%m-%d %H:%M:%S UTC}"
+    return f"no more in the federation's roster since that of {since}: taken out, or unknown to an older state"
+
+
+def is_alive(folder: Path) -> bool:
+    """Whether a gateway holds that folder now: its lock goes with its process. LocalError where this user can't see."""
+    try:
+        return is_running(folder)
+    except PermissionError as error:
+        raise forbidden(folder, error) from error

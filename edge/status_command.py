@@ -7,21 +7,38 @@ from pathlib import Path
 from typing import Any
 
 from broker.topics import GatewayPath, Status
-from edge.status import is_alive, read_status
+from edge.status import is_alive, read_status, taken_out
 from models.commandline import counted
 from models.errors import LocalError
 
+# The words of `edge.choose` and `edge.participant` as people read them.
+_SCORES = {
+    "global": "by the federation's model",
+    "tuned": "by the federation's model as tuned here",
+    "own": "by this gateway's own model",
+    "mix": "by the federation's model and those that learnt here together",
+}
+_DOES = {
+    "idle": "nothing to do",
+    "fetching": "waits for its model",
+    "waiting": "waits to train",
+    "training": "trains",
+    "sent": "update sent",
+}
 _SHOWN = 10
 _SKEW_S = 2.0
+_STALE_S = 10.0
 
 
 def main(folder: Path, *, tags: bool, as_json: bool) -> int:
     """Print the status of the gateway with its state in a folder; 1 if it does not run."""
     status = read_status(folder)
+    alive = is_alive(folder)
+    if status is None and alive:
+        raise LocalError(f"the gateway of {folder} is starting; its log says what it waits for")
     if status is None:
         remedy = "start one with tundish edge run, or name the --state that it runs with"
         raise LocalError(f"no gateway has run with its state in {folder}; {remedy}")
-    alive = is_alive(status)
     if as_json:
         print(json.dumps(status | {"alive": alive}))
     else:
@@ -31,7 +48,8 @@ def main(folder: Path, *, tags: bool, as_json: bool) -> int:
 
 def _print_status(status: dict[str, Any], *, alive: bool, tags: bool) -> None:
     age = time.time() - status["time_ms"] / 1000
-    print(f"{status['path']}: {'running' if alive else 'NOT RUNNING; what it said last:'} ({age:.0f} s ago)")
+    running = f"running{', BUT SILENT' if age >= _STALE_S else ''}"
+    print(f"{status['path']}: {running if alive else 'NOT RUNNING; what it said last:'} ({age:.0f} s ago)")
     mqtt = status["mqtt"]
     print(f"  mqtt     {'connected, MQTT ' + mqtt['version'] if mqtt['connected'] else 'OFFLINE: ' + mqtt['error']}")
     print(f"  memory   {status['resident_mb']} MB resident; outbox {status['outbox']}")
@@ -52,7 +70,7 @@ def _print_status(status: dict[str, Any], *, alive: bool, tags: bool) -> None:
     for name, task in status["tasks"].items():
         _print_task(name, task, connected=mqtt["connected"])
     for reason, count in status["refused"].items():
-        print(f"  refused  {count} times: {reason}")
+        print(f"  refused  {counted(count, 'message')} of others ({reason}): used for nothing; the log says which")
     if status["store_notice"]:
         print(f"  STORE    {status['store_notice']}")
     if status["store_error"]:
@@ -60,9 +78,7 @@ def _print_status(status: dict[str, Any], *, alive: bool, tags: bool) -> None:
 
 
 def _print_task(name: str, task: dict[str, Any], *, connected: bool) -> None:
-    model = "no model yet" if task["model"] is None else f"{task['scoring_kind']} model {task['scoring_model']}"
-    round_ = "no round yet" if task["round"] is None else f"round {task['round']} {task['state']} {task['answer']}"
-    print(f"  task     {name}: {task.get('scored', 0)} windows scored, {model}, {round_}".rstrip())
+    print(f"  task     {name}: {task.get('scored', 0)} windows scored, {_model(task)}, {_round(task)}")
     if not task.get("scored") and (task.get("inactive") or task.get("unreliable")):
         why = f"{task['inactive']} while active_when did not hold, {task['unreliable']} with too much that was Bad"
         print(f"           no window could be used: {why}; the gate must hold in all of a window")
@@ -76,6 +92,22 @@ def _print_task(name: str, task: dict[str, Any], *, connected: bool) -> None:
     if task["state"] == "waiting" and task.get("training_waits_for"):
         print(f"           training may start when {task['training_waits_for']}")
     _print_drift(task)
+
+
+def _model(task: dict[str, Any]) -> str:
+    """What scores."""
+    if task["model"] is None:
+        return "no model yet"
+    return f"{_SCORES.get(task['scoring_kind'], 'by nothing yet')}, model version {task['scoring_model']}"
+
+
+def _round(task: dict[str, Any]) -> str:
+    """What this gateway makes of the latest round."""
+    if task["round"] is None:
+        return "no round yet"
+    if task["answer"] == "joined":
+        return f"joined round {task['round']}, {_DOES[task['state']]}"
+    return f"round {task['round']} {task['answer'] or _DOES[task['state']]}"
 
 
 def _print_release(task: dict[str, Any]) -> None:
@@ -133,6 +165,9 @@ def _print_stranger(status: dict[str, Any]) -> None:
 
     The roster has no paths: one who is in it may be known by another.
     """
+    if out := taken_out(status):
+        print(f"  REVOKED  {out}; scoring goes on; ask the operator, who can enrol it again")
+        return
     if not status["mqtt"]["connected"]:
         return
     own = Status(GatewayPath.parse(status["path"])).topic

@@ -51,7 +51,7 @@ class Stick:
         self._taken[path] = messages
         self._pieces |= {topic: payload for topic, payload in messages if _is_piece(topic)}
         for i, (topic, payload) in enumerate(messages):
-            if topic not in self._pieces:
+            if payload and topic not in self._pieces:  # an empty one says whose file it is, which `import` looked at
                 self._hand(topic, payload)
             if i % _AT_ONCE == _AT_ONCE - 1:
                 await asyncio.sleep(0)  # a score doesn't wait for a file

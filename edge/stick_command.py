@@ -88,6 +88,7 @@ def _check(place: str, messages: stick.Messages, config: Config, name: str, key:
             raise UserError(place, 0, "", problem, _GIVE)
         if topic.federation != name:
             raise UserError(place, 0, "", f"is of federation {topic.federation}, this gateway follows {name}", _GIVE)
+        # Of an update, or an empty one, by which `broker export` says whose file it is.
         if isinstance(topic, ReceiptFor) and topic.path != config.path:
             raise UserError(place, 0, "", f"is for {topic.path}, this is {config.path}", _GIVE)
         if isinstance(topic, Manifest):

@@ -9,7 +9,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -29,6 +29,7 @@ _CACHE_KIB = 256
 
 _PINNED, _ANSWERED = "federation", "answered/receipt"
 _KEY_BYTES = 32
+_TRIES, _PAUSE_S = 5, 0.02
 
 SCHEMA = 1
 _STATE_SCHEMA = """
@@ -122,11 +123,13 @@ class State:
 
     def claim(self) -> None:
         """Make this process the folder's only gateway, until it ends; LocalError if another one runs there."""
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            folder = Path(self._lock.name).parent
-            raise LocalError(f"another gateway runs with its state in {folder}; stop it, or give --state") from None
+        for _ in range(_TRIES):  # `tundish edge status` holds it for a moment, to see whether anybody does
+            with suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(_PAUSE_S)
+        folder = Path(self._lock.name).parent
+        raise LocalError(f"a gateway runs with its state in {folder}; stop it first, or give another --state")
 
     async def commit(self, work: Callable[[], T]) -> T:
         """Run `work`, which calls the methods below, as one transaction in the state's thread."""

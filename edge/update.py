@@ -51,7 +51,7 @@ def seal_update(
     loss = float(base.losses(holdout).mean()) if len(holdout) else math.nan
     update = m.Update(
         m.VERSION, action.round, action.base, result.samples, _finite(trained.metric(holdout)), encoded.data,
-        _finite(loss), round(4 * width), max(1, round(1e6 * result.quality)),
+        _finite(loss), round(4 * width), max(1, round(1e6 * result.quality)), model.manifest.digest[: m.BASE_DIGEST],
     )  # fmt: skip
     topic = Uplink(shop.config.path, name, "update").topic
     envelope = shop.signer.seal(update, topic)

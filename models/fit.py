@@ -84,7 +84,7 @@ def fit(
     `epochs` overrides the task's, `steps` the number of optimiser steps that they give. So that a round moves a plant
     with few windows too, these are trained on in batches smaller than the task's, and where neither is given, up to
     four times until 32 steps are made. `proximal` times half the squared distance from `base` is added to the loss
-    (FedProx, Li et al. 2020, arXiv:1812.06127). Runs on CUDA when there is one.
+    (FedProx, Li et al. 2020, arXiv:1812.06127). Runs on CUDA when there is one, in mixed precision (`_mixed`).
     With a `width` below 1, the net is the part of `base` that `models.width` names, and so are the new weights: whole
     ones, zero elsewhere, which compute what the part does.
     Raises FloatingPointError when the weights do not stay finite, so that they never leave the box.
@@ -111,7 +111,9 @@ def fit(
         if step % per_epoch == 0:
             order, losses = torch.randperm(len(x), generator=generator), []
         rows = order[step % per_epoch * batch :][:batch].to(device)
-        loss = _loss(task, net(inputs[rows]), inputs[rows], present[rows], None if targets is None else targets[rows])
+        with _mixed(device):
+            y_rows = None if targets is None else targets[rows]
+            loss = _loss(task, net(inputs[rows]), inputs[rows], present[rows], y_rows)
         loss.backward()  # type: ignore[no-untyped-call]
         for p, start_at in zip(net.parameters(), anchor, strict=False):
             if p.grad is not None:
@@ -122,6 +124,15 @@ def fit(
     if not np.isfinite(vector).all():
         raise FloatingPointError("training diverged: the weights are not finite")
     return Fitted(vector, float(torch.stack(losses).mean()), total, time.perf_counter() - start, device.type)
+
+
+def _mixed(device: torch.device) -> torch.autocast:
+    """Products in bfloat16 where a GPU has it, which needs no scaling of the loss; weights and sums stay float32.
+
+    (Micikevicius et al. 2018, arXiv:1710.03740; Kalamkar et al. 2019, arXiv:1905.12322.)
+    """
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
 class _Adam:

@@ -110,11 +110,13 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 MOST_KEPT = 0.5
 _DOWN_WIDE, _DOWN_NARROW, _NARROWING = 0.1, 0.065, 6
 _VOTE_S = 60.0
+_EVERY_S = 86_400.0
 
 
 class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the federation runs the task: `every` from one opening to the next, at most `deadline` per round.
 
+    `every` None is a day, and no time in an asynchronous federation, where a round is open for `every` at least.
     `keep` is the share of values that a sparse update keeps; None: steered by the holdouts (`broker.rate`).
     `weigh`: what an update counts for in the mean: its windows, or these times the share of good values in them.
     `early`: so long after an opening, a gateway whose signals have drifted may have the next round opened.
@@ -127,7 +129,7 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     buffer: int | None = None
     min_gateways: int = 1
     deadline: str = "2h"
-    every: str = "1d"
+    every: str | None = None
     early: str | None = None
     rounds: int | None = None
     codec: Literal["sparse", "int2", "int4", "int8", "float32", "ring"] = "sparse"
@@ -172,6 +174,8 @@ class Round(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     @property
     def every_s(self) -> float:
         """Seconds."""
+        if self.every is None:
+            return 0.0 if self.mode == "async" else _EVERY_S
         return seconds(self.every)
 
     @property
@@ -231,11 +235,15 @@ def net_names() -> list[str]:
     return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
 
 
-def parse_task(text: str, name: str = "task.toml") -> Task:
-    """Parse and check a task; raise UserError with file, line, key and remedy."""
+def parse_task(text: str, name: str = "task.toml", *, written: str | None = None) -> Task:
+    """Parse and check a task; UserError with file, line, key and remedy.
+
+    Lines are those of the text that a person has `written`, where the task is that one with something put in.
+    """
     if len(text) > MAX_TASK_BYTES:
         raise UserError(name, 0, "", f"larger than {MAX_TASK_BYTES} bytes", "a task is a short text")
     file = TomlFile(name, text)
+    file.text = text if written is None else written
     task = file.convert(Task)
     _check(file, task)
     return task
@@ -344,7 +352,7 @@ def _check_round(file: TomlFile, need: _Need, r: Round) -> None:
     need(not few, ["round", "buffer"], "less than min_gateways", f"write {r.min_gateways} or more")
     need(0 <= r.momentum < 1, ["round", "momentum"], "out of range", "write 0.0 to 0.99")
     need(r.rounds is None or r.rounds >= 1, ["round", "rounds"], "out of range", "write 1 or more, or leave it out")
-    durations = {"deadline": r.deadline, "every": r.every, "early": r.early or "0s", "vote": r.vote or "0s"}
+    durations = {"deadline": r.deadline, "every": r.every or "0s", "early": r.early or "0s", "vote": r.vote or "0s"}
     for key, text in durations.items():
         try:
             duration = seconds(text)

@@ -23,6 +23,18 @@ _TABLE = re.compile(r"^\s*(\[\[?)\s*(.+?)\s*\]\]?\s*(?:#.*)?$")
 _KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=""")
 _PART = re.compile(r"""[A-Za-z0-9_-]+|"[^"]*"|'[^']*'""")
 _FIELD = re.compile(r"`([^`]+)`")
+# How msgspec calls a type, and people do.
+_TYPES = {
+    "str": "text in quotes",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "array": "a list in [ ]",
+    "object": "a table",
+    "date": "a date",
+    "datetime": "a date",
+    "time": "a time of day",
+}
 _SOME_KEY = "..."  # how msgspec writes a key of a table that it has not kept
 
 _DURATION = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -111,9 +123,15 @@ class TomlFile:
         choices = _type_at(type_, path)
         if isinstance(choices, msgspec.inspect.LiteralType):
             words = ", ".join(json.dumps(value) for value in choices.values)
-            return self.error(path, what[:1].lower() + what[1:], f"write one of: {words}")
+            word = json.dumps(reduce(operator.getitem, path, cast("Any", self.data)), default=str, ensure_ascii=False)
+            return self.error(path, f"{word} is none of the words that may stand here", f"write one of: {words}")
         if isinstance(choices, msgspec.inspect.Metadata) and (said := choices.extra_json_schema):
             return self.error(path, "is not what belongs here", f"write {said['description']}")
+        if types := re.fullmatch(r"Expected `(.+)`, got `(.+)`", what):
+            wanted, found = map(_in_words, types.groups())
+            return self.error(path, f"is {found}", f"write {wanted}")
+        if sizes := re.fullmatch(r"Expected `array` of length (\d+), got (\d+)", what):
+            return self.error(path, f"is a list of {sizes[2]}", f"write a list of {sizes[1]}")
         return self.error(path, what[:1].lower() + what[1:], "write a value of that type")
 
     def _path(self, where: str) -> list[str | int]:
@@ -141,6 +159,11 @@ class TomlFile:
     def _known(self, type_: Any, path: Sequence[str | int]) -> list[str]:
         info = _type_at(type_, path)
         return [f.encode_name for f in info.fields] if isinstance(info, msgspec.inspect.StructType) else []
+
+
+def _in_words(types: str) -> str:
+    """Write msgspec's `str | null` as people do; what may be left out needs no word."""
+    return " or ".join(_TYPES.get(one, one) for one in types.split(" | ") if one != "null")
 
 
 def _type_at(type_: Any, path: Sequence[str | int]) -> msgspec.inspect.Type | None:

@@ -4,10 +4,11 @@ import csv
 import hashlib
 import itertools
 import json
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
-from broker import ledger, topics
+from broker import cli, ledger, topics
 from broker.journal import Journal
 from broker.messages import (
     MAX_PAYLOAD,
@@ -318,6 +319,39 @@ def test_an_update_in_the_outbox_outlives_kill_9_and_an_empty_broker(
         state.close()
 
 
+def test_an_aggregator_restored_from_a_backup_goes_on(tmp_path: Path) -> None:
+    """Its gateways hold later models than it knows of, and have answered rounds that it holds to be open."""
+    with plant(tmp_path, "amqtt", rounds=40) as p:
+        file, state = tmp_path / "aggregator" / "task.toml", p.stage.aggregator_state
+        file.write_text(file.read_text().replace('deadline = "60s"', 'deadline = "5s"'))
+        for process in (*p.stage.plcs, p.stage.aggregator, p.gateway):
+            process.start()
+        p.until(lambda: (p.task().get("model") or 0) >= 1)
+        p.stage.aggregator.kill()  # in the midst of a round
+        with closing(Journal(state)) as journal:
+            was = journal.model(TASK)
+        assert was
+        shutil.copytree(state, tmp_path / "backup")
+        p.stage.aggregator.start()
+        p.until(lambda: (p.task().get("model") or 0) >= was.version + 3)
+        p.stage.aggregator.kill()
+        ahead = p.task()["model"]
+        shutil.rmtree(state)
+        shutil.copytree(tmp_path / "backup", state)
+        p.stage.aggregator.start()
+        p.until(lambda: was.version < p.task()["model"] < ahead)
+        assert p.task()["problem"] == ""
+        p.stage.aggregator.stop()
+        p.gateway.stop()
+    with closing(State(p.stage.gateway_state(0))) as gateway, closing(Journal(state)) as journal:
+        held = Memory(gateway, TASK).model()
+        assert held
+        made = journal.model(TASK, held.manifest.version)
+        assert made
+        assert (made.digest, made.round) == (held.manifest.digest, held.manifest.round)
+        ledger.verify(gateway.ledger())
+
+
 def test_a_gateway_trains_when_it_may_and_says_why_it_does_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -443,10 +477,10 @@ def lie(p: Plant) -> None:
     fields = {name: getattr(real, name) for name in real.__struct_fields__} | {
         "version": 9, "whole": Whole(9, (bytes(32),)), "steps": ()
     }  # fmt: skip
-    made = itertools.count(real.created_ms + 1)
+    later = itertools.count(real.signed_ms + 1)
 
     def offer(**changes: object) -> bytes:
-        return signer.seal(ModelManifest(**fields | {"created_ms": next(made)} | changes), manifest)
+        return signer.seal(ModelManifest(**fields | {"signed_ms": next(later)} | changes), manifest)
 
     other = topics.Manifest(FEDERATION, "other").topic
     sent("signature", (manifest, signer.seal(ModelManifest(**fields), other)))
@@ -497,13 +531,19 @@ def test_gateways_score_with_what_is_released(tmp_path: Path, capsys: pytest.Cap
         assert (p.task()["release"], p.task()["released"]) == (0, None)
         assert p.task()["scoring_model"] is not None
         assert main(["broker", "release", *command, "--to", "canary"]) == 2  # the first one needs the operators' keys
-        assert "--key: too few: root is signed by 1 keys" in capsys.readouterr().err
+        assert "--key: too few: root needs 1 signature by keys of [release], 0 given" in capsys.readouterr().err
         steps: list[tuple[list[str], int]] = [
             (["release", "--version", "1", "--to", "canary", "--key", str(key)], 1),
             (["release", "--to", "stable", "--key", str(key)], 1),  # what the canaries have
             (["release", "--version", "2", "--to", "canary"], 2),
             (["rollback", "--key", str(key), "--to", "1"], 1),
         ]
+
+        def shown() -> list[str]:
+            return cli._report(json.loads((p.stage.aggregator_state / "status.json").read_text()), 0, running=True)
+
+        def shows(text: str) -> bool:
+            return any(text in line for line in shown())
 
         def installed(number: int) -> bool:
             return p.task()["release"] == number  # type: ignore[no-any-return]
@@ -517,6 +557,10 @@ def test_gateways_score_with_what_is_released(tmp_path: Path, capsys: pytest.Cap
             assert main(["edge", "status", "--state", str(p.stage.gateway_state(0))]) == 0
             assert f" release {number} of {said}, version {version}\n" in capsys.readouterr().out
             assert p.task()["model"] == 2  # training goes on from the newest
+            p.until(partial(shows, f"{PATH}: online, has release {number} (version {version})"))
+            # After a rollback of stable, what the canaries were given is not what they go by.
+            by = [line.endswith("go by stable, whose release is higher") for line in shown() if ": canary has" in line]
+            assert by == [said == "stable"]
             if version == 1:
                 assert (p.task()["scoring_model"], p.task()["scoring_kind"]) == (1, "global")
         p.gateway.kill()

@@ -84,9 +84,9 @@ def test_a_charter_is_named_by_what_sha256sum_says_of_its_file(tmp_path: Path) -
     [
         ('purpose = "To', 'purpos = "To', ":2: purpos: unknown key; did you mean 'purpose'?"),
         ("min_gateways = 3", "min_gateways = 0", ":5: min_gateways: out of range; write 1 to 1000000"),
-        ("min_gateways = 3", 'min_gateways = "3"', ":5: min_gateways: expected `int`, got `str`"),
+        ("min_gateways = 3", 'min_gateways = "3"', ":5: min_gateways: is text in quotes; write a whole number"),
         ("min_gateways = 3\n", "", "min_gateways: missing; add a line min_gateways = … there"),
-        ('"plain"', '"none"', ":10: privacy.mode: invalid enum value"),
+        ('"plain"', '"none"', ':10: privacy.mode: "none" is none of the words that may stand here; write one of'),
         ('"plain"', '"plain"\nmax_epsilon = 0', ":11: privacy.max_epsilon: out of range; write a number above 0"),
         ('["wear"]', "[]", ":3: tasks: empty; write the tasks by name"),
         ('["acme", "borealis"]\nmin', "[]\nmin", ":4: members: empty; write the enterprises"),
@@ -130,7 +130,7 @@ ROUND = "[round]\nmin_gateways = 3\n"
     ("task", "roots", "old", "new", "says"),
     [
         ("", '"acme"', "", "", ":5: min_gateways: task wear: the charter wants 3 gateways in a sum, the plan 1"),
-        (ROUND, '"acme", "corvid"', "", "", ":4: members: task wear: the charter names no member corvid"),
+        (ROUND, '"acme", "corvid"', "", "", ":4: members: the charter names no member corvid"),
         (ROUND, '"acme"', '["wear"]', '["tear"]', ":3: tasks: task wear: the charter names no task wear"),
         (ROUND, '"acme"', '"plain"', '"secure-aggregation"', ":10: privacy.mode: task wear: the charter requires"),
         (ROUND, '"acme"', '"plain"', '"plain"\nmax_epsilon = 4.0', ":11: privacy.max_epsilon: task wear: the charter"),
@@ -703,11 +703,12 @@ def test_a_site_without_a_network_accepts_the_charter_by_file(
         word, update = topics.Accepted(PATH).topic, topics.Uplink(PATH, TASK, "update").topic
         found, shown = exported()
         assert (found, "1 update, 0 votes, the word on the charter\n" in shown) == ([word, update], True)
-        for known in ("", ", which changes nothing"):  # and nothing is counted twice
+        for known, said in (("", "counted"), (", which changes nothing", "counted before")):  # and nothing twice
             carrier.import_()
-            first, second, _ = capsys.readouterr().out.splitlines()
+            first, second, third, _ = capsys.readouterr().out.splitlines()
             assert first == f"{PATH}: accepts charter {digest}{known}"
             assert second.startswith(f"{PATH}, {TASK}: an update of round 1, ")
+            assert third == f"{PATH}, {TASK}: the update of round 1: {said}"
             p.until(lambda: p.aggregator().get("counted") == [str(PATH)])
         carrier.down()
         p.until(lambda: p.status()["outbox"] == 0)

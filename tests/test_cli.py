@@ -14,6 +14,8 @@ import pytest
 from broker.cli import main as broker_main
 from broker.journal import Journal
 from broker.status import STATUS_FILE
+from edge import SOFTWARE, participant, status_command
+from edge.choose import GLOBAL, MIX, OWN, TUNED
 from edge.cli import main
 from edge.identity import own_signer
 from edge.store import State
@@ -60,6 +62,36 @@ def test_a_reader_that_has_gone_ends_a_command_without_a_word(tmp_path: Path, co
     finally:
         os.close(writes)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_status_has_a_sentence_for_each_word_of_a_task(capsys: pytest.CaptureFixture[str]) -> None:
+    """`mix` and `sent joined` are words of the program's own."""
+    assert status_command._SCORES.keys() == {GLOBAL, TUNED, OWN, MIX}
+    assert status_command._DOES.keys() == {state.name.lower() for state in participant.State}
+    task = {
+        "scored": 9,
+        "model": 3,
+        "scoring_kind": MIX,
+        "scoring_model": 2,
+        "round": 4,
+        "answer": "joined",
+        "state": "sent",
+    }
+    for more in ({}, {"answer": "declined: too few windows", "state": "idle"}, {"round": None, "model": None}):
+        status_command._print_task("wear", task | {"problem": ""} | more, connected=False)
+    said = "  task     wear: 9 windows scored, "
+    together = "by the federation's model and those that learnt here together, model version 2"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{said}{together}, joined round 4, update sent",
+        f"{said}{together}, round 4 declined: too few windows",
+        f"{said}no model yet, no round yet",
+    ]
+
+
+def test_version_is_the_software_that_a_birth_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out.strip()) == (0, SOFTWARE)
 
 
 @pytest.mark.parametrize("path", ALL)

@@ -157,8 +157,8 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
         'min_gateways = "three"',
         28,
         "policy.min_gateways",
-        "expected `int`, got `str`",
-        "write a value of that type",
+        "is text in quotes",
+        "write a whole number",
     ),
     "wrong type of an option": (
         "device_id = 1",
@@ -309,8 +309,8 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
         '[task.other]\nsignals = { a = "drive/rms", b = 2 }\n[policy]',
         28,
         "task.other.signals.b",
-        "expected `str`, got `int`",
-        "write a value of that type",
+        "is a whole number",
+        "write text in quotes",
     ),
     "training when": (
         "[policy]",

@@ -119,7 +119,7 @@ def test_enrol(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_bad_input_is_one_line_and_an_exit_code(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "-c", str(folder / "none.toml")]) == 2
     assert cli.main(["run"]) == 2
-    assert cli.main(["status", "--state", str(folder)]) == 1
+    assert cli.main(["status", "--state", str(folder)]) == 2
     assert capsys.readouterr().err.count("\n") == 3
 
 

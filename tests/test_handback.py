@@ -105,7 +105,8 @@ class Aggregator:
         self.residual, self.now_ms, version = step.residual, self.now_ms + 1, newest.version + 1
         weights = codec.encode(step.vector, codec.EXACT).data
         with self.journal.transaction():
-            row = ModelRow(version, version, weights, weights_digest(step.vector), 1, 1, self.now_ms, step.payload)
+            digest, now_ms = weights_digest(step.vector), self.now_ms
+            row = ModelRow(version, version, weights, digest, 1, 1, now_ms, step.payload, now_ms)
             self.journal.put_model("wear", row)
         self.put()
 

@@ -37,7 +37,7 @@ from edge.lab.processes import free_port, mosquitto_path
 from edge.resend import Resender
 from edge.status import read_status
 from edge.store import State
-from models.errors import LocalError, PeerError, UserError
+from models.errors import PeerError, UserError
 from tests.brokers import need_mosquitto
 
 FEDERATION = "press-lines"
@@ -124,6 +124,33 @@ def test_the_port_stays_that_of_the_folder(operator: Operator, tmp_path: Path) -
         operator.run("acl", "--out", out)
 
 
+def test_mosquitto_reads_the_folder_as_its_own_header_says(operator: Operator, tmp_path: Path) -> None:
+    """With a main configuration as Debian's, and the line out of what was written."""
+    need_mosquitto()
+    (tmp_path / "x").mkdir()
+    port, given, out = free_port(), tmp_path / "x" / ".." / "mosquitto", tmp_path / "mosquitto"
+    assert operator.run("acl", "--out", given, "--port", port) == 0
+    text = (out / "mosquitto.conf").read_text()
+    assert ".." not in text
+    assert f"\ncafile {out}/ca.pem\n" in text
+    (line,) = [one.removeprefix("# ") for one in text.splitlines() if one.startswith("# include_dir ")]
+    (tmp_path / "conf.d").mkdir()
+    user = "root" if os.geteuid() == 0 else os.environ["USER"]
+    main_conf = tmp_path / "mosquitto.conf"
+    main_conf.write_text(
+        f"persistence true\npersistence_location {tmp_path}/\nuser {user}\ninclude_dir {tmp_path}/conf.d\n{line}\n"
+    )
+    log = (tmp_path / "mosquitto.log").open("wb")
+    child = subprocess.Popen([mosquitto_path() or "mosquitto", "-c", str(main_conf)], stdout=log, stderr=log)
+    try:
+        until(lambda: listening(port) or child.poll() is not None)
+        assert child.poll() is None, (tmp_path / "mosquitto.log").read_text()
+    finally:
+        child.terminate()
+        child.wait()
+        log.close()
+
+
 # -- the authority -----------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +165,7 @@ def test_an_authority_is_made_once_and_its_keys_are_the_owners_alone(operator: O
     shown = x509.load_pem_x509_certificate((pki / "broker.pem").read_bytes())
     names = shown.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["localhost"]
-    with pytest.raises(LocalError, match="tundish broker init"):
+    with pytest.raises(UserError, match="tundish broker init"):
         Authority(pki / "elsewhere")
 
 
@@ -238,6 +265,30 @@ def test_one_who_was_taken_out_is_a_stranger(operator: Operator, tmp_path: Path)
     with pytest.raises(UserError, match=f"--path: {THERE} is not in the roster, and has no certificate and no token"):
         operator.run("enrol", "--path", THERE, "--revoke")
     assert operator.run("enrol", "--path", HERE, "--revoke") == 0  # again: an earlier try may have ended half-way
+
+
+def test_who_was_revoked_before_is_told_so(
+    operator: Operator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = "ab" * 32
+
+    def enrol(path: str, *options: str) -> str:
+        assert operator.run("enrol", "--path", path, *options) == 0
+        return capsys.readouterr().out
+
+    today, stays = time.strftime("%Y-%m-%d ", time.gmtime()), "its certificate stays revoked"
+    enrolled(operator, tmp_path / "cell2")
+    enrol(THERE, "--key", key)  # one without a certificate
+    for path in (HERE, THERE):
+        assert "already" not in enrol(path, "--revoke")
+        assert enrol(path, "--revoke").startswith(f"{path} was already revoked on {today}")
+        assert f"it was revoked on {today}" in (again := enrol(path, "--key", key))
+        assert (stays in again) == (path == HERE)
+        assert "it was revoked" not in enrol(path, "--key", key)
+    # With another certificate it is in as any other.
+    enrol(HERE, "--revoke")
+    enrolled(operator, tmp_path / "new")
+    assert stays not in enrol(HERE, "--key", key)
 
 
 def test_every_certificate_of_a_name_is_taken_back(operator: Operator, tmp_path: Path) -> None:
@@ -510,6 +561,21 @@ def test_a_revoked_gateway_that_is_connected_is_deaf_and_mute_after_a_reload(
         one.close()
 
 
+def test_a_bridge_goes_to_a_host_that_is_not_the_sites_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for hosts, address in (
+        (["localhost", "127.0.0.1", "mqtt.acme.example"], "mqtt.acme.example"),
+        (["10.0.0.5", "localhost"], "10.0.0.5"),
+        (["localhost", "127.0.0.1"], "localhost"),
+    ):
+        office = Operator(tmp_path / address)
+        assert office.run("init", *(part for host in hosts for part in ("--host", host))) == 0
+        assert office.run("acl", "--out", tmp_path / "out", "--bridge", "acme/lyon") == 0
+        conf = (office.state / "pki" / "bridges" / "acme+lyon" / "tundish-bridge.conf").read_text()
+        assert f"\naddress {address}:8883\n" in conf
+        warned = "BUT its address is localhost: the certificate has no other --host of init" in capsys.readouterr().err
+        assert warned == (address == "localhost")
+
+
 async def test_a_gateway_that_the_broker_does_not_know_yet_speaks_again_once_it_does(
     broker: tuple[Operator, int, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -650,6 +716,16 @@ def test_gateway_and_aggregator_meet_over_it(
         until(lambda: seen().get("verdict"), 120)
         # Its certificate was due: it got another while it ran.
         until(lambda: (read_status(cell / "state") or {}).get("certificate", {"until_ms": 3})["until_ms"] > 3, 120)
+        # A run with a wrong state, and copies of the certificates, is refused before it ends this one's connection.
+        shutil.copytree(pki, folder / "copied", ignore=lambda *_: ["ca.key", "issued"])
+        office = shutil.copytree(operator.config.parent, folder / "other", ignore=lambda *_: ["state"])
+        (office / "federation.toml").write_text(operator.config.read_text().replace(str(pki), str(folder / "copied")))
+        wrong = ["run", "-c", str(office / "federation.toml"), "--state", str(folder / "wrong")]
+        assert edge_cli.main(["broker", *wrong]) == 2
+        assert f"[enrolment] needs an authority, and there is none in {folder / 'wrong'}" in capsys.readouterr().err
+        assert not (folder / "wrong").exists()
+        status = json.loads((operator.state / "status.json").read_text())
+        assert status["mqtt"]["counters"]["connections"] == 1
         # Somebody enrols by a token while all of it runs.
         gateway_toml(folder / "late", OLD, port)
         capsys.readouterr()

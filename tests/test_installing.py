@@ -71,7 +71,8 @@ class Office:
         """Let a round have made a version."""
         vector = self.first + np.random.default_rng(version).normal(0, 0.1, self.first.size).astype(np.float32)
         weights, digest = codec.encode(vector, codec.EXACT).data, weights_digest(vector)
-        row = ModelRow(version, version, weights, digest, 3, 9, time.time_ns() // 1_000_000)
+        now_ms = time.time_ns() // 1_000_000
+        row = ModelRow(version, version, weights, digest, 3, 9, now_ms, signed_ms=now_ms)
         with closing(Journal(self.state)) as journal, journal.transaction():
             journal.put_model("wear", row)
 
@@ -97,6 +98,34 @@ class Office:
         file = self.folder / "cell2.models"
         assert self.run("export", "--path", PATH, file) == 0
         return dict(stick.read(file))
+
+
+def test_a_release_says_from_what_to_what_and_for_whom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    office = Office(tmp_path)
+    for version in (1, 2, 3):
+        office.learn(version)
+
+    def says(verb: str, *options: object) -> list[str]:
+        capsys.readouterr()
+        assert office.run(verb, *options, "--key", office.key) == 0
+        return capsys.readouterr().out.splitlines()
+
+    at_once = "no canary was given version {}: all gateways get it at once (--to canary lets some try it first)"
+    of = "release {} of wear: version {} for {}".format
+    assert says("release", "--to", "stable", "--version", 1) == [of(1, 1, "all gateways"), at_once.format(1)]
+    assert says("release", "--to", "canary", "--version", 2) == [of(2, 2, PATH)]
+    line = "stable goes from version 1 to 2, canaries too"
+    assert says("release", "--to", "stable") == [of(3, 2, "all gateways"), line]
+    assert says("release", "--to", "canary", "--version", 3) == [of(4, 3, PATH), "canary goes from version 2 to 3"]
+    assert says("rollback", "--channel", "canary") == [of(5, 2, PATH), "canary goes back from version 3 to 2"]
+    line = "stable goes back from version 2 to 1, canaries too"
+    assert says("rollback") == [of(6, 1, "all gateways"), line]
+    for to, why in (("canary", "'canary' is a channel: write --channel canary"), ("v1", "'v1' is no version: write")):
+        with pytest.raises(SystemExit) as caught:
+            office.run("rollback", "--to", to)
+        assert caught.value.code == 2
+        assert f"argument --to: {why}" in (err := capsys.readouterr().err)
+        assert err.count("\n") == 1
 
 
 class Cell:

@@ -84,7 +84,7 @@ def test_a_round_and_its_updates(journal: Journal) -> None:
     with journal.transaction():
         journal.put_task("t", TASK_ROW)
         journal.open_round("t", 1, 0, 10, 20, 7)
-        journal.extend_round("t", 1, 30)
+        journal.extend_round("t", 1, 10, 30)
         for path, samples in (("b", 2), ("a", 1), ("c", 3)):
             count(journal, 1, path, path.encode(), samples)
     assert journal.latest_round("t") == (1, 0, 10, 30, "open", 7)
@@ -192,7 +192,7 @@ def test_a_prefix_that_keeps_nothing_back_may_go(journal: Journal, tmp_path: Pat
     asyncio.run(ensure_model(journal, mended, 2))
     assert load_job(journal, mended).shared.tolist() == [True] * 3 + [False] * 2
     for other in ("[]", '["body"]', '["head", "body"]'):
-        with pytest.raises(UserError, match="personal: changed since the model of task 't' was made"):
+        with pytest.raises(UserError, match=r"""the model of task 't' was made, with \["head"\]; undo it"""):
             asyncio.run(ensure_model(journal, file(other), 3))
 
 
@@ -282,7 +282,8 @@ def test_refuses_an_unknown_schema(tmp_path: Path) -> None:
 
 
 _WITH_KEYS = 10  # the first schema with X25519 keys
-_TO_11 = "DROP TABLE looked;"
+_TO_12 = "ALTER TABLE models DROP COLUMN signed_ms;"
+_TO_11 = f"{_TO_12} DROP TABLE looked;"
 _TO_10 = f"{_TO_11} ALTER TABLE rounds DROP COLUMN roster_ms;"
 _TO_9 = f"{_TO_10} ALTER TABLE roster DROP COLUMN session; ALTER TABLE roster DROP COLUMN agreement_key;"
 _TO_8 = f"{_TO_9} DROP TABLE receipts;"
@@ -311,6 +312,7 @@ UNDO = {
     9: _TO_9,
     10: _TO_10,
     11: _TO_11,
+    12: _TO_12,
 }
 
 
@@ -323,13 +325,14 @@ def columns(folder: Path) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("version", UNDO)
 def test_takes_up_a_journal_of_the_schema_before(tmp_path: Path, version: int) -> None:
-    row = ModelRow(0, 0, b"weights", bytes(32), 0, 0, 1)
+    row = ModelRow(0, 0, b"weights", bytes(32), 0, 0, 1, signed_ms=1)
     journal = Journal(tmp_path)
     with journal.transaction():
         journal.put_task("wear", TaskRow("", "[]", b"", 0, b""))
         journal.put_model("wear", row)
         journal.add_to_roster("a/b/c/d/e", bytes(32), 1, "enrolled")
         journal.put_agreement_key("a/b/c/d/e", bytes(32), 5)
+        journal.put_looked(1)
     journal.close()
     tables = columns(tmp_path)
     db = sqlite3.connect(tmp_path / "journal.db")

@@ -278,6 +278,31 @@ async def test_tls_with_a_client_certificate(tmp_path: Path) -> None:
             assert "the broker ends the connection; its log says why; with TLS, check that cert is" in c.link.error
 
 
+async def test_what_fails_by_turns_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING")  # whoever ran a command in this process may have set it otherwise
+    port = free_port()
+
+    async def ended() -> None:
+        """Let one connection in, and end it."""
+        came = asyncio.Event()
+
+        def end(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.close()
+            came.set()
+
+        server = await asyncio.start_server(end, "127.0.0.1", port)
+        await asyncio.wait_for(came.wait(), 40)
+        server.close()
+        await server.wait_closed()
+        await until(lambda: "ends the connection" in a.link.error)
+
+    async with peer(MqttSettings(url=f"mqtt://127.0.0.1:{port}", version="3.1.1"), "a") as a:
+        for _ in range(2):
+            await until(lambda: "Refused" in a.link.error)
+            await ended()
+    assert [caplog.text.count(word) for word in ("ConnectionRefusedError", "ends the connection")] == [1, 1]
+
+
 async def test_unusable_certificate_is_the_users_error(tmp_path: Path) -> None:
     bad = tmp_path / "ca.pem"
     bad.write_text("no PEM")

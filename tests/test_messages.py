@@ -14,6 +14,7 @@ from broker.messages import (
     Birth,
     Death,
     FederationBirth,
+    Installed,
     Message,
     ModelManifest,
     Object,
@@ -43,6 +44,7 @@ OBJECT = Object("weights", 3, 12, DIGEST, (DIGEST,))
 MESSAGES: list[AnyMessage | CharterText | Acceptance] = [
     Birth(1, 5, 6, DIGEST, "tundish 0.1.0", ("wear",)),
     Birth(1, 5, 6, DIGEST, "tundish 0.1.0", ("wear",), DIGEST),
+    Birth(1, 5, 6, DIGEST, "tundish 0.1.0", ("wear",), DIGEST, (Installed("wear", 3, 1),)),
     Death(1, 1_700_000_000_000),
     Answer(1, 3, "declined", "too-few", "12 windows, 64 are needed", 9),
     UPDATE,
@@ -52,6 +54,7 @@ MESSAGES: list[AnyMessage | CharterText | Acceptance] = [
     Receipt(1, 7, DIGEST, "refused-codec", "why", 1),
     Terms(1, "text", (("a", (1, 3)), ("steps", None)), OBJECT),
     ModelManifest(1, 3, 3, 1, 3, 600, DIGEST, DIGEST, Whole(2, (DIGEST,)), (bytes(8),)),
+    ModelManifest(1, 3, 3, 1, 3, 600, DIGEST, DIGEST, Whole(2, (DIGEST,)), (bytes(8),), signed_ms=2),
     CharterText(1, "title = …", 7),
     Acceptance(1, DIGEST, 7),
 ]
@@ -100,9 +103,12 @@ def test_vectors() -> None:
     assert Signer.from_bytes(SIGNER.to_bytes()).public_key == SIGNER.public_key
 
 
-def test_a_birth_of_a_gateway_from_before_it_had_an_agreement_key() -> None:
+def test_a_birth_of_a_gateway_from_before_is_read() -> None:
     fields = ["birth", 1, 5, 6, DIGEST, "tundish 0.1.0", ["wear"]]
     assert open_envelope(sealed(fields), TOPIC, SIGNER.public_key, Birth).agreement_key is None
+    assert open_envelope(sealed([*fields, DIGEST]), TOPIC, SIGNER.public_key, Birth).installed == ()
+    for many in ([["wear", 1, -1]], [["wear", 1]], [["wear", 1, 1, 1]], [["wear", 1, 1]] * 65):
+        assert refused(sealed([*fields, DIGEST, many]), Birth) == "schema"
     for bad in (b"", bytes(31), bytes(33), 7):
         assert refused(sealed([*fields, bad]), Birth) == "schema"
 

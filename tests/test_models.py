@@ -337,6 +337,38 @@ def test_fit_learns_what_can_be_learnt_and_nothing_by_chance(net: str) -> None:
     assert fit.fit(one, layout, base, x, y, seed=5, steps=3).steps == 3
 
 
+def halved(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression", "anomaly"])
+def test_mixed_precision_learns_the_same_within_tolerance(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does, on this processor: products in bfloat16."""
+    one = task(kind, "autoencoder" if kind == "anomaly" else "tcn", epochs=8, batch=24, lr=5e-3)
+    _, layout, base = export(one, 0)
+    x, y = toy("classification" if kind == "anomaly" else kind)
+    targets = None if kind == "anomaly" else y
+    first = fit.fit(one, layout, base, x, targets, seed=0, steps=1).loss
+    whole = fit.fit(one, layout, base, x, targets, seed=0)
+    monkeypatch.setattr(fit, "_mixed", halved)
+    half = fit.fit(one, layout, base, x, targets, seed=0)
+    assert not np.array_equal(half.vector, whole.vector)  # it was another arithmetic
+    assert half.vector.dtype == np.float32
+    assert abs(half.loss - whole.loss) < 0.05 * first
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_learns_the_same_within_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = task(net="tcn", epochs=8, batch=24, lr=5e-3)
+    _, layout, base = export(one, 0)
+    x, y = toy()
+    first, there = fit.fit(one, layout, base, x, y, seed=0, steps=1).loss, fit.fit(one, layout, base, x, y, seed=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    here = fit.fit(one, layout, base, x, y, seed=0)
+    assert (there.device, here.device) == ("cuda", "cpu")
+    assert abs(there.loss - here.loss) < 0.05 * first
+
+
 def test_fit_of_numbers_and_of_nothing() -> None:
     one = task("regression", epochs=10, batch=24, lr=5e-3)
     _, layout, base = export(one, 0)

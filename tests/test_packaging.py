@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from edge.agent import SOFTWARE
+from edge import SOFTWARE
 from edge.cli import build_parser
 
 ROOT = Path(__file__).parent.parent

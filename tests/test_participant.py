@@ -229,6 +229,29 @@ def test_an_aggregator_restored_from_a_backup_is_heard_and_one_with_its_clock_se
     assert tell(g, seen(5, opened_ms=700)) == [joined(5), StartTraining(5, 0, 4, 700)]
 
 
+def test_a_round_that_opens_anew_keeps_what_is_trained_for_it() -> None:
+    g = gateway()
+    tell(g, *READY, seen(3, opened_ms=300))
+    assert tell(g, seen(3, opened_ms=500)) == []
+    assert tell(g, Trained(3)) == []  # it counts for the later opening
+    assert tell(g, seen(3, opened_ms=500), seen(3, opened_ms=600)) == []  # and is on its way
+    tell(g, Settled(3, "counted"))
+    assert tell(g, seen(3, opened_ms=600)) == []
+    # Once it was answered for, another opening says that the answer was lost.
+    assert tell(g, seen(3, opened_ms=700)) == [joined(3), StartTraining(3, 0, 4, 700)]
+    # Of other weights, what is trained counts for nothing.
+    assert tell(g, seen(3, 1, opened_ms=800)) == [StopTraining(), joined(3)]
+
+
+def test_a_policy_that_changed_leaves_a_round_that_opens_anew() -> None:
+    g = gateway()
+    tell(g, *READY, seen(3, opened_ms=300, min_gateways=2))
+    stop, answer = tell(g, seen(3, opened_ms=500, min_gateways=0))
+    assert stop == StopTraining()
+    assert isinstance(answer, Answer)
+    assert answer.code == "min-gateways"
+
+
 @pytest.mark.parametrize("way", [(seen(1),), (seen(1), ModelStored(0, bytes(32))), (seen(1), *READY)])
 def test_a_policy_that_no_longer_allows_a_round_leaves_it(way: tuple[events.Event, ...]) -> None:
     g = gateway()

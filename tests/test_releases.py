@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
@@ -21,16 +22,17 @@ from tuf.api.metadata import Metadata, MetaFile, Snapshot, TargetFile, Targets, 
 
 from broker import topics
 from broker.channels import MAX_METADATA, Channel, Custom, target_of
-from broker.config import ReleaseTable
+from broker.config import ReleaseTable, load_federation
 from broker.journal import Journal
 from broker.messages import FirstRoot, ModelManifest, open_envelope
 from broker.release import Repository, load_key, new_key
+from broker.service import Service
 from edge.cli import main
 from edge.handback import Fetch
 from edge.installer import check
 from edge.releases import Releases
 from edge.store import State
-from models.errors import PeerError, UserError
+from models.errors import LocalError, PeerError, UserError
 from models.spec import Alarm, Round
 from tests.brokers import BROKERS, BrokerProcess, need_mosquitto
 from tests.test_service import WAIT_S, Gateway, Plant, delta, gateways, open_plan, until
@@ -187,11 +189,14 @@ def test_files_may_come_in_any_order(office: Office, tmp_path: Path) -> None:
 
 def test_too_few_keys_release_nothing(office: Office, tmp_path: Path) -> None:
     for signers in ((), (0,), (0, 0)):
-        with pytest.raises(UserError, match=r"--key: too few: root is signed by 2 keys"):
+        given, missing = len(set(signers)), ", ".join(sorted(set(office.keys) - {office.keys[i] for i in signers}))
+        says = f"--key: too few: root needs 2 signatures by keys of [release], {given} given; "
+        with pytest.raises(UserError, match=re.escape(says)) as caught:
             office.release(1, "stable", *signers)
+        assert str(caught.value).endswith(f"; give --key FILE for {2 - given} more of: {missing}")
         assert office.journal.metadata() == {}
     before = office.release(1, "stable", 0, 1)
-    with pytest.raises(UserError, match="too few: stable"):
+    with pytest.raises(UserError, match=r"too few: stable needs 2 signatures by keys of \[release\], 1 given"):
         office.release(2, "stable", 2)
     assert office.journal.metadata() == before
     # Nor does a gateway believe what the journal would not have stored.
@@ -207,9 +212,21 @@ def test_too_few_keys_release_nothing(office: Office, tmp_path: Path) -> None:
         one = cell(office, tmp_path)
         assert one.sees(files) is None
         assert "UnsignedMetadataError" in one.releases.problem
+        assert "; too few keys known here signed it: ask the operator" in one.releases.problem
     both = [load_key(office.files[0]), load_key(office.files[2])]
     files = consistent(office, before | {"stable": forged(before["stable"], newer, *both)})
     assert one.sees(files) == (9, "stable", 1)
+
+
+def test_metadata_of_the_journal_that_is_damaged_is_told(office: Office) -> None:
+    good = office.release(1, "stable", 0, 1)
+    for name in good:
+        with office.journal.transaction():
+            office.journal.put_metadata(name, good[name][:-9])
+        with pytest.raises(LocalError, match=f"journal.db: the metadata '{name}' of releases is damaged .*; restore a"):
+            office.release(2, "canary", 0, 1, at_ms=now_ms() + 200 * DAY_MS)
+        with office.journal.transaction():
+            office.journal.put_metadata(name, good[name])
 
 
 def test_a_release_by_enough_keys_says_nothing_of_the_others(office: Office, caplog: pytest.LogCaptureFixture) -> None:
@@ -247,7 +264,9 @@ def test_freeze_expired_metadata_installs_nothing_new(office: Office, tmp_path: 
     old = office.release(1, "stable", 0, 1, at_ms=now_ms() - 8 * DAY_MS)
     one = cell(office, tmp_path)
     assert one.sees(old) is None
-    assert one.releases.problem == "releases: ExpiredMetadataError: timestamp.json is expired"
+    assert one.releases.problem.startswith(
+        "releases: ExpiredMetadataError: timestamp.json is expired; check this gateway"
+    )
     with office.journal.transaction():
         assert office.repository().freshen()
     with office.journal.transaction():
@@ -344,8 +363,9 @@ def test_other_keys_take_over_where_those_before_say_so(office: Office, tmp_path
     office.release(1, "stable", 0, 1)
     one = cell(office, tmp_path)
     office.table = ReleaseTable(keys=(office.keys[2],), threshold=1, canary=(THERE,))
-    for signers in ((2,), (0, 1)):
-        with pytest.raises(UserError, match="too few: root"):
+    before = r"root needs 2 signatures by keys that \[release\] had before this change, 1 given"
+    for signers, says in (((2,), before), ((0, 1), r"root needs 1 signature by keys of \[release\], 0 given")):
+        with pytest.raises(UserError, match=f"too few: {says}"):
             office.release(2, "stable", *signers)  # who is new can't say so alone, nor others without him
     files = office.release(2, "stable", 0, 2, version=2)
     assert one.sees(files) == (2, "stable", 2)
@@ -395,7 +415,7 @@ def test_from_a_stolen_online_key_gateways_go_on(office: Office, tmp_path: Path)
         assert one.sees(files) is None
         assert "BadVersionNumberError" in one.releases.problem
     for signers in ((), (0,)):
-        with pytest.raises(UserError, match="too few: root is signed by 2 keys"):
+        with pytest.raises(UserError, match="too few: root needs 2 signatures"):
             office.renew(*signers)
     assert (office.journal.metadata(), office.online.public_key) == (files, thief.public_key)
     files = office.renew(0, 1)
@@ -480,15 +500,19 @@ def told_in_one_line(plant: Plant, key: Path, capsys: pytest.CaptureFixture[str]
         (["release"], 2, "--to: missing; write --to canary or --to stable"),
         (["release", "--to", "stable", "--task", "no"], 2, "--task: no task 'no'; write one of: wear"),
         (["release", "--to", "stable", "--version", 0], 2, "0 can't be released; newest that can be: 3, 2, 1"),
-        (["rollback", "--to", 3, "--key", key], 2, "--to: 3 was not released; released were: [1]"),
-        (["rollback", "--key", key], 2, "--to: nothing older was released; released were: [1]"),
+        (["rollback", "--to", 3, "--key", key], 2, "--to: version 3 was never released to stable; released were: 1;"),
+        (["rollback", "--key", key], 2, "--to: nothing older than version 1 was released to stable; released were: 1;"),
         (["rollback", "--channel", "stable"], 2, "--to"),
         (
             ["release", "--new-online-key", "--key", key, "--to", "stable"],
             2,
             "--new-online-key: is for all tasks; leave",
         ),
-        (["release", "--new-online-key"], 2, "--key: too few: root is signed by 1 keys of [release]"),
+        (
+            ["release", "--new-online-key"],
+            2,
+            "--key: too few: root needs 1 signature by keys of [release], 0 given",
+        ),
         (
             ["release", "--to", "stable", "--key", other],
             2,
@@ -527,12 +551,47 @@ async def test_a_running_aggregator_publishes_what_another_online_key_signs(
                 files, ledger = journal.metadata(), list(journal.ledger_lines())
             await until(lambda: all(g.heard.get(prefix + name, [b""])[-1] == data for name, data in files.items()))
     assert sum(json.loads(line)["kind"] == "release-key" for line in ledger) == 1
+    # Without [release] it starts no more, and says what stood there.
+    text = plant.config.read_text()
+    begin = text.index("[release]")
+    plant.config.write_text(text[:begin])
+    with pytest.raises(UserError, match="missing, but models were released") as stop:
+        await Service(load_federation(plant.config), plant.state).run()
+    keys = text[begin:].splitlines()[1]
+    assert str(stop.value).endswith(f"put it back as it was: {keys}, threshold = 1, canary = []")
     with closing(State(tmp_path / "cell")) as state:
         releases = Releases(state, tmp_path / "cell" / "releases", HERE)
         await releases.pin(files["root1"])
         for name, data in files.items():
             releases.take(name, data)
         assert releases.look(["wear"])["wear"].release == 1
+
+
+async def test_an_aggregator_that_was_started_without_the_table_is_to_be_restarted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    says = "the aggregator that runs was started without [release] and publishes none of this: restart it\n"
+    with BrokerProcess("amqtt") as broker:
+        plant, key = Plant(tmp_path, broker.url, min_gateways=1), tmp_path / "release.key"
+
+        async def release(*options: str) -> str:
+            assert await asyncio.to_thread(run, plant, "release", "--to", "stable", "--key", key, *options) == 0
+            return capsys.readouterr().out
+
+        async with gateways(broker.url, 1) as (g,):
+            async with plant.service():
+                g.send(await open_plan([g]), delta(1))
+                await until(lambda: g.has(1) and plant.has_status())
+                with plant.config.open("a") as file:
+                    file.write(f'[release]\nkeys = ["{new_key(key)}"]\n')
+                assert (await release()).endswith(says)
+            assert says not in await release()  # it will know it at its start
+            (plant.state / "status.json").unlink()
+            async with plant.service():
+                await until(plant.has_status)
+                assert says not in await release()
+                g.link.subscribe("_fl/press/_release/+")
+                await until(lambda: "_fl/press/_release/timestamp" in g.heard)
 
 
 async def test_what_others_write_sends_no_release_again(tmp_path: Path) -> None:
@@ -651,7 +710,8 @@ async def test_what_was_released_can_be_fetched_for_as_long_as_it_is(
                 await until(lambda: "_fl/press/_release/first" in late.heard)
                 prefix = here.removesuffix("+")
                 files = {t.removeprefix(prefix): d[-1] for t, d in late.heard.items() if t.startswith(prefix)}
-            released = {"stable": {"release": 1, "version": 1}, "canary": {"release": 2, "version": 1}}
+            numbers = {"stable": 1, "canary": 2}
+            released = {of: {"release": number, "version": 1, "in_force": True} for of, number in numbers.items()}
             await until(lambda: plant.status()["released"] == {"wear": released})
             capsys.readouterr()
             assert await asyncio.to_thread(run, plant, "status") == 0

@@ -200,7 +200,8 @@ async def test_a_running_gateway_takes_up_its_files(tmp_path: Path, capsys: pyte
         await g.until(lambda: g.source("drive").get("tags"))
         assert main(["edge", "status", "-c", str(g.toml), "--state", str(g.state), "--tags"]) == 0
         assert re.search(r"drive/b = -?\d+, [\d.]+ s ago", capsys.readouterr().out)
-        g.process.stop()
+        g.process.kill()  # SIGKILL: it says nothing any more, and holds its state no longer
+        assert json.loads((g.state / "status.json").read_text())["running"]
         assert main(["edge", "status", "-c", str(g.toml), "--state", str(g.state)]) == 1
         said = capsys.readouterr().out
         assert "NOT RUNNING; what it said last" in said

@@ -38,6 +38,7 @@ from broker.roster import (
 from edge.clauses import Headcount
 from edge.cli import main
 from edge.config import Policy, load_config
+from edge.doctor import federation
 from edge.events import Answer, ModelStored, PlanSeen, PolicyChanged, StartTraining, StopTraining, Trained, WindowsReady
 from edge.identity import own_agreement_key
 from edge.participant import Participant
@@ -487,6 +488,7 @@ async def test_a_gateway_holds_the_newest_roster_and_finds_itself_in_it(shop: Sh
     await heard(keeper, *first)
     assert keeper.status
     assert (keeper.status["gateways"], keeper.status["enterprises"], keeper.status["has_this"]) == (PER_PART, 1, False)
+    assert keeper.status["out_ms"] is None  # it was never in
     await heard(keeper, second[1])
     assert changes == [Headcount(5, PER_PART)]  # not whole yet
     await heard(keeper, second[0], *first, *second)
@@ -501,7 +503,16 @@ async def test_a_gateway_holds_the_newest_roster_and_finds_itself_in_it(shop: Sh
     # By the same key in another enterprise it would be another gateway.
     await heard(again, *said((Member("borealis", shop.signer.public_key, None),), 7))
     assert again.status
-    assert (again.status["gateways"], again.status["has_this"]) == (1, False)
+    assert (again.status["gateways"], again.status["has_this"], again.status["out_ms"]) == (1, False, 7)
+    # Since when it is out is remembered, until it is in again.
+    await heard(again, *said(others, 8))
+    third = RosterKeeper(shop, lambda: None)
+    assert third.status
+    assert third.status == again.status
+    await heard(third, *said((own, *others), 9))
+    assert (third.status["has_this"], third.status["out_ms"] or 0) == (True, 0)
+    await heard(third, *said(others, 10))
+    assert str(third.status["out_ms"]) == "10"
     # What a federation with another key said is forgotten with it.
     with shop.state.transaction():
         shop.state.pin("press", bytes(32), "configured")
@@ -626,8 +637,16 @@ async def test_gateways_go_by_the_roster(tmp_path: Path, capsys: pytest.CaptureF
                 await operator(plant, "--path", paths[1], "--revoke")
                 await until(lambda: answer() == ("declined", "roster"))
                 await until(lambda: roster(1) == (1, 1, False))
+                out = "no more in the federation's roster since that of "
+                await until(lambda: f"  REVOKED  {out}" in shown(1))
+                assert "ENROL" not in shown(1)
+                steps = [
+                    step async for step in federation(load_config(tmp_path / roots[1] / "gateway.toml"), states[1])
+                ]
+                assert (steps[0].ok, steps[0].name, steps[0].text.startswith(out)) == (False, "roster", True)
                 await operator(plant, "--path", paths[1], "--key", key)
                 await until(lambda: answer()[0] == "joined")
+                await until(lambda: "REVOKED" not in shown(1))
                 with closing(Journal(plant.state)) as journal:
                     await until(lambda: all(known for _, _, known in journal.members()))
                     keys = {path: known for path, _, known in journal.members()}

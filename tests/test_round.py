@@ -132,7 +132,8 @@ def test_the_deadline_closes_or_moves_on() -> None:
 
 
 def test_a_held_round_does_not_close() -> None:
-    r = sync("", minimum=1, counted={"a": D[0]}, hold_ms=rounds.FOREVER_MS)
+    r = sync("", minimum=1)
+    r.take_up({"a": D[0]})
     assert feed(r, rounds.Tick(), now=10**9) == []
     assert feed(r, rounds.Held(10**9 + 5), rounds.Tick(), now=10**9) == []
     assert feed(r, rounds.Tick(), now=10**9 + 5) == ["Close"]
@@ -175,7 +176,8 @@ def test_a_restart_changes_no_outcome(script: list[tuple[rounds.Event, int]], cr
     for i, (event, step) in enumerate(script):
         now += step
         if i == crash_at:
-            twin = sync(minimum=5, counted=r.counted, hold_ms=rounds.FOREVER_MS)
+            twin = sync(minimum=5)
+            twin.take_up(r.counted)
         mine = r.handle(event, now)
         if twin and isinstance(event, rounds.Submitted):
             assert twin.handle(event, now) == mine
@@ -228,7 +230,8 @@ def test_whatever_happens_to_a_buffer(script: list[tuple[rounds.Event, int]], mi
     r, now, counted, closes = free(min_gateways=minimum, buffer=buffer), 0, [], 0
     for event, step in script:
         now += step
-        twin = free(min_gateways=minimum, buffer=buffer, counted=r.counted, older=r.older, hold_ms=rounds.FOREVER_MS)
+        twin = free(min_gateways=minimum, buffer=buffer)
+        twin.take_up(r.counted, r.older)
         is_open = r.state is rounds.State.OPEN
         actions = r.handle(event, now)
         if isinstance(event, rounds.Submitted) and is_open:
@@ -334,6 +337,30 @@ def test_an_asynchronous_federation_goes_on_without_the_slow() -> None:
     assert words(tell(again, Tick(), now=federation.SETTLE_MS)) == ["Close"]
 
 
+def test_an_asynchronous_round_is_open_for_as_long_as_every() -> None:
+    """Those who are online leave nobody behind who comes by file: eight rounds are eight times `every`."""
+    f = Federation(Rules(1, 2 * HOUR, HOUR, None, 1), version=0, past=None)
+    tell(f, Born("a", 1))
+    assert words(tell(f, update("a"), Tick(), now=HOUR - 1)) == ["counted"]
+    assert words(tell(f, update("c"), now=HOUR - 1)) == ["counted"]  # a full one still counts what comes
+    past = Past(1, 0, 0, 2 * HOUR, is_open=True, counted={"a": D[0], "c": D[0]})
+    again = Federation(f.rules, version=0, past=past)
+    tell(again, Connected(), now=HOUR - federation.SETTLE_MS - 1)
+    assert words(tell(again, Tick(), now=HOUR - 1)) == []
+    for g in (f, again):
+        assert words(tell(g, Tick(), now=HOUR)) == ["Close"]
+    tell(f, Aggregated(1), now=HOUR)
+    # Nothing is counted in the second: time alone opens no other.
+    opened = [tell(f, Tick(), now=now) for now in range(HOUR, 30 * HOUR, HOUR // 2)]
+    assert {word for actions in opened for word in words(actions)} == {"Extend"}
+    assert f.number == 2
+    assert words(tell(f, update("c", 1, 0, known=True), update("d", 1, 0), now=30 * HOUR)) == [
+        "duplicate",
+        "counted",
+        "Close",
+    ]
+
+
 def test_outcomes_of_other_rounds() -> None:
     f = fed(every=0)
     tell(f, Born("a", 1), Born("b", 1), update("a"), update("b"), Aggregated(1))
@@ -413,6 +440,21 @@ def test_an_open_round_is_taken_up_after_a_restart() -> None:
     assert words(tell(f, Tick(), now=5000 + federation.SETTLE_MS)) == ["Close"]
     assert tell(f, Aggregated(4), now=9000) == []
     assert f.next_opening_ms == 1000 + HOUR
+
+
+def test_a_round_that_was_taken_up_opens_anew_once_where_nobody_comes() -> None:
+    """Of a journal restored from a backup, gateways know later openings."""
+    f = fed(past=Past(4, 3, 1000, 1100, is_open=True, counted={"a": D[0]}))
+    tell(f, Connected(), Born("a", 1), now=4000)
+    at, length_ms = 4000 + federation.SETTLE_MS, f.rules.deadline_ms
+    assert tell(f, Tick(), now=at) == [Extend(4, at + length_ms)]  # all who are there are counted
+    tell(f, Born("b", 1), now=at)
+    at += length_ms
+    assert tell(f, Tick(), now=at) == [Extend(4, at + length_ms, again=True)]
+    assert f.opened_ms == at
+    assert tell(f, Tick(), now=at + length_ms) == [Extend(4, at + 2 * length_ms)]
+    assert f.opened_ms == at
+    assert words(tell(f, update("b", 4, 3), now=at + length_ms)) == ["counted", "Close"]
 
 
 def test_a_closed_or_last_round_is_known_after_a_restart() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from broker import cli, intake, ledger, topics
 from broker.aggregate import load_state
 from broker.config import load_federation
+from broker.enrolment import admit
 from broker.genesis import put_first_model
 from broker.journal import Journal
 from broker.link import Inbound, Link, MqttSettings
@@ -576,6 +578,37 @@ async def test_who_declines_or_dies_is_not_waited_for(broker: BrokerProcess, tmp
             assert (said["verdict"], said["code"]) == ("declined", "too-few")
 
 
+async def test_one_who_is_taken_out_leaves_the_open_round(broker: BrokerProcess, tmp_path: Path) -> None:
+    plant = Plant(tmp_path, broker.url, min_gateways=1, join="enrolled")
+    enrol = ["enrol", "-c", str(plant.config), "--state", str(plant.state), "--path"]
+    async with gateways(broker.url, 2) as (stays, goes), plant.service():
+
+        def task() -> Any:
+            return plant.status()["tasks"]["wear"]
+
+        for g in (goes, stays):
+            await asyncio.to_thread(cli.main, [*enrol, str(g.path), "--key", g.signer.public_key.hex()])
+        plan = await open_plan([stays])
+        await until(lambda: plant.has_status() and task()["waiting_for"] == [str(stays.path), str(goes.path)])
+        assert await asyncio.to_thread(cli.main, [*enrol, str(goes.path), "--revoke"]) == 0
+        await until(lambda: task()["waiting_for"] == [str(stays.path)])
+        assert not task()["gateways"][str(goes.path)]["online"]
+        since = plant.status()["taken_out"][str(goes.path)]
+        shown = "\n".join(cli._report(plant.status(), 0, running=True))
+        assert f"    {goes.path}: REVOKED since {cli._clock(since)}\n" in shown + "\n"
+        # Another machine in its place is a gateway as any other; and one whose key was replaced is there no more.
+        goes.signer, goes.session = Signer.generate(), goes.session + 1
+        await asyncio.to_thread(cli.main, [*enrol, str(goes.path), "--key", goes.signer.public_key.hex()])
+        goes._on_up()
+        await until(lambda: task()["waiting_for"] == [str(stays.path), str(goes.path)])
+        assert not plant.status()["taken_out"]
+        await asyncio.to_thread(cli.main, [*enrol, str(goes.path), "--key", bytes(32).hex()])
+        await until(lambda: task()["waiting_for"] == [str(stays.path)])
+        assert not plant.status()["taken_out"]
+        stays.send(plan, delta(0))
+        await until(lambda: task()["state"] == "done")
+
+
 async def test_a_gateway_whose_signals_drifted_has_the_next_round_opened(broker: BrokerProcess, tmp_path: Path) -> None:
     plant = Plant(tmp_path, broker.url, rounds=2)
     file = tmp_path / "wear.toml"
@@ -836,7 +869,7 @@ async def test_one_who_was_taken_out_and_asks_again_is_shown_as_such(
                         await asyncio.sleep(0.05)
 
             await until(plant.has_status)
-            await shows(f"NOT ENROLLED {path}, key {key}\n")
+            await shows(f"NOT ENROLLED {path}: tundish broker enrol -c federation.toml --path {path} --key {key}\n")
             await run("enrol", "--path", path, "--key", key)
             await open_plan([there])
             caplog.clear()
@@ -899,12 +932,58 @@ def test_no_gateway_makes_the_aggregator_read_its_ledger_again(tmp_path: Path) -
         assert f"seq > {known} AND seq <= {last}" in query
 
 
+async def test_who_was_enrolled_and_never_came_is_shown(tmp_path: Path) -> None:
+    with BrokerProcess("amqtt") as broker:
+        plant = Plant(tmp_path, broker.url, min_gateways=1, join="enrolled")
+
+        def shown() -> list[str]:
+            return cli._report(plant.status(), 0, running=True) if plant.has_status() else []
+
+        def line(path: object, how: str) -> str:
+            return f"  {path}: {how}; enrolled {time.strftime('%Y-%m-', time.gmtime())}"
+
+        def has(path: object, how: str) -> bool:
+            return any(one.startswith(line(path, how)) for one in shown())
+
+        async with gateways(broker.url, 2) as (comes, stays_away):
+            with closing(Journal(plant.state)) as journal:
+                for g in (comes, stays_away):
+                    admit(journal, str(g.path), g.signer.public_key, "key")
+            await stays_away.link.stop()
+            never, before = "never seen online", "offline, not seen since this aggregator started"
+            async with plant.service():
+                await until(lambda: has(stays_away.path, never))
+                await until(lambda: list(plant.status()["unseen"]) == [str(stays_away.path)])
+                assert not has(comes.path, "")
+            # Who has gone is not forgotten with the aggregator's memory; by another key it was never there.
+            comes.link.publish(comes.status, b"", retain=True)
+            await comes.link.stop()
+            (plant.state / "status.json").unlink()
+            async with plant.service():
+                await until(lambda: has(comes.path, before))
+                assert has(stays_away.path, never)
+                with closing(Journal(plant.state)) as journal:
+                    admit(journal, str(comes.path), bytes(32), "key")
+                await until(lambda: has(comes.path, never))
+
+
 async def test_a_changed_net_needs_a_new_name(tmp_path: Path) -> None:
     plant = Plant(tmp_path, "mqtt://127.0.0.1:1")
     task = tmp_path / "wear.toml"
-    task.write_text(task.read_text().replace("length = 4", "length = 5"))
-    with pytest.raises(UserError, match="window: changed since"):
-        await Service(load_federation(plant.config), plant.state).run()
+    text = task.read_text()
+    names = ", ".join(dict.fromkeys(name.partition(".")[0] for name in LAYOUT.names))
+    for old, new, says in (
+        ("length = 4", "length = 5", ":6: window: changed since"),
+        (
+            'personal = ["head"]\n',
+            "",
+            ":1: personal: changed since the model of task 'wear' was made, with [\"head\"]; undo",
+        ),
+        ('["head"]', '["haed"]', f":5: personal: the net has no 'haed'; this net has: {names}"),
+    ):
+        task.write_text(text.replace(old, new))
+        with pytest.raises(UserError, match=re.escape(f"{task}{says}")):
+            await Service(load_federation(plant.config), plant.state).run()
 
 
 async def test_status_command(tmp_path: Path) -> None:

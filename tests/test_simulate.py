@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edge.choose import average, choose, mixed, trust, worst
+from edge.cli import main
 from edge.lab.fleet import complete_task, load_sites
 from models.spec import parse_task
 
@@ -173,7 +174,8 @@ def test_anomalies_need_no_labels(tmp_path: Path) -> None:
         (("--width", "x=0.5"), "--width: no plant 'x'; plants are: 0, 1, 2"),
         (("--width", "0"), "--width: leaves out every plant"),
         (("--width", "1=.5", "--codec", "ring"), "--width: a ring adds updates of one size"),
-        (("--data", "/nowhere.npz"), "/nowhere.npz: can't be read as a recorded set"),
+        (("--data", "/nowhere.npz"), "/nowhere.npz: no such file; check the path of --data"),
+        (("--data", "/usr"), "/usr: no such file; check the path of --data"),
     ],
 )
 def test_a_wrong_option_is_one_line(tmp_path: Path, more: tuple[str, ...], says: str) -> None:
@@ -181,6 +183,24 @@ def test_a_wrong_option_is_one_line(tmp_path: Path, more: tuple[str, ...], says:
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('name = "lab"\nnets = "mlp"\n', "task.toml:2: nets: unknown key; did you mean 'net'?"),
+        ('name = "lab"\n[training]\n\nlr = 0\n', "task.toml:4: training.lr: out of range"),
+        ('name = "lab"\n[[signal]]\nname = "T"\nunits = "degC"\n', "task.toml:4: signal[0].units: unknown key"),
+        ('name = "lab"\nepochs\n', "task.toml:2: not TOML"),
+        ('[federation]\nname = "press"\n', "task.toml:1: federation: unknown key"),
+    ],
+)
+def test_what_is_wrong_with_a_task_is_told_by_its_own_line(
+    tmp_path: Path, text: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "task.toml").write_text(text)
+    assert main(["simulate", str(tmp_path / "task.toml"), "--data", str(rows(tmp_path))]) == 2
+    assert f"{tmp_path}/{says}" in capsys.readouterr().err
 
 
 def test_what_a_task_says_itself_stays(tmp_path: Path) -> None:

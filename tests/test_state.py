@@ -1,10 +1,15 @@
 """Which folder is whose state: commands with a wrong one say so, and begin nothing new there."""
 
 import asyncio
+import contextlib
+import fcntl
+import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -12,6 +17,7 @@ import pytest
 
 from broker import alone, stick, topics
 from broker.config import load_federation
+from broker.folder import owned
 from broker.journal import Journal
 from broker.messages import FederationBirth, Signer, Vote, peek
 from broker.pki import Authority
@@ -19,7 +25,7 @@ from edge.cli import main
 from edge.lab.processes import free_port
 from edge.stick import Stick
 from edge.store import State
-from models.errors import UserError
+from models.errors import LocalError, UserError
 from tests.brokers import BrokerProcess
 from tests.test_identity import HERE, THERE, Operator, gateway_toml
 from tests.test_service import Plant, broker, gateways, until
@@ -65,10 +71,58 @@ def test_a_command_with_a_wrong_state_begins_none(
     assert not list(wrong.glob("*"))
 
 
+def test_status_of_a_wrong_state_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    office, wrong = Operator(tmp_path / "office"), tmp_path / "wrong"
+    options = ["status", "-c", str(office.config), "--state"]
+    assert main(["broker", *options, str(wrong)]) == 2
+    says = (
+        f"tundish: --state: no aggregator ever ran with its state in {wrong}; write the --state of tundish broker run\n"
+    )
+    assert capsys.readouterr().err == says
+    assert office.run("init", "--host", "localhost") == 0
+    assert main(["broker", *options, str(office.state)]) == 1
+    assert capsys.readouterr().err.endswith(
+        f"no aggregator has run yet with its state in {office.state}; start it: tundish broker run\n"
+    )
+
+
 def test_a_key_for_releases_needs_no_state(tmp_path: Path) -> None:
     office = Operator(tmp_path)
     assert main(["broker", "release", "--new-key", str(tmp_path / "k"), "-c", str(office.config), "--state", "no"]) == 0
     assert (tmp_path / "k").is_file()
+
+
+def test_a_gateway_runs_for_as_long_as_its_state_is_held(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = {
+        "path": "a/b/c/d/e", "time_ms": int(time.time() * 1000), "running": True, "resident_mb": 1, "outbox": 0,
+        "mqtt": {"connected": True, "version": "5", "error": ""}, "sources": {}, "tasks": {}, "problem": "",
+        "refused": {}, "store_error": "", "store_notice": "", "samples_dropped": 0,
+    }  # fmt: skip
+    command = ["edge", "status", "--state", str(tmp_path)]
+
+    def shown() -> tuple[int, str]:
+        (tmp_path / "status.json").write_text(json.dumps(status))
+        return main(command), capsys.readouterr().out
+
+    state = State(tmp_path)
+    assert shown()[0] == 1  # what it said is new, and it is gone
+    state.claim()
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["alive"]
+    assert shown()[1].startswith("a/b/c/d/e: running (")
+    status["time_ms"] = int(time.time() * 1000) - 60_000
+    assert (shown()[0], shown()[1].split(" (")[0]) == (0, "a/b/c/d/e: running, BUT SILENT")
+    (tmp_path / "status.json").unlink()
+    assert main(command) == 1
+    assert "is starting; its log says" in capsys.readouterr().err
+    # A look at it for a moment keeps no gateway from starting.
+    with (tmp_path / "lock").open() as look:
+        state.close()
+        fcntl.flock(look, fcntl.LOCK_SH)
+        threading.Timer(0.03, look.close).start()
+        after = State(tmp_path)
+        after.claim()
+        after.close()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
@@ -108,6 +162,7 @@ print(asyncio.run(doctor._collect(doctor.federation(config, Path("{folder}")))))
 async def test_a_second_federation_of_a_name_is_not_begun(broker: BrokerProcess, tmp_path: Path) -> None:
     """By the real command: a running aggregator, and one that is stopped, whose status outlives it."""
     plant, wrong = Plant(tmp_path, broker.url, min_gateways=1), tmp_path / "wrong"
+    plant.config.write_text(plant.config.read_text().replace("[mqtt]", '[mqtt]\nclient_id = "mine"'))
     command = [sys.executable, "-m", "broker.cli", "run", "-c", str(plant.config), "--state", str(wrong)]
     topic = topics.FederationStatus("press").topic
 
@@ -124,14 +179,14 @@ async def test_a_second_federation_of_a_name_is_not_begun(broker: BrokerProcess,
             await until(lambda: topic in there[0].heard)
             says = f"{wrong} is new, but {broker.url} has federation press of the key {key.hex()}; write the --state"
             assert says in await refused()
+            # Nobody was thrown off, by the client id that both have in their files neither.
             assert there[0].ups == 1
+            assert [peek(one, FederationBirth).state for one in there[0].heard[topic]] == ["up"]
         said = there[0].heard[topic]
         await until(lambda: peek(said[-1], FederationBirth).state == "down")
         assert says in await refused()
         assert {peek(one, FederationBirth).public_key for one in said} == {key}
-        # A later start looks again.
-        with closing(Journal(wrong)) as journal:
-            assert not journal.has_looked()
+        assert not wrong.exists()
         # What can't be read may be of a later version, or of one who lost a key: somebody is there.
         good, config, own = said[-1], load_federation(plant.config), Signer.generate().public_key
         bad = (b"rubbish", good[:-1], good[:-1] + bytes([good[-1] ^ 1]), b"")
@@ -144,6 +199,66 @@ async def test_a_second_federation_of_a_name_is_not_begun(broker: BrokerProcess,
         # Once nothing is retained, whoever asks is alone.
         assert await alone.check_alone(config, wrong, own, lambda: False)
         assert not await alone.check_alone(config, wrong, own, lambda: True)
+
+
+def test_a_refused_first_start_leaves_what_was_there(tmp_path: Path) -> None:
+    def refused(folder: Path, path: str = "") -> list[str]:
+        with contextlib.suppress(UserError), owned(folder) as journal:
+            (folder / "status.json").write_text("{}")
+            with journal.transaction():
+                if path:
+                    journal.add_to_roster(path, bytes(32), 1, "enrolled")
+            raise UserError("--state", 0, "", "is wrong", "write another")
+        return sorted(path.name for path in folder.glob("*"))
+
+    folder = tmp_path / "state"
+    assert refused(folder) == []
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "mine").touch()
+    assert refused(folder) == ["mine"]
+    assert refused(folder, HERE) == ["journal.db", "lock", "mine", "status.json"]  # somebody was let in
+    assert refused(folder) == ["journal.db", "lock", "mine", "status.json"]  # it was there before
+
+
+def test_who_starts_while_a_refused_start_is_cleared_away_starts_again(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    with contextlib.suppress(UserError), owned(folder):
+        second = Journal(folder)  # which has the files open that go now
+        raise UserError("--state", 0, "", "is wrong", "write another")
+    with closing(second), pytest.raises(LocalError, match="was deleted by another start that was refused; start again"):
+        second.claim()
+    with owned(folder) as journal:
+        assert journal.roster_size() == 0
+
+
+def test_a_run_before_init_is_told_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    office = Operator(tmp_path)
+    plain = office.config.read_text()
+    text = plain.replace('"mqtts://localhost"\n', '"mqtts://localhost"\nca = "pki/ca.pem"\n')
+    office.config.write_text(text)
+    line = text.splitlines().index('ca = "pki/ca.pem"') + 1
+    for verb in ("run", "init"):
+        assert main(["broker", verb, "-c", str(office.config), "--state", str(office.state)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(
+            f"tundish: {office.config}:{line}: mqtt.ca: no file {tmp_path}/pki/ca.pem; check the path"
+        )
+        assert err.endswith("makes ca, cert and key, and prints these lines: leave them out until then\n")
+    assert not office.state.exists()
+    office.config.write_text(f'{plain}[enrolment]\nlisten = "127.0.0.1:8443"\n')
+    for command in (["run"], ["enrol", "--path", HERE]):
+        assert main(["broker", *command, "-c", str(office.config), "--state", str(office.state)]) == 2
+        assert "tundish broker init" in capsys.readouterr().err
+    assert not office.state.exists()
+    # And without these lines, where the MQTT broker is not there, or has another certificate.
+    office.config.write_text(plain.replace("localhost", f"localhost:{free_port()}"))
+    command = [sys.executable, "-m", "broker.cli", "run", "-c", str(office.config), "--state", str(office.state)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr
+        assert "needs tundish broker init first" in child.stderr.readline()
+        child.kill()
 
 
 async def test_a_first_start_goes_on_until_the_mqtt_broker_is_there(
@@ -243,8 +358,10 @@ def test_a_wrong_file_is_not_left_to_a_gateway(tmp_path: Path, capsys: pytest.Ca
     signer, wrong = Signer.generate(), tmp_path / "wrong"
     topic = topics.Uplink(topics.GatewayPath.parse(HERE), "wear", "vote").topic
     stick.write(cell.updates, [(topic, signer.seal(Vote(1, 1, bytes(32), 0, 1.0, 1.0, 9, "for", 1), topic))])
+    assert cell.broker("enrol", "--path", THERE, "--key", KEY) == 0
+    assert cell.broker("export", "--path", THERE, tmp_path / "neighbour") == 0
     receipt = topics.ReceiptFor("press", "wear", topics.GatewayPath.parse(THERE)).topic
-    stick.write(tmp_path / "neighbour", [*stick.read(cell.models), (receipt, b"x")])
+    stick.write(tmp_path / "answered", [*stick.read(cell.models), (receipt, b"x")])
     stick.write(tmp_path / "none", [])
     stick.write(tmp_path / "odd", [("a/b", b"x")])
     whole = cell.models.read_bytes()
@@ -255,6 +372,7 @@ def test_a_wrong_file_is_not_left_to_a_gateway(tmp_path: Path, capsys: pytest.Ca
         (cell.updates, "holds what a gateway says to the aggregator, which takes it by tundish broker import; give"),
         (other.models, "is of federation other-lines, this gateway follows press; give"),
         (twin.models, "has no model that is signed by the key "),
+        (tmp_path / "answered", f"is for {THERE}, this is {HERE}; give"),
         (tmp_path / "neighbour", f"is for {THERE}, this is {HERE}; give"),
         (tmp_path / "none", "holds no message; give"),
         (tmp_path / "odd", "is damaged: "),

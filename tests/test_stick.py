@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,11 +17,23 @@ from broker import stick, topics
 from broker.charter import Acceptance, CharterText
 from broker.journal import Journal
 from broker.ledger import bodies
-from broker.messages import MAX_PAYLOAD, Answer, Birth, ModelManifest, Receipt, Signer, Update, open_envelope
+from broker.messages import (
+    MAX_PAYLOAD,
+    Answer,
+    Birth,
+    ModelManifest,
+    Receipt,
+    Signer,
+    Update,
+    Vote,
+    Whole,
+    open_envelope,
+)
 from broker.roster import RosterPart
 from broker.service import FILED
 from edge.cli import main
 from edge.handback import Fetch
+from edge.identity import own_signer
 from edge.stick import Stick
 from edge.store import State
 from models import codec
@@ -28,6 +41,7 @@ from models.errors import UserError
 from models.spec import load_task
 from models.width import slices
 from tests.brokers import BrokerProcess
+from tests.test_identity import gateway_toml
 from tests.test_service import LAYOUT, Plant, delta, gateways, open_plan, until
 
 NOWHERE = "mqtt://127.0.0.1:1"
@@ -134,13 +148,15 @@ async def test_an_update_by_file_counts_as_one_by_mqtt(tmp_path: Path, capsys: p
             stick.write(updates, [(topic, envelope), (topic, envelope)])
             code, text = await run("import", updates)
             assert (code, text.count(f"{path}, wear: an update of round 1")) == (0, 2)
-            await until(lambda: receipts() == ["counted"])
+            assert text.count(f"{path}, wear: the update of round 1: counted\n") == 1
+            assert receipts() == ["counted"]
+            assert await run("import", updates) == (0, text.replace(": counted\n", ": counted before\n"))  # again
             for i, g in enumerate(there):
                 g.send(plan, delta(i))
             await until(lambda: all((p := g.plan()) and p.state == "done" for g in there))
         assert (await run("export", models, "--path", path))[0] == 0
     found = [(where, payload) for where, payload in stick.read(models) if where.endswith(f"/receipt/{path}")]
-    assert len(found) == 1
+    assert [bool(payload) for _, payload in found] == [True, False]  # the last one says whose file it is
     with closing(Journal(plant.state)) as journal:
         assert journal.counted("wear", 1).keys() == {str(path), *(str(g.path) for g in there)}
         assert journal.totals("wear", 1).gateways == 3
@@ -152,7 +168,7 @@ async def test_where_nobody_is_waited_for_a_file_of_an_earlier_round_counts(
     signer, path = Signer.generate(), CELL
     topic = topics.Uplink(path, "wear", "update").topic
     with BrokerProcess("amqtt") as broker:
-        plant = Plant(tmp_path, broker.url, min_gateways=1, rounds=9, more='mode = "async"\nbuffer = 1\n')
+        plant = Plant(tmp_path, broker.url, min_gateways=1, rounds=12, more='mode = "async"\nbuffer = 1\n')
         command = ["-c", str(plant.config), "--state", str(plant.state)]
         async with gateways(broker.url, 1) as (there,), plant.service():
             first = await open_plan([there])
@@ -162,16 +178,72 @@ async def test_where_nobody_is_waited_for_a_file_of_an_earlier_round_counts(
                 )
                 == 0
             )
+            updates = tmp_path / "late"
+            update = Update(1, first.round, first.base, 100, None, codec.encode(delta(8), 32).data)
+            stick.write(updates, [(topic, signer.seal(update, topic))])
             for number in (1, 2):
                 there.send(await open_plan([there], number), delta(0))
             await open_plan([there], 3)
-            update = Update(1, first.round, first.base, 100, None, codec.encode(delta(8), 32).data)
-            stick.write(tmp_path / "late", [(topic, signer.seal(update, topic))])
-            assert await asyncio.to_thread(main, ["broker", "import", *command, str(tmp_path / "late")]) == 0
-            await open_plan([there], 4)  # which the file alone has brought about
-    capsys.readouterr()
+            assert await asyncio.to_thread(main, ["broker", "import", *command, str(updates)]) == 0
+            assert ": the update of round 1: counted\n" in capsys.readouterr().out
+            # The fourth is one that the file alone has brought about. One that comes nine rounds late is not counted.
+            for number in range(4, 11):
+                there.send(await open_plan([there], number), delta(0))
+            await open_plan([there], 11)
+            update = Update(1, 2, 1, 100, None, codec.encode(delta(8), 32).data)
+            with closing(Journal(plant.state)) as journal:
+                first_model = journal.model("wear", 1)
+            assert first_model
+            vote = Vote(1, 1, first_model.digest, 0, 0.8, 0.7, 40, "for", 1)  # long over
+            ballot = topics.Uplink(path, "wear", "vote").topic
+            stick.write(updates, [(topic, signer.seal(update, topic)), (ballot, signer.seal(vote, ballot))])
+            assert await asyncio.to_thread(main, ["broker", "import", *command, str(updates)]) == 1
+            out = capsys.readouterr().out
+            assert ": NOT COUNTED: stale: trained from version 1 in round 2; this is 11, at most 8 later\n" in out
+            assert ": a vote for version 1, which changes nothing\n" in out
     with closing(Journal(plant.state)) as journal:
         assert journal.totals("wear", 3) == (1, 100, 2.0)
+
+
+async def test_what_was_learnt_from_a_lost_version_does_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An aggregator that was restored uses numbers of rounds and versions again."""
+    signer, path = Signer.generate(), CELL
+    topic = topics.Uplink(path, "wear", "update").topic
+    with BrokerProcess("amqtt") as broker:
+        plant = Plant(tmp_path, broker.url, min_gateways=1, rounds=12, more='mode = "async"\nbuffer = 2\n')
+        command = ["-c", str(plant.config), "--state", str(plant.state)]
+        async with gateways(broker.url, 1) as (there,), plant.service():
+            plan = await open_plan([there])
+            enrol = ["broker", "enrol", *command, "--path", str(path), "--key", signer.public_key.hex()]
+            assert await asyncio.to_thread(main, enrol) == 0
+            file = tmp_path / "cell.updates"
+            for digest, code, says in (
+                (b"lost", 1, f"refused: {path}, wear: unknown-model: trained from another version 0 than ours\n"),
+                (plan.base_digest[:4], 0, ": the update of round 1: counted\n"),
+            ):
+                update = Update(1, plan.round, plan.base, 100, None, codec.encode(delta(8), 32).data, None)
+                update = msgspec.structs.replace(update, base_digest=digest)
+                stick.write(file, [(topic, signer.seal(update, topic))])
+                assert await asyncio.to_thread(main, ["broker", "import", *command, str(file)]) == code
+                assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("newest", "goes"), [(4, True), (5, False)])
+def test_a_vote_goes_by_file_until_a_newer_model_is_here(tmp_path: Path, newest: int, goes: bool) -> None:  # noqa: FBT001
+    config, out = gateway_toml(tmp_path, str(CELL)), tmp_path / "cell.updates"
+    vote = Vote(1, 4, bytes(32), 3, 0.8, 0.7, 40, "for", 1)
+    manifest = ModelManifest(1, newest, 1, 1, 1, 1, bytes(32), bytes(32), Whole(newest, (bytes(32),)))
+    with closing(State(tmp_path / "cell")) as state:
+        signer = own_signer(state)
+        with state.transaction():
+            state.put("vote/wear", msgspec.msgpack.encode(vote))
+            state.put("manifest/wear", signer.seal(manifest, topics.Manifest("press", "wear").topic))
+            state.record("session", {"path": str(CELL)})
+    command = ["edge", "export", "-c", str(config), "--state", str(tmp_path / "cell"), "--updates", str(out)]
+    assert main(command) == 0
+    assert [topic.rsplit("/", 1)[-1] for topic, _ in stick.read(out)] == (["vote"] if goes else [])
 
 
 @pytest.mark.parametrize(
@@ -222,7 +294,7 @@ async def test_an_update_that_cannot_count_is_answered(tmp_path: Path, capsys: p
     assert take(plant, tmp_path / "updates") == 1
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith(f"refused: {CELL}, wear: ")
-    assert last.startswith("the aggregator counts nothing of it, and answers within a second")
+    assert last.startswith("the aggregator counts nothing of it, and answers when it is started; import the file again")
     async with plant.service():
         await until(lambda: not stick.waiting(plant.state))
     with closing(Journal(plant.state)) as journal:
@@ -336,8 +408,8 @@ async def test_an_acceptance_comes_by_file_and_what_follows_goes_by_it(
     async def take_in(*messages: tuple[str, bytes]) -> list[str]:
         """The lines that `import` prints, once the aggregator has taken the file."""
         stick.write(tmp_path / "updates", messages)
-        take(plant, tmp_path / "updates")
-        await until(lambda: not stick.waiting(plant.state))
+        await asyncio.to_thread(take, plant, tmp_path / "updates")
+        assert not stick.waiting(plant.state)
         return capsys.readouterr().out.splitlines()[:-1]
 
     async with plant.service() as service:
@@ -356,7 +428,11 @@ async def test_an_acceptance_comes_by_file_and_what_follows_goes_by_it(
         assert all(line.startswith("refused: ") for line in lines)
         assert status() == ([], {})
         lines = await take_in(accept(DIGEST, 10), update)
-        assert lines == [accepted, f"{CELL}, wear: an update of round 1, {len(envelope)} bytes"]
+        assert lines == [
+            accepted,
+            f"{CELL}, wear: an update of round 1, {len(envelope)} bytes",
+            f"{CELL}, wear: the update of round 1: NOT COUNTED: unknown-round: the latest round is 0",
+        ]
         assert status() == ([str(CELL)], {"unknown-round": 1})  # no round is open here, but it is looked for
         assert await take_in(accept(b"", 20)) == [f"{CELL}: accepts no charter"]
         # An old copy changes nothing, and what is in the file with it is refused.
@@ -402,7 +478,10 @@ async def test_the_aggregator_takes_a_file_in_parts_and_deletes_it_after_the_las
 
 async def test_a_gateway_keeps_a_file_until_nothing_of_it_is_fetched(tmp_path: Path) -> None:
     piece = topics.Chunk("press", "wear", 1, "c0").topic
-    first, second = put(tmp_path / "state", [("a/b", b"1"), (piece, b"x")]), put(tmp_path / "state", [("a/b", b"2")])
+    first, second = (
+        put(tmp_path / "state", [("a/b", b"1"), (piece, b"x"), ("a/c", b"")]),
+        put(tmp_path / "state", [("a/b", b"2")]),
+    )
     heard, state = list[bytes](), State(tmp_path / "state")
 
     def gateway() -> Stick:
@@ -428,7 +507,7 @@ async def test_a_gateway_keeps_a_file_until_nothing_of_it_is_fetched(tmp_path: P
 
 
 async def test_a_large_file_lets_the_gateway_go_on(tmp_path: Path) -> None:
-    put(tmp_path / "state", [("a/b", b"")] * 1000)
+    put(tmp_path / "state", [("a/b", b"x")] * 1000)
     turns, at = 0, list[int]()
     gateway = Stick(tmp_path / "state", State(tmp_path / "state"), lambda *_: None, lambda _: at.append(turns))
     taken = asyncio.create_task(gateway.tick(busy=False))

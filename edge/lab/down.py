@@ -75,4 +75,5 @@ class Down:
 def _row(version: int, vector: Vector, gateways: int, samples: int, step: bytes | None) -> ModelRow:
     weights = codec.encode(vector, codec.EXACT).data
     # A time as a real manifest has one: it counts in its size.
-    return ModelRow(version, version, weights, weights_digest(vector), gateways, samples, 10**12 + version, step)
+    made_ms = 10**12 + version
+    return ModelRow(version, version, weights, weights_digest(vector), gateways, samples, made_ms, step, made_ms)

@@ -36,6 +36,8 @@ def read_recorded(path: Path) -> Arrays:
             for key in (*_NEEDED, *_OPTIONAL):
                 if key in file.files:
                     found[key] = file[key]
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(str(path), 0, "", "no such file", "check the path of --data") from error
     except _BROKEN as error:
         remedy = "give a whole .npz of numbers, with x_train, y_train, client_train"
         raise UserError(str(path), 0, key, "can't be read as a recorded set", remedy) from error

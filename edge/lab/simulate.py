@@ -27,6 +27,7 @@ from edge.lab.report import write_simulation
 from edge.lab.rounds import Fleet
 from models.errors import LocalError, UserError
 from models.spec import MOST_KEPT, Task, parse_task
+from models.tomlfile import read_toml
 from models.width import WIDTHS, unfit
 
 
@@ -47,8 +48,8 @@ class Scenario(NamedTuple):
 
     def task(self, text: str, place: str) -> tuple[str, Task]:
         """The task as this scenario runs it."""
-        text = complete_task(text, self.data)
-        task = parse_task(text, place)
+        written, text = text, complete_task(text, self.data)
+        task = parse_task(text, place, written=written)
         chosen = {key: getattr(self, key) for key in ("codec", "keep", "strategy", "downlink", "mode")}
         said = {key: value for key, value in chosen.items() if value is not None}
         rules = msgspec.structs.replace(task.round, rounds=self.rounds, **said)
@@ -155,10 +156,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("--dropout", 0, "", f"{args.dropout:g} is no chance below 1", "write 0.2 for one in five")
     if importlib.util.find_spec("torch") is None:
         raise LocalError("a simulation trains, and torch is not installed; pip install 'tundish[train]'")
-    try:
-        text = args.task.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(str(args.task), 0, "", f"can't be read: {error}", "give a task.toml in UTF-8") from None
+    text = read_toml(args.task).text
     scenario = Scenario(
         args.data, args.rounds, args.seed, args.dropout, args.codec, args.keep, args.strategy, args.downlink,
         args.mode, args.stale, args.width,
