@@ -23,6 +23,8 @@ from broker.strategies._mean import State
 from models import codec, ringcode, sparse
 from models.delta import Vector
 from models.ringcode import Ring
+from models.spec import Task
+from models.tomlfile import TomlFile
 from models.width import Part, Places
 
 Strategy = Callable[..., tuple[State, Vector]]
@@ -36,6 +38,13 @@ def strategy_names() -> list[str]:
     """List the strategies there are, by file name."""
     folder = Path(__file__).parent / "strategies"
     return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
+
+
+def check_strategy(task: Task, place: str, text: str) -> None:
+    """Refuse a task whose strategy is none; UserError with the line of its text."""
+    if task.round.strategy not in strategy_names():
+        remedy = f"write one of: {', '.join(strategy_names())}"
+        raise TomlFile(place, text).error(["round", "strategy"], f"no strategy {task.round.strategy!r}", remedy)
 
 
 def strategy(name: str) -> Strategy:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from broker.aggregate import strategy_names
+from broker.aggregate import check_strategy
 from broker.charter import Named
 from broker.charters import check_tasks, load_charter
 from broker.est import is_host, listen_address
@@ -171,10 +171,7 @@ def _tasks(file: TomlFile, tables: tuple[TaskTable, ...], path: Path) -> tuple[T
         task, text = load_task(where)
         if any(task.name == other.task.name for other in tasks):
             raise file.error(["task", i, "file"], f"a second task {task.name!r}", "give each task its own name")
-        if task.round.strategy not in strategy_names():
-            task_file = TomlFile(str(where), text)
-            remedy = f"write one of: {', '.join(strategy_names())}"
-            raise task_file.error(["round", "strategy"], f"no strategy {task.round.strategy!r}", remedy)
+        check_strategy(task, str(where), text)
         if task.round.deadline_s <= 0:
             task_file = TomlFile(str(where), text)
             raise task_file.error(["round", "deadline"], "out of range", 'write more than nothing, such as "2h"')

@@ -119,15 +119,20 @@ def _parse(raw: bytes) -> Block:
 # -- integers: zigzag, shuffled ----------------------------------------------------------------------------------------
 
 
+_SIZES = (1, 2, 4, 8)
+
+
 def _pack_ints(numbers: Ints) -> bytes:
     zigzag = ((numbers << 1) ^ (numbers >> 63)).view(np.uint64)
     most = int(zigzag.max())
-    size = next(size for size in (1, 2, 4, 8) if most < 1 << 8 * size)
+    size = next(size for size in _SIZES if most < 1 << 8 * size)
     return bytes([size]) + _shuffle(zigzag.astype(f"<u{size}"))
 
 
 def _unpack_ints(raw: bytes, at: int, count: int) -> tuple[Ints, int]:
     size = raw[at]
+    if size not in _SIZES:
+        raise ValueError(f"integers of {size} bytes")
     zigzag = _unshuffle(raw, at + 1, f"<u{size}", count).astype(np.uint64)
     return (zigzag >> 1).view(np.int64) ^ -(zigzag & 1).view(np.int64), at + 1 + count * size
 

@@ -38,7 +38,7 @@ def worst(outputs: Sequence[Outputs], inputs: NDArray[np.float32]) -> Outputs:
     What either finds unusual is: a mean of both would forgive what one has seen elsewhere.
     """
     stacked = np.stack(outputs)  # (K, N, C * T)
-    errors = ((stacked - inputs.reshape(len(inputs), -1)) ** 2).mean(2)
+    errors = ((stacked - inputs.reshape(stacked.shape[1:])) ** 2).mean(2)
     found: Outputs = stacked[errors.argmax(0), np.arange(len(inputs))]
     return found
 

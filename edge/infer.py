@@ -86,8 +86,10 @@ class Scorer:
 
     def run(self, inputs: Windows) -> NDArray[np.float32]:
         """Scaled windows (N, C, T) without NaN -> the net's outputs (N, outputs), so many at once as memory allows."""
+        if not len(inputs):
+            return np.empty((0, self.task.outputs), np.float32)
         many = batch_of(*self.task.input_shape)
-        parts = [self.session.run(None, {"x": inputs[i : i + many]})[0] for i in range(0, max(len(inputs), 1), many)]
+        parts = [self.session.run(None, {"x": inputs[i : i + many]})[0] for i in range(0, len(inputs), many)]
         out: NDArray[np.float32] = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if not self.partners:
             return out
@@ -169,7 +171,7 @@ class Scorer:
         inputs = self._inputs(data.x)
         out = self.run(inputs).astype(np.float64)[: len(data)]
         if data.y is None:
-            lost = ((out - inputs.reshape(len(inputs), -1)) ** 2).mean(1)
+            lost = ((out - inputs.reshape(out.shape)) ** 2).mean(1)
         elif self.task.kind == "classification":
             out -= out.max(1, keepdims=True)
             lost = np.log(np.exp(out).sum(1)) - out[np.arange(len(out)), data.y.astype(np.int64)]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 
-from edge.lab.fleet import complete_task
+from edge.lab.sites import complete_task
 from models.export import export
 from models.spec import parse_task
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -110,6 +110,7 @@ def test_any_bytes_with_a_right_checksum_are_read_or_refused(raw: bytes) -> None
 
 
 @given(st.integers(0, 400), st.integers(0, 255))
+@example(33, 0)  # integers of no bytes
 @settings(deadline=None)
 def test_a_changed_content_with_a_right_checksum_is_read_or_refused(at: int, byte: int) -> None:
     raw = bytearray(zstandard.decompress(GOOD[5:]))

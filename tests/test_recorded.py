@@ -12,10 +12,10 @@ import pytest
 from numpy.typing import NDArray
 
 from edge.cli import main
-from edge.lab.fleet import carve, complete_task, load_sites, metric_of
 from edge.lab.plc import data_layout
 from edge.lab.recorded import read_recorded
 from edge.lab.simulate import Scenario, simulate
+from edge.lab.sites import carve, complete_task, load_sites, metric_of
 from models.errors import UserError
 from models.spec import parse_task
 from tests import learning
@@ -165,7 +165,7 @@ def test_fifty_plants(tmp_path: Path) -> None:
 
 def test_labels_that_are_no_classes_are_named(tmp_path: Path) -> None:
     x, y = rows()
-    with pytest.raises(UserError, match="y_train: labels that are none of the 2 classes; number the classes from 0"):
+    with pytest.raises(UserError, match="y_train: label -1 is none of the 2 classes; number the classes from 0"):
         run(save(tmp_path / "odd.npz", x, y * 2 - 1, np.zeros(120, np.int64)))
 
 
@@ -213,8 +213,13 @@ def none_to_train(arrays: dict[str, NDArray[Any]]) -> None:
         ),
         (
             lambda a: put(a, "client_names", np.array(["lyon"])),
-            "client_train: 12 samples of plants that are none, such as 1; .* 0 to 0, as client_names has them",
+            "client_names: names 1 plants, and client_train has plant 1; name every plant, from 0 on",
         ),
+        (
+            lambda a: put(a, "client_names", np.array(["lyon", "lyon"])),
+            "client_names: 'lyon' is named 2 times; name each plant once",
+        ),
+        (lambda a: put(a, "x_train", np.full((24, 4), np.nan)), "x_train: holds no number, only NaN; give numbers"),
         (lambda a: put(a, "client_train", 1 << 40, 0), "client_train: 1 samples of plants .* such as 1099511627776"),
         (lambda a: put(a, "client_train", np.zeros(24)), "client_train: plants of type float64; number the plants"),
     ],

@@ -21,10 +21,8 @@ GOOD = Quality.GOOD
 PLENTY = 1 << 30
 S = 10**9
 START = 1_790_000_000 * S
-# Recorded sets are no part of the project, because their licences differ: in the checkout, beside it, or elsewhere.
-ROOT = Path(__file__).parent.parent
-PLACES = [Path(os.environ.get("TUNDISH_DATA", ROOT / "shared" / "data")), ROOT.parent / "shared" / "data"]
-DATA = next((place for place in PLACES if place.is_dir()), PLACES[0])
+# A folder SET/SET.npz for each; licences differ, so the recordings are no part of this project.
+DATA = Path(os.environ.get("TUNDISH_RECORDED", Path(__file__).parents[2] / "shared" / "data"))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 
 from edge.choose import average, choose, mixed, trust, worst
 from edge.cli import main
-from edge.lab.fleet import complete_task, load_sites
+from edge.lab.recorded import read_recorded
+from edge.lab.sites import complete_task, load_sites, remarks
+from models.errors import UserError
 from models.spec import parse_task
 
 TASK = 'name = "lab"\n[training]\nepochs = 1\nbatch = 16\nlr = 5e-3\n[round]\nmin_gateways = 1\n'
@@ -155,7 +158,8 @@ def test_anomalies_need_no_labels(tmp_path: Path) -> None:
     plot = tmp_path / "plot.html"
     found = figures(tmp_path, rows(tmp_path, "anomaly"), "--rounds", "3", "--plot", str(plot))
     text = plot.read_text()
-    assert f"<td>final_vs_best<td>{found['final_vs_best']}" in text
+    assert "<td>  against all data or alone<td>" in text
+    assert f"<td>{found['final']:.3f}" in text
     assert text.count("<polyline") == 4
     assert "http" not in text
     assert found["metric"] == "auroc"
@@ -168,14 +172,17 @@ def test_anomalies_need_no_labels(tmp_path: Path) -> None:
         (("--rounds", "0"), "--rounds: 0 rounds; write 1 or more"),
         (("--dropout", "1"), "--dropout: 1 is no chance below 1"),
         (("--keep", "0"), "--keep: 0 is no share"),
-        (("--stale", "2"), "--stale: 2 versions; write --mode async, and 0 to 8"),
+        (("--stale", "2"), "--stale: in step nobody lags behind; write --mode async too"),
+        (("--stale", "99", "--mode", "async"), "--stale: 99 versions; write 0 to 8"),
+        (("--seed", "-1"), "--seed: -1 is no seed; write 0 to 2147483647"),
+        (("--codec", "int8", "--keep", "0.1"), "--keep: int8 keeps every value; leave it out, or write --codec sparse"),
         (("--strategy", "best"), "--strategy: no strategy 'best'; write one of: fedadam, fedavg"),
         (("--width", "0.6"), "--width: '0.6' is no width; write 0.25, 0.5, 0.75 or 1"),
         (("--width", "x=0.5"), "--width: no plant 'x'; plants are: 0, 1, 2"),
         (("--width", "0"), "--width: leaves out every plant"),
         (("--width", "1=.5", "--codec", "ring"), "--width: a ring adds updates of one size"),
         (("--data", "/nowhere.npz"), "/nowhere.npz: no such file; check the path of --data"),
-        (("--data", "/usr"), "/usr: no such file; check the path of --data"),
+        (("--data", "/usr"), "/usr: is a folder; name a .npz file in it"),
     ],
 )
 def test_a_wrong_option_is_one_line(tmp_path: Path, more: tuple[str, ...], says: str) -> None:
@@ -193,6 +200,18 @@ def test_a_wrong_option_is_one_line(tmp_path: Path, more: tuple[str, ...], says:
         ('name = "lab"\n[[signal]]\nname = "T"\nunits = "degC"\n', "task.toml:4: signal[0].units: unknown key"),
         ('name = "lab"\nepochs\n', "task.toml:2: not TOML"),
         ('[federation]\nname = "press"\n', "task.toml:1: federation: unknown key"),
+        (
+            'name = "lab"\n\n[round]\nstrategy = "best"\n',
+            "task.toml:4: round.strategy: no strategy 'best'; write one of: fedadam, fedavg",
+        ),
+        (
+            'name = "lab"\n[window]\nlength = 9\n',
+            "task.toml:3: window.length: 9 steps, and the data has 1; write 1, or leave [window] out",
+        ),
+        (
+            'name = "lab"\n' + "".join(f'[[signal]]\nname = "s{i}"\n' for i in range(6)),
+            "task.toml:2: signal[0]: 6 signals, and the data has 5 channels; leave [[signal]] out, or name of these: x0",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_task_is_told_by_its_own_line(
@@ -201,6 +220,111 @@ def test_what_is_wrong_with_a_task_is_told_by_its_own_line(
     (tmp_path / "task.toml").write_text(text)
     assert main(["simulate", str(tmp_path / "task.toml"), "--data", str(rows(tmp_path))]) == 2
     assert f"{tmp_path}/{says}" in capsys.readouterr().err
+
+
+def rewritten(path: Path, change: Any) -> Path:
+    """Change the arrays of a file."""
+    with np.load(path) as file:
+        arrays = {key: file[key] for key in file.files}
+    change(arrays)
+    np.savez(path, **arrays)
+    return path
+
+
+def test_signals_are_found_by_name(tmp_path: Path) -> None:
+    """Of five channels the two that matter, the other way round."""
+    data = rewritten(rows(tmp_path), lambda a: a.update(feature_names=np.array(["a b", "b", "c", "d", "e"])))
+    text = f'{TASK}[[signal]]\nname = "b"\n[[signal]]\nname = "a b"\n'
+    task = parse_task(complete_task(text, data))
+    assert task.channels == 2
+    with np.load(data) as file:
+        known = {tuple(row) for row in file["x_train"][:, [1, 0]]}
+    for site in load_sites(task, data):
+        assert {tuple(row) for row in site.train.x[:, :, 0]} < known
+    assert not list(remarks(task, data, load_sites(task, data)))
+    assert figures(tmp_path, data, "--rounds", "6", text=text)["federated"] > 0.8
+
+
+def poor(arrays: dict[str, NDArray[Any]]) -> None:
+    """Of five plants: one all is well with, one with five samples, one without a test, one with labels alone, none."""
+    client, tests = arrays["client_train"], arrays["client_test"]
+    client[:] = 0
+    client[:5] = 1
+    client[6:26] = 2
+    client[30:34] = 3
+    tests[tests == 2] = 0
+    arrays["y_train"] = arrays["y_train"].astype(np.float64)
+    arrays["y_train"][30:34] = np.nan
+    arrays["x_train"][:, 4] = np.nan
+    arrays["feature_names"] = np.array(["one"])
+    arrays["client_names"] = np.array(["whole", "few", "untested", "unknown", "absent"])
+
+
+def test_plants_that_lack_something_take_part_and_it_is_said(tmp_path: Path) -> None:
+    data = rewritten(rows(tmp_path), poor)
+    text = f'kind = "classification"\n{TASK}[target]\nname = "t"\nclasses = ["ok", "worn", "lost"]\n'
+    text += "".join(f'[[signal]]\nname = "s{i}"\n' for i in range(5))
+    done = run(tmp_path, data, "--rounds", "2", text=text)
+    assert done.returncode == 0, done.stderr
+    for said in (
+        "feature_names has 1 names for 5 channels: they are not used",
+        "signals are the data's channels in their order: it has none called 's0'",
+        "left out, without a sample to train on: unknown, absent",
+        "without a test, and so in no mean: untested",
+        "of the samples to train on have no label, and are left out",
+        "signal s4: 0% of its values are numbers",
+        "no plant has a sample to train on of: lost",
+    ):
+        assert said in done.stderr
+    assert "federation, for a plant" in done.stdout
+    assert "untested" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers", "anomaly"])
+def test_a_plant_of_a_handful_of_samples_takes_part(tmp_path: Path, kind: str) -> None:
+    """Nothing is left for its holdout."""
+    data = rewritten(rows(tmp_path, kind), lambda a: a["client_train"].__setitem__(slice(1, 80), 1))
+    found = figures(tmp_path, data, "--rounds", "2")
+    assert found["plants"][0]["windows"] == 1
+    assert "with too few samples for a holdout, and so without a choice: 0" in found["notes"]
+
+
+def test_one_plant_alone_is_told_that_it_is(tmp_path: Path) -> None:
+    found = figures(tmp_path, rows(tmp_path, plants=1), "--rounds", "2")
+    assert found["notes"] == ["one plant: there is nobody to learn with"]
+
+
+def test_anomalies_may_come_without_a_word_of_a_label(tmp_path: Path) -> None:
+    def unlabelled(arrays: dict[str, NDArray[Any]]) -> None:
+        arrays["y_train"] = np.full(len(arrays["y_train"]), np.nan)
+
+    found = figures(tmp_path, rewritten(rows(tmp_path, "anomaly"), unlabelled), "--rounds", "2")
+    assert found["metric"] == "auroc"
+    assert found["notes"] == []
+    done = run(tmp_path, rewritten(rows(tmp_path), unlabelled), text=f'kind = "classification"\n{TASK}')
+    assert done.returncode == 2
+    assert "y_train: no sample has a label, only NaN; give some, or kind" in done.stderr
+
+
+def test_a_label_that_is_none_is_named(tmp_path: Path) -> None:
+    text = f'kind = "classification"\n{TASK}[target]\nname = "t"\nclasses = ["ok", "worn"]\n'
+    data = rewritten(rows(tmp_path), lambda a: a["y_test"].__setitem__(3, 7))
+    done = run(tmp_path, data, text=text)
+    assert "y_test: label 7 is none of the 2 classes; number the classes from 0 to 1" in done.stderr
+
+
+def test_more_than_a_machine_can_hold_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(1000):
+            archive.writestr(f"x_{i}.npy", b"")
+    data = path.read_bytes()
+    # A member's unpacked size stands at offset 24 of its entry in the directory (APPNOTE.TXT 4.3.12).
+    first, *entries = data.split(b"PK\x01\x02")
+    huge = (0xFFFF_FFF0).to_bytes(4, "little")
+    path.write_bytes(b"PK\x01\x02".join([first, *(entry[:20] + huge + entry[24:] for entry in entries)]))
+    with pytest.raises(UserError, match="GB unpacked, and this machine has"):
+        read_recorded(path)
 
 
 def test_what_a_task_says_itself_stays(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from broker.mask import BITS, ring_for
 from broker.rate import NARROWER
 from broker.strategies._mean import State
 from edge.infer import Scorer
-from edge.lab.fleet import Site, Workers, complete_task, load_sites
 from edge.lab.physics import test_windows
+from edge.lab.sites import Site, complete_task, load_sites
+from edge.lab.workers import Workers
 from models import codec, evaluate, ringcode
 from models.delta import Vector
 from models.errors import UserError

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edge.candidates import kinds
 from edge.infer import Scorer, elect
-from edge.lab.fleet import Site, metric_of
+from edge.lab.sites import Site, metric_of
 from models import evaluate
 from models.alarm import events
 from models.delta import Layout, Vector
@@ -56,7 +56,7 @@ class Judge:
         scale, x, y = self.sites[i].scale, self.sites[i].test.x, self.sites[i].test.y
         if self.task.kind != "anomaly" or y is None:
             return {}
-        inputs = np.nan_to_num(scale.inputs(self.task, x)).reshape(len(x), -1)
+        inputs = np.nan_to_num(scale.inputs(self.task, x)).reshape(out.shape)
         over = ((out - inputs) ** 2).mean(1) > scorer.threshold
         odd = y != 0
         found = round(float(over[odd].mean()), 4) if odd.any() else None
@@ -96,35 +96,38 @@ def mean_of(values: list[float]) -> float:
 
 
 def figures(
-    metric: str,
-    result: dict[str, list[float]],
-    curve: list[list[float]],
-    names: list[str],
-    chosen: list[dict[str, float]],
-    alarms: list[dict[str, Any]],
+    metric: str, result: dict[str, list[float]], curve: list[list[float]], names: list[str], about: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Means over plants, ratios of which more is better, and the plants one by one."""
+    """Means over plants, ratios of which more is better, and the plants one by one, each with what is said `about` it.
+
+    `final_vs_best` is of the plants that have all it needs: one of no width has nothing that it learnt alone.
+    """
     lower = metric in evaluate.LOWER_IS_BETTER
 
     def over(value: float, other: float) -> float:
         return (other / value if value else float("inf")) if lower else (value / other if other else float("inf"))
 
     means = {key: mean_of(values) for key, values in result.items()}
-    best = (min if lower else max)(means["centralised"], means["silo_own"])
+    ours, whole, own = (np.array(result[key]) for key in ("final", "centralised", "silo_own"))
+    both = np.isfinite(ours) & np.isfinite(whole) & np.isfinite(own)
+    versus = [over(f, o) for f, o in zip(result["final"], result["silo_own"], strict=True)]
     by_plant = [
-        {"plant": name, "model": chosen[i], **{key: _rounded(values[i], 5) for key, values in result.items()}}
-        | alarms[i]
+        {"plant": name}
+        | {key: _rounded(values[i], 5) for key, values in result.items()}
+        | {"final_vs_alone": _rounded(versus[i], 4)}
+        | about[i]
         for i, name in enumerate(names)
     ]
-    versus = [over(f, own) for f, own in zip(result["final"], result["silo_own"], strict=True)]
     reached = {
         str(f): next((n for n, row in enumerate(curve, 1) if over(mean_of(row), means["centralised"]) >= f), None)
         for f in _FRACTIONS
     }
+    best = (min if lower else max)(mean_of(list(whole[both])), mean_of(list(own[both])))
     return {
         "metric": metric,
         **{key: _rounded(value, 5) for key, value in means.items()},
-        "final_vs_best": _rounded(over(means["final"], best), 4),
+        "final_vs_best": _rounded(over(mean_of(list(ours[both])), best), 4),
+        "final_vs_alone": _rounded(over(mean_of(list(ours[both])), mean_of(list(own[both]))), 4),
         "worst_plant_vs_alone": _rounded(min([v for v in versus if np.isfinite(v)] or [float("nan")]), 4),
         "rounds_to": reached,
         "plants": by_plant,

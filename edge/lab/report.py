@@ -1,11 +1,11 @@
-"""Reports of a demo and of a simulation: a table for the terminal, self-contained HTML files with plots in SVG."""
+"""The report of a demo: a table for the terminal, and a self-contained HTML file with plots in SVG."""
 
 import html
 from pathlib import Path
 from typing import Any, NamedTuple
 
 _COLOURS = ("#0b6e99", "#c2410c", "#4d7c0f", "#7e22ce", "#a16207", "#be185d")
-_STYLE = """
+STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1f2937}
 h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2rem}table{border-collapse:collapse}
 td,th{padding:.3rem .8rem;border-bottom:1px solid #e5e7eb;text-align:left}td.n{text-align:right}
@@ -21,14 +21,15 @@ class Line(NamedTuple):
     dashed: bool = False
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Write a figure for people."""
     return "-" if value is None else f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"  # noqa: PLR2004
 
 
 def rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """The figures that a person reads first."""
     outage = report["outage"]
-    alone = ", ".join(f"{name} {_number(v)}" for name, v in report["silo"].items())
+    alone = ", ".join(f"{name} {number(v)}" for name, v in report["silo"].items())
     scored = ", ".join(f"{name} {n:,}" for name, n in report["windows_scored"].items())
     survived = (
         f"round {outage['round']} was open with {outage['counted']} of {report['gateways']}; it completed"
@@ -39,15 +40,15 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("plants, data", f"{report['gateways']}, {report['data']} ({report['speedup']:g} x wall clock)"),
         ("rounds", str(report["rounds"])),
         ("windows scored", scored),
-        (f"{report['metric']}: federated", f"{_number(report['federated'])} (mean over the plants' own tests)"),
-        (f"{report['metric']}: each plant alone", f"{_number(report['silo_mean'])} ({alone})"),
-        (f"{report['metric']}: all data in one place", _number(report["centralised"])),
+        (f"{report['metric']}: federated", f"{number(report['federated'])} (mean over the plants' own tests)"),
+        (f"{report['metric']}: each plant alone", f"{number(report['silo_mean'])} ({alone})"),
+        (f"{report['metric']}: all data in one place", number(report["centralised"])),
         ("update", f"{report['bytes_per_update']:,} bytes, float32 {report['float32_bytes']:,}: {report['ratio']} x"),
         ("updates sent, counted", f"{report['updates_sent']}, {report['updates_counted']}"),
         ("lost, counted twice", f"{report['lost']}, {report['duplicated']}"),
         ("aggregator kill -9, broker stopped", survived),
-        ("longest gap between two scores", f"{_number(report['max_score_gap_s'])} s"),
-        ("  of these in the outage", f"{_number(report['outage_max_score_gap_s'])} s"),
+        ("longest gap between two scores", f"{number(report['max_score_gap_s'])} s"),
+        ("  of these in the outage", f"{number(report['outage_max_score_gap_s'])} s"),
         ("took", f"{report['seconds']} s, broker {report['broker']}, seed {report['seed']}"),
     ]
 
@@ -130,35 +131,9 @@ def write_report(report: dict[str, Any], path: Path) -> None:
     """Write the HTML file; it loads nothing from anywhere."""
     cells = "".join(f"<tr><td>{html.escape(n)}<td>{html.escape(v)}</tr>" for n, v in rows(report))
     path.write_text(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Tundish demo</title><style>{_STYLE}</style>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Tundish demo</title><style>{STYLE}</style>'
         f"<h1>Tundish demo: {html.escape(report['task'])}</h1><table>{cells}</table>{_plots(report)}"
         "<p class=note>Every figure is in report.json; the ledgers of the aggregator and of each gateway lie beside "
         "it.</p></html>\n",
-        encoding="utf-8",
-    )
-
-
-def write_simulation(found: dict[str, Any], path: Path) -> None:
-    """Write a simulation's figures, plants and curve as one HTML file; OSError if it can't be written."""
-    names = list(found["plants"][0])
-    head = "".join(f"<th>{html.escape(name)}" for name in names)
-    plants = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(row[name]))}" for name in names) for row in found["plants"]
-    )
-    figures = "".join(
-        f"<tr><td>{html.escape(key)}<td>{html.escape(str(value))}"
-        for key, value in found.items()
-        if key not in {"plants", "curve"}
-    )
-    curve = [(float(n), float(v)) for n, v in enumerate(found["curve"], 1) if v is not None]
-    lines = [Line("federated", curve)] if curve else []
-    levels = {name: found[name] for name in ("centralised", "silo_own", "final") if found[name] is not None}
-    last = float(found["rounds"])
-    lines += [Line(name, [(1.0, level), (last, level)], dashed=True) for name, level in levels.items()]
-    drawn = plot("metric by round", "rounds", found["metric"], lines) if lines else ""
-    path.write_text(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Simulation</title><style>{_STYLE}</style>'
-        f"<h1>Simulation</h1>{drawn}<h2>Figures</h2><table>{figures}</table>"
-        f"<h2>Plants</h2><table><tr>{head}{plants}</table></html>\n",
         encoding="utf-8",
     )

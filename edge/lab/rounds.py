@@ -19,8 +19,8 @@ from edge import participant as p
 from edge.choose import Start, average, whose
 from edge.config import Policy
 from edge.lab.down import Down
-from edge.lab.fleet import Workers
 from edge.lab.judge import Judge
+from edge.lab.workers import Workers
 from edge.update import encode
 from models import codec
 from models.delta import Vector, weights_digest
@@ -150,7 +150,7 @@ class Fleet:
         )
         self.offers.append((plan, self.vector))
         actions: list[rounds.Action] = []
-        training: list[tuple[Gateway, events.StartTraining, Vector, Future[tuple[Vector, int]]]] = []
+        training: list[tuple[Gateway, messages.Plan, events.StartTraining, Vector, Future[tuple[Vector, int]]]] = []
         for gateway in self._there(dropout):
             plan, base = self.offers[-1 - self._behind(gateway)]
             said = gateway.machine.handle(events.ModelStored(plan.base, plan.base_digest))
@@ -161,16 +161,16 @@ class Fleet:
                     self.began[i] = own
                     pull, width = self.task.training.proximal, gateway.width
                     job = workers.fit(i, start, self._seed(one.round, i), proximal=pull, width=width)
-                    training.append((gateway, one, start, job))
+                    training.append((gateway, plan, one, start, job))
                 elif isinstance(one, events.Answer):
                     event = federation.Answered(gateway.path, one.round, one.verdict == "joined")
                     actions += self.federation.handle(event, self.now)
-        for gateway, one, start, job in training:
+        for gateway, plan, one, start, job in training:
             vector, steps = job.result()
             gateway.steps += steps
             loss = self.judge.loss(start, gateway.index)
             self.personal[gateway.index] = vector
-            actions += self._send(gateway, one, vector - start, loss)
+            actions += self._send(gateway, plan, one, vector - start, loss)
         if len(training) < len(self.gateways):
             self.now = opened.deadline_ms
             actions += self.federation.handle(federation.Tick(), self.now)
@@ -189,7 +189,9 @@ class Fleet:
     def _seed(self, number: int, i: int) -> int:
         return (self.seed * 1_000_003 + number * 1009 + i) % 2**31
 
-    def _send(self, gateway: Gateway, action: events.StartTraining, learnt: Vector, loss: float) -> list[rounds.Action]:
+    def _send(
+        self, gateway: Gateway, plan: messages.Plan, action: events.StartTraining, learnt: Vector, loss: float
+    ) -> list[rounds.Action]:
         """Encode with error feedback, seal as the gateway does, and hand the update over; `loss` is the base's."""
         delta = learnt[self.shared][self.slices.get(gateway.width, slice(None))] + gateway.residual
         count = gateway.windows
@@ -206,6 +208,7 @@ class Fleet:
             loss_said,
             round(4 * gateway.width),
             gateway.quality,
+            plan.base_digest[: messages.BASE_DIGEST],
         )
         topic = topics.Uplink(topics.GatewayPath.parse(gateway.path), self.task.name, "update").topic
         envelope = gateway.signer.seal(update, topic)

@@ -16,19 +16,24 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from broker.aggregate import strategy_names
+from broker.aggregate import check_strategy, strategy_names
 from broker.job import check_prefixes
 from broker.round import STALEST
 from edge.choose import GLOBAL, OWN, TUNED
 from edge.lab.down import Down
-from edge.lab.fleet import ALL, Workers, complete_task, load_sites
 from edge.lab.judge import Judge, figures, final, mean_of
-from edge.lab.report import write_simulation
 from edge.lab.rounds import Fleet
+from edge.lab.simulated import told, write_simulation
+from edge.lab.sites import check_fit, complete_task, load_sites, remarks
+from edge.lab.workers import ALL, Workers
 from models.errors import LocalError, UserError
 from models.spec import MOST_KEPT, Task, parse_task
-from models.tomlfile import read_toml
+from models.tomlfile import TomlFile, read_toml
 from models.width import WIDTHS, unfit
+
+_SEEDS = 2**31
+# The codecs that send a share of the values.
+_KEEPING = ("sparse", "int2", "ring")
 
 
 class Scenario(NamedTuple):
@@ -50,17 +55,23 @@ class Scenario(NamedTuple):
         """The task as this scenario runs it."""
         written, text = text, complete_task(text, self.data)
         task = parse_task(text, place, written=written)
+        check_strategy(task, place, written)
+        check_fit(task, TomlFile(place, written), self.data)
         chosen = {key: getattr(self, key) for key in ("codec", "keep", "strategy", "downlink", "mode")}
         said = {key: value for key, value in chosen.items() if value is not None}
         rules = msgspec.structs.replace(task.round, rounds=self.rounds, **said)
         if self.strategy is not None and self.strategy not in strategy_names():
             remedy = f"write one of: {', '.join(strategy_names())}"
             raise UserError("--strategy", 0, "", f"no strategy {self.strategy!r}", remedy)
-        if self.stale and (rules.mode != "async" or not 0 < self.stale <= STALEST):
-            remedy = f"write --mode async, and 0 to {STALEST}"
-            raise UserError("--stale", 0, "", f"{self.stale} versions", remedy)
+        if not 0 <= self.stale <= STALEST:
+            raise UserError("--stale", 0, "", f"{self.stale} versions", f"write 0 to {STALEST}")
+        if self.stale and rules.mode != "async":
+            raise UserError("--stale", 0, "", "in step nobody lags behind", "write --mode async too")
         if self.keep is not None and not 0 < self.keep <= MOST_KEPT:
             raise UserError("--keep", 0, "", f"{self.keep:g} is no share", "write 0.001 to 0.5")
+        if self.keep is not None and rules.codec not in _KEEPING:
+            remedy = f"leave it out, or write --codec {' or '.join(_KEEPING)}"
+            raise UserError("--keep", 0, "", f"{rules.codec} keeps every value", remedy)
         return text, msgspec.structs.replace(task, round=rules)
 
     def widths(self, task: Task, names: Sequence[str]) -> list[float]:
@@ -93,6 +104,9 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
     begin, count, seed = time.monotonic(), scenario.rounds, scenario.seed
     file, (text, task) = text, scenario.task(text, place)
     sites = load_sites(task, scenario.data)
+    notes = list(remarks(task, scenario.data, sites))
+    for note in notes:
+        print(f"tundish: {scenario.data}: {note}", file=sys.stderr)
     widths = scenario.widths(task, [site.name for site in sites])
     graph, layout, first = export(task, seed)
     check_prefixes(task, layout, place, file)
@@ -132,9 +146,11 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
         "final": [worth for _, worth, _ in chosen],
     }
     sent = [n for gateway in plants for n in gateway.sent]
-    return figures(
-        judge.metric, result, curve, [s.name for s in sites], [c for c, _, _ in chosen], [a for *_, a in chosen]
-    ) | {
+    about = [
+        {"model": shares, "windows": len(site.train), "test_windows": len(site.test)} | alarms
+        for site, (shares, _, alarms) in zip(sites, chosen, strict=True)
+    ]
+    return figures(judge.metric, result, curve, [s.name for s in sites], about) | {
         "bytes_up_per_update": round(mean(sent), 1),
         "bytes_up_last": round(mean(gateway.sent[-1] for gateway in plants if gateway.sent), 1),
         "bytes_up": sum(sent),
@@ -142,6 +158,7 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
         "float32_bytes": 4 * int(fleet.shared.sum()),
         "ratio_up": round(4 * int(fleet.shared.sum()) / mean(sent), 1),
         "parameters": layout.size,
+        "notes": notes,
         "rounds": count,
         "seed": seed,
         "seconds": round(time.monotonic() - begin, 1),
@@ -152,6 +169,8 @@ def main(args: argparse.Namespace) -> int:
     """Check what was asked for, run it, and print the figures as a table or as JSON."""
     if args.rounds < 1:
         raise UserError("--rounds", 0, "", f"{args.rounds} rounds", "write 1 or more")
+    if not 0 <= args.seed < _SEEDS:
+        raise UserError("--seed", 0, "", f"{args.seed} is no seed", f"write 0 to {_SEEDS - 1}")
     if not 0 <= args.dropout < 1:
         raise UserError("--dropout", 0, "", f"{args.dropout:g} is no chance below 1", "write 0.2 for one in five")
     if importlib.util.find_spec("torch") is None:
@@ -167,17 +186,5 @@ def main(args: argparse.Namespace) -> int:
             write_simulation(found, args.plot)
         except OSError as error:
             raise UserError("--plot", 0, "", f"{args.plot}: {error.strerror}", "name a file that can be made") from None
-    return _tell(found, as_json=args.json)
-
-
-def _tell(found: dict[str, Any], *, as_json: bool) -> int:
-    """Print the figures."""
-    if as_json:
-        print(json.dumps(found))
-        return 0
-    for key, value in found.items():
-        if key not in {"plants", "curve"}:
-            print(f"{key:24}  {value}")
-    for row in found["plants"]:
-        print("  " + "  ".join(f"{key} {value}" for key, value in row.items()))
+    print(json.dumps(found) if args.json else told(found))
     return 0

@@ -1,34 +1,29 @@
-"""Recorded data as a fleet of plants, and the processes that train on it. Workers alone reach torch.
+"""Recorded data as the plants of a fleet. The layout of a file is that of `edge.lab.recorded`."""
 
-The layout of a file is that of `edge.lab.recorded`.
-"""
-
-import os
 import tomllib
 import zlib
-from collections.abc import Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge.dataset import Dataset
 from edge.lab.plc import DataLayout, data_layout
-from edge.lab.recorded import read_recorded
+from edge.lab.recorded import Arrays, read_recorded
 from models.alarm import WEEK_S
-from models.delta import Layout, Vector
 from models.errors import UserError
 from models.scale import Scale
-from models.spec import Task, parse_task
+from models.spec import Task
+from models.tomlfile import TomlFile
 
-ALL = -1
 _RARE = 0.1
 # Windows of one stretch of time resemble each other, so those without a group are held out by stretches; rows are not.
 _STRETCH = 20
+# Of a signal with fewer values than this share, a person should hear.
+_FEW = 0.5
 _NETS = {"rows": "mlp", "series": "tcn", "waveform": "tcn", "picture": "cnn2d"}
 
 
@@ -64,7 +59,7 @@ def complete_task(text: str, data: Path) -> str:
     if "signal" not in said:
         tail += "".join(f'\n[[signal]]\nname = "{name}"\nunit = ""\n' for name in layout.names)
     if "target" not in said and kind == "classification":
-        names = ", ".join(f'"class-{i}"' for i in range(max(layout.classes, 2)))
+        names = ", ".join(f'"class-{i}"' for i in range(max(layout.classes, int(high) + 1, 2)))
         tail += f'\n[target]\nname = "target"\nclasses = [{names}]\n'
     if "target" not in said and kind == "regression":
         span = f"range = [{low}, {high}]\n" if low < high else ""
@@ -80,21 +75,41 @@ def _said(text: str) -> dict[str, Any]:
         return {}
 
 
+def check_fit(task: Task, file: TomlFile, data: Path) -> None:
+    """Refuse a task whose signals or window are not the data's; UserError with the line of the task's file."""
+    layout = data_layout(data, pictures=True)
+    if len(_columns(task, layout, read_recorded(data))) != task.channels:
+        problem = f"{task.channels} signals, and the data has {layout.channels} channels"
+        raise file.error(["signal", 0], problem, f"leave [[signal]] out, or name of these: {', '.join(layout.names)}")
+    if task.window.length != layout.length:
+        problem = f"{task.window.length} steps, and the data has {layout.length}"
+        raise file.error(["window", "length"], problem, f"write {layout.length}, or leave [window] out")
+
+
+def _columns(task: Task, layout: DataLayout, found: Arrays) -> list[int]:
+    """Return the channel of each signal: by name where the data has them all, else all channels in their order."""
+    places = {name: i for i, name in enumerate(layout.names)}
+    given = found.get("feature_names")
+    if given is not None and given.shape == (layout.channels,):
+        places |= {str(name): i for i, name in enumerate(given)}
+    mine = [places.get(signal.name, layout.channels) for signal in task.signal]
+    return mine if max(mine) < layout.channels else list(range(layout.channels))
+
+
 def load_sites(task: Task, data: Path) -> list[Site]:
     """Read every plant of a file that has something to train on; UserError if none has, or labels are no classes."""
     layout = data_layout(data, pictures=True)
     found = read_recorded(data)
     groups = np.unique(found["group_train"], return_inverse=True)[1] if "group_train" in found else None
-    x_train, y_train = _windows(found["x_train"], layout), found["y_train"].astype(np.float32)
-    x_test, y_test = _windows(found["x_test"], layout), found["y_test"].astype(np.float32)
-    outputs = task.outputs if task.kind == "classification" else None
-    for part, labels in (("y_train", y_train), ("y_test", y_test)):
-        if outputs and not set(np.unique(labels)) <= set(range(outputs)):
-            problem = f"labels that are none of the {outputs} classes"
-            raise UserError(str(data), 0, part, problem, "number the classes from 0")
+    channels = _columns(task, layout, found)
+    x_train, y_train = _windows(found["x_train"], layout)[:, channels], found["y_train"].astype(np.float32)
+    x_test, y_test = _windows(found["x_test"], layout)[:, channels], found["y_test"].astype(np.float32)
+    _check_labels(task, data, found)
+    # What an anomaly's net learns needs no label.
+    known = np.isfinite(y_train) | (task.kind == "anomaly")
     sites = []
     for i, name in enumerate(layout.clients):
-        mine = (found["client_train"] == i) & np.isfinite(y_train)
+        mine = (found["client_train"] == i) & known
         tests = (found["client_test"] == i) & np.isfinite(y_test)
         x, y = x_train[mine], y_train[mine]
         if not len(x):
@@ -104,8 +119,51 @@ def load_sites(task: Task, data: Path) -> list[Site]:
         test = Dataset(x_test[tests], y_test[tests])
         sites.append(Site(name, train, holdout, test, Scale.learn(task, train.x, train.y)))
     if not sites:
-        raise UserError(str(data), 0, "client_train", "no plant has anything to train on", "number the plants from 0")
+        raise UserError(str(data), 0, "y_train", "no sample has a label, only NaN", 'give some, or kind = "anomaly"')
     return sites
+
+
+def _check_labels(task: Task, data: Path, found: Arrays) -> None:
+    for part in ("y_train", "y_test"):
+        labels = np.unique(found[part].astype(np.float64))
+        labels = labels[np.isfinite(labels)]
+        strange = [y for y in labels if not (0 <= y < task.outputs and y == int(y))]
+        if task.kind == "classification" and strange:
+            problem = f"label {strange[0]:g} is none of the {task.outputs} classes"
+            raise UserError(str(data), 0, part, problem, f"number the classes from 0 to {task.outputs - 1}")
+
+
+def remarks(task: Task, data: Path, sites: list[Site]) -> Iterator[str]:
+    """Say what a person should know of the data before believing any figure; a line each."""
+    layout, found = data_layout(data, pictures=True), read_recorded(data)
+    given = found.get("feature_names")
+    if given is not None and given.shape != (layout.channels,):
+        yield f"feature_names has {given.size} names for {layout.channels} channels: they are not used"
+    places = {*layout.names, *map(str, () if given is None else given)}
+    if strange := [signal.name for signal in task.signal if signal.name not in places]:
+        yield f"signals are the data's channels in their order: it has none called {strange[0]!r}"
+    yield from _of_plants(layout.clients, sites)
+    if task.kind != "anomaly" and (unknown := float(np.mean(~np.isfinite(found["y_train"].astype(np.float64))))):
+        yield f"{unknown:.1%} of the samples to train on have no label, and are left out"
+    seen = np.isfinite(np.concatenate([site.train.x for site in sites])).mean((0, 2))
+    for signal, share in zip(task.signal, seen, strict=True):
+        if share < _FEW:
+            yield f"signal {signal.name}: {share:.0%} of its values are numbers"
+    if task.kind == "classification" and task.target:
+        told = {int(y) for site in sites if site.train.y is not None for y in np.unique(site.train.y)}
+        if none := [name for i, name in enumerate(task.target.classes) if i not in told]:
+            yield f"no plant has a sample to train on of: {', '.join(none)}"
+
+
+def _of_plants(clients: Iterable[str], sites: list[Site]) -> Iterator[str]:
+    if len(sites) == 1:
+        yield "one plant: there is nobody to learn with"
+    if absent := [name for name in clients if name not in {site.name for site in sites}]:
+        yield f"left out, without a sample to train on: {', '.join(absent)}"
+    if untested := [site.name for site in sites if not len(site.test)]:
+        yield f"without a test, and so in no mean: {', '.join(untested)}"
+    if blind := [site.name for site in sites if not len(site.holdout)]:
+        yield f"with too few samples for a holdout, and so without a choice: {', '.join(blind)}"
 
 
 def _windows(x: NDArray[Any], layout: DataLayout) -> NDArray[np.float32]:
@@ -172,54 +230,3 @@ def metric_of(task: Task, sites: Iterable[Site]) -> str:
     if task.outputs == 2 and labels.mean() < _RARE:  # noqa: PLR2004
         return "auprc"
     return "auroc" if task.outputs == 2 and task.net == "cnn2d" else "accuracy"  # noqa: PLR2004
-
-
-class Workers:
-    """A pool of processes that train; results do not depend on how many there are."""
-
-    def __init__(self, text: str, layout: Layout, sites: list[Site]) -> None:
-        task = parse_task(text)
-        scaled = [
-            (s.scale.inputs(task, s.train.x), None if s.train.y is None else s.scale.targets(task, s.train.y))
-            for s in sites
-        ]
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["models.fit"])  # torch is imported once, whatever the workers
-        arguments = text, layout.to_wire(), scaled
-        self._pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, _prepare, arguments)
-
-    def fit(self, site: int, base: Vector, seed: int, **much: float) -> Future[tuple[Vector, int]]:
-        """Train on one plant's data (ALL: everybody's) from `base`; gives the new weights and the steps taken.
-
-        `much` is `steps` or `epochs`, instead of the task's, `proximal` and `width`.
-        """
-        return self._pool.submit(_fit, site, base, seed, much)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-
-_WORK: dict[str, Any] = {}
-
-
-def _prepare(text: str, wire: Any, scaled: list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]) -> None:
-    from models.fit import set_threads  # noqa: PLC0415 - in a worker
-
-    set_threads(1)
-    _WORK.update(task=parse_task(text), layout=Layout.from_wire(wire), scaled=scaled)
-
-
-def _fit(site: int, base: Vector, seed: int, much: dict[str, Any]) -> tuple[Vector, int]:
-    from models.fit import fit  # noqa: PLC0415 - in a worker
-
-    scaled = _WORK["scaled"]
-    if site == ALL:
-        x = np.concatenate([one for one, _ in scaled])
-        y = None if scaled[0][1] is None else np.concatenate([one for _, one in scaled])
-    else:
-        x, y = scaled[site]
-    fitted = fit(_WORK["task"], _WORK["layout"], base, x, y, seed=seed, **much)
-    return fitted.vector, fitted.steps
