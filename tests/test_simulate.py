@@ -210,7 +210,7 @@ def test_a_wrong_option_is_one_line(tmp_path: Path, more: tuple[str, ...], says:
         ),
         (
             'name = "lab"\n' + "".join(f'[[signal]]\nname = "s{i}"\n' for i in range(6)),
-            "task.toml:2: signal[0]: 6 signals, and the data has 5 channels; leave [[signal]] out, or name of these: x0",
+            "task.toml:2: signal[0]: 6 signals, and the data has 5 channels; leave [[signal]] out, or name of these: x",
         ),
     ],
 )
