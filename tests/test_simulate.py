@@ -280,6 +280,18 @@ def test_plants_that_lack_something_take_part_and_it_is_said(tmp_path: Path) -> 
     assert "untested" in done.stdout
 
 
+def far_apart(arrays: dict[str, Any]) -> None:
+    for part in ("train", "test"):
+        arrays[f"client_{part}"] = arrays[f"client_{part}"] * 1000
+
+
+def test_plants_may_be_numbered_with_gaps(tmp_path: Path) -> None:
+    done = run(tmp_path, rewritten(rows(tmp_path), far_apart), "--rounds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "left out" not in done.stderr
+    assert {plant["plant"] for plant in json.loads(done.stdout)["plants"]} >= {"0", "1000"}
+
+
 @pytest.mark.parametrize("kind", ["classes", "numbers", "anomaly"])
 def test_a_plant_of_a_handful_of_samples_takes_part(tmp_path: Path, kind: str) -> None:
     """Nothing is left for its holdout."""

@@ -142,7 +142,10 @@ def remarks(task: Task, data: Path, sites: list[Site]) -> Iterator[str]:
     places = {*layout.names, *map(str, () if given is None else given)}
     if strange := [signal.name for signal in task.signal if signal.name not in places]:
         yield f"signals are the data's channels in their order: it has none called {strange[0]!r}"
-    yield from _of_plants(layout.clients, sites)
+    # Plants may be numbered with gaps; one that has a name was meant to be there.
+    meant = {*found["client_train"].tolist(), *found["client_test"].tolist()}
+    named = "client_names" in found
+    yield from _of_plants([name for i, name in enumerate(layout.clients) if named or i in meant], sites)
     if task.kind != "anomaly" and (unknown := float(np.mean(~np.isfinite(found["y_train"].astype(np.float64))))):
         yield f"{unknown:.1%} of the samples to train on have no label, and are left out"
     seen = np.isfinite(np.concatenate([site.train.x for site in sites])).mean((0, 2))
