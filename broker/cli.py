@@ -64,7 +64,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     )
     acl.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that the broker reads")
     acl.add_argument("--revoke-operator", action="append", default=[], metavar="NAME", help="take such a person out")
-    acl.add_argument("--port", type=int, help="port of the broker (that of DIR/mosquitto.conf, else 8883)")
+    acl.add_argument("--port", type=int, help="port of the broker (that of DIR/mosquitto.conf, else of [mqtt] url)")
     acl.add_argument(
         "--operator",
         action="append",

@@ -4,7 +4,7 @@ import argparse
 import shutil
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from broker.est import VALID_S
 from broker.journal import Journal
 from broker.messages import KEY_BYTES, Request
 from broker.pki import AGGREGATOR, BRIDGES, ENROLMENT, MOST_NAME, OPERATORS, Authority
-from broker.settings import MqttSettings, is_loopback
+from broker.settings import MqttSettings, endpoint, is_loopback
 from broker.topics import GatewayPath, segment
 from models.commandline import counted
 from models.errors import PeerError, TundishError, UserError
@@ -104,7 +104,7 @@ def _token(args: argparse.Namespace, config: FederationConfig, journal: Journal,
 def acl(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     """Write what Mosquitto reads: certificates, revocations, access list, and its configuration."""
     out: Path = args.out.resolve()  # what is written names it, for a server that starts anywhere
-    port = _port_before(out) if args.port is None else args.port
+    port = _port(out, config) if args.port is None else args.port
     if not 0 < port <= _MOST_PORT:
         raise UserError("--port", 0, "", f"{port} is no port", f"write 1 to {_MOST_PORT}")
     authority = Authority(folder(state))
@@ -140,12 +140,13 @@ def acl(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     return 0
 
 
-def _port_before(out: Path) -> int:
-    """The port that an earlier `acl` wrote, else MQTT's own with TLS."""
-    try:
-        return listener_of((out / "mosquitto.conf").read_text(encoding="utf-8")) or _MQTTS_PORT
-    except (OSError, ValueError):
-        return _MQTTS_PORT
+def _port(out: Path, config: FederationConfig) -> int:
+    """The port that an earlier `acl` wrote, else the one at which the aggregator looks for the broker with TLS."""
+    with suppress(OSError, ValueError):
+        if port := listener_of((out / "mosquitto.conf").read_text(encoding="utf-8")):
+            return port
+    where = endpoint(config.mqtt.url)
+    return where.port if where.tls else _MQTTS_PORT
 
 
 def _certify_operator(authority: Authority, name: str) -> None:
@@ -268,33 +269,34 @@ def _revoke(journal: Journal, path: str, state: Path, ends: MqttSettings | None)
         print(f"{path} was already revoked on {_day(was.since_ms)} (state: {state})")
     if had_token:
         print(f"the token of {path} is no good any more")
-    certificates = _revoke_certificates(path, state, quiet=key is None and was is None)
+    certified = _revoke_certificates(path, state, quiet=key is None and was is None)
     if ends is not None:
         from broker.kick import end_connection  # noqa: PLC0415 - no other command connects
 
         end_connection(ends, Authority(folder(state)), path)
         print(f"{path} is connected no more; it comes back if the MQTT broker has not been reloaded after broker acl")
-    if key is None and was is None and not certificates and not had_token:
+    if key is None and was is None and not certified and not had_token:
         problem = f"{path} is not in the roster, and has no certificate and no token"
         raise UserError("--path", 0, "", problem, "write the path as tundish broker status shows it")
     return 0
 
 
-def _revoke_certificates(path: str, state: Path, *, quiet: bool) -> int:
-    """Put every certificate of a gateway onto the list, and say so; how many there are. `quiet`: not that it has none.
+def _revoke_certificates(path: str, state: Path, *, quiet: bool) -> bool:
+    """Put every certificate of a gateway onto the list, and say so; whether it has any. `quiet`: not that it has none.
 
     Also where the roster has forgotten it: an earlier try may have ended between the two.
     """
     if not (folder(state) / "ca.key").exists():
-        return 0
+        return False
     try:
-        certificates = Authority(folder(state)).revoke(path)
+        revoked = Authority(folder(state)).revoke(path)
     except TundishError as error:
         if not quiet:
             print(error)
-        return 0
-    print(f"{counted(certificates, 'certificate')} of it revoked; tundish broker acl tells the MQTT broker")
-    return certificates
+        return False
+    said = f"{counted(revoked, 'certificate')} of it revoked" if revoked else "its certificates were revoked before"
+    print(f"{said}; tundish broker acl tells the MQTT broker")
+    return True
 
 
 def _day(time_ms: int) -> str:

@@ -86,7 +86,7 @@ class Authority:
         part = folder / "ca.key.part"
         write_file(part, key_pem(key), secret=True)
         made = cls(folder, part)
-        made._revoke_serials(())
+        made._revoke_serials((), ())
         made.make_pair("broker", "broker", hosts)
         made.make_pair(AGGREGATOR, "client")
         # Last: an authority that was only half made is made again.
@@ -152,14 +152,14 @@ class Authority:
         return pem
 
     def revoke(self, name: str) -> int:
-        """Put every certificate of a name on the list; return how many, LocalError if it never had one."""
+        """Put every certificate of a name on the list; return how many are new, LocalError if it never had one."""
         try:
             issued = x509.load_pem_x509_certificates(self._issued(name).read_bytes())
         except OSError:
             raise LocalError(f"{name} has no certificate of this authority") from None
         old = x509.load_pem_x509_crl((self.folder / "crl.pem").read_bytes())
-        serials = {one.serial_number for one in issued}
-        self._revoke_serials(serials.union(entry.serial_number for entry in old))
+        serials = {one.serial_number for one in issued} - {entry.serial_number for entry in old}
+        self._revoke_serials(old, serials)
         return len(serials)
 
     def is_revoked(self, name: str) -> bool:
@@ -174,11 +174,14 @@ class Authority:
     def _issued(self, name: str) -> Path:
         return self.folder / "issued" / f"{name.replace('/', '+')}.pem"
 
-    def _revoke_serials(self, serials: Iterable[int]) -> None:
+    def _revoke_serials(self, before: Iterable[x509.RevokedCertificate], serials: Iterable[int]) -> None:
+        """Write the list: what was on it, each with its day, and what is revoked now."""
         now = datetime.now(UTC)
         builder = x509.CertificateRevocationListBuilder(
             self.certificate.subject, now - _EARLIER, now + timedelta(days=_CRL_DAYS)
         )
+        for entry in before:
+            builder = builder.add_revoked_certificate(entry)
         for serial in sorted(serials):
             entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now).build()
             builder = builder.add_revoked_certificate(entry)

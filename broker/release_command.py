@@ -72,6 +72,14 @@ def _warn_of_running(state: Path) -> None:
         print("the aggregator that runs was started without [release] and publishes none of this: restart it")
 
 
+def _warn_of_strangers(journal: Journal, table: ReleaseTable) -> None:
+    """Name each canary that no gateway is: a word mistyped would leave the channel without one."""
+    roster = journal.roster()
+    for path in table.canary:
+        if path not in roster:
+            print(f"[release] canary {path} is not in the roster: write the path as tundish broker status shows it")
+
+
 def _earlier(journal: Journal, task: str, channel: Channel, version: int | None) -> int:
     of = [row.version for row in journal.releases(task) if row.channel == channel]
     if not of:
@@ -162,6 +170,11 @@ def _release(
     if before not in (None, version):
         canaries = ", canaries too" if channel == "stable" and table.canary else ""
         print(f"{channel} goes {'back ' if version < before else ''}from version {before} to {version}{canaries}")
+    if before == version:
+        newer = "; what is newer goes to canaries first: --to canary" if channel == "stable" and table.canary else ""
+        print(f"{channel} had version {version} before{newer}")
+    if channel == "canary":
+        _warn_of_strangers(journal, table)
     if channel == "stable" and not any(row.version == version for row in rows):
         first = "--to canary lets some try it first" if table.canary else "[release] canary names none"
         print(f"no canary was given version {version}: all gateways get it at once ({first})")

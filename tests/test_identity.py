@@ -115,7 +115,8 @@ def test_the_port_stays_that_of_the_folder(operator: Operator, tmp_path: Path) -
     def port() -> list[str]:
         return [line for line in (out / "mosquitto.conf").read_text().splitlines() if line.startswith("listener")]
 
-    for options, now in (((), 8883), (("--port", 18883), 18883), ((), 18883), (("--port", 8884), 8884)):
+    operator.config.write_text(operator.config.read_text().replace('"mqtts://localhost"', '"mqtts://localhost:8893"'))
+    for options, now in (((), 8893), (("--port", 18883), 18883), ((), 18883), (("--port", 8884), 8884)):
         assert operator.run("acl", "--out", out, "--bridge", "acme/lyon", *options) == 0
         assert port() == [f"listener {now}"]
         assert f"address localhost:{now}\n" in site.read_text()
@@ -280,8 +281,10 @@ def test_who_was_revoked_before_is_told_so(
     enrolled(operator, tmp_path / "cell2")
     enrol(THERE, "--key", key)  # one without a certificate
     for path in (HERE, THERE):
-        assert "already" not in enrol(path, "--revoke")
-        assert enrol(path, "--revoke").startswith(f"{path} was already revoked on {today}")
+        assert "already" not in (first := enrol(path, "--revoke"))
+        assert ("1 certificate of it revoked" in first) == (path == HERE)
+        assert (again := enrol(path, "--revoke")).startswith(f"{path} was already revoked on {today}")
+        assert ("its certificates were revoked before" in again) == (path == HERE)
         assert f"it was revoked on {today}" in (again := enrol(path, "--key", key))
         assert (stays in again) == (path == HERE)
         assert "it was revoked" not in enrol(path, "--key", key)
@@ -295,11 +298,18 @@ def test_every_certificate_of_a_name_is_taken_back(operator: Operator, tmp_path:
     enrolled(operator, tmp_path / "stolen")
     enrolled(operator, tmp_path / "new")
     operator.run("enrol", "--path", HERE, "--revoke")
-    crl = x509.load_pem_x509_crl((operator.state / "pki" / "crl.pem").read_bytes())
+    file = operator.state / "pki" / "crl.pem"
+    crl = x509.load_pem_x509_crl(file.read_bytes())
     assert len(list(crl)) == 2
+    time.sleep(1.1)  # the list counts in seconds
+    enrolled(operator, tmp_path / "third", THERE)
+    operator.run("enrol", "--path", THERE, "--revoke")
+    days = {entry.serial_number: entry.revocation_date_utc for entry in x509.load_pem_x509_crl(file.read_bytes())}
+    assert len(days) == 3
+    assert all(days[entry.serial_number] == entry.revocation_date_utc for entry in crl)
     assert operator.run("acl", "--out", tmp_path / "out", "--operator", "marie") == 0
     assert operator.run("acl", "--out", tmp_path / "out", "--revoke-operator", "marie") == 0
-    assert len(list(x509.load_pem_x509_crl((tmp_path / "out" / "crl.pem").read_bytes()))) == 3
+    assert len(list(x509.load_pem_x509_crl((tmp_path / "out" / "crl.pem").read_bytes()))) == 4
     assert "marie" not in (tmp_path / "out" / "acl").read_text()
     with pytest.raises(UserError, match="no operator 'marie'"):
         operator.run("acl", "--out", tmp_path / "out", "--revoke-operator", "marie")

@@ -102,6 +102,8 @@ class Office:
 
 def test_a_release_says_from_what_to_what_and_for_whom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     office = Office(tmp_path)
+    with closing(Journal(office.state)) as journal, journal.transaction():
+        journal.add_to_roster(PATH, bytes(32), 0, "enrolled")
     for version in (1, 2, 3):
         office.learn(version)
 
@@ -120,6 +122,13 @@ def test_a_release_says_from_what_to_what_and_for_whom(tmp_path: Path, capsys: p
     assert says("rollback", "--channel", "canary") == [of(5, 2, PATH), "canary goes back from version 3 to 2"]
     line = "stable goes back from version 2 to 1, canaries too"
     assert says("rollback") == [of(6, 1, "all gateways"), line]
+    line = "stable had version 2 before; what is newer goes to canaries first: --to canary"
+    says("release", "--to", "stable")
+    assert says("release", "--to", "stable") == [of(8, 2, "all gateways"), line]
+    assert says("release", "--to", "canary", "--version", 2) == [of(9, 2, PATH), "canary had version 2 before"]
+    office.config.write_text(office.config.read_text().replace(PATH, f"{PATH}2"))
+    line = f"[release] canary {PATH}2 is not in the roster: write the path as tundish broker status shows it"
+    assert line in says("release", "--to", "canary")
     for to, why in (("canary", "'canary' is a channel: write --channel canary"), ("v1", "'v1' is no version: write")):
         with pytest.raises(SystemExit) as caught:
             office.run("rollback", "--to", to)
