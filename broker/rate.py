@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from broker.messages import MAX_PAYLOAD
 
 NARROWER, WIDER = 0.8, 1.5
-LEAST, MOST = 0.02, 0.35
+LEAST, MOST = 0.01, 0.35
 # So many values at the least, whatever the net's size: updates of less than a kilobyte (docs/learning.md has them).
 _FEWEST = 600
 _FIRST = 2.5  # floors wide is the first round

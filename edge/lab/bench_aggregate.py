@@ -20,11 +20,13 @@ import numpy as np
 from broker.aggregate import MANY, hasten, next_model
 from broker.journal import Journal
 from broker.messages import Signer, Update, open_envelope
+from broker.rate import floor_of
 from models import codec
 from models.delta import Vector
 
-# A compact net's, and what an update keeps of it (4 bytes a value: 292,512 bytes).
-_SIZE, _KEEP = 73_128, 0.02
+# A compact net's (4 bytes a value: 292,512 bytes), and what an update keeps of it once its share has narrowed.
+_SIZE = 73_128
+_KEEP = floor_of(_SIZE)
 _FEW = 10
 _VECTORS, _TURNS = 250, 5
 _TASK, _TOPIC = "bench", "a/b/c/d/e/_fl/bench/update"

@@ -19,7 +19,7 @@ import numpy as np
 
 from broker.aggregate import load_state, next_model, strategy
 from broker.mask import BITS, ring_for
-from broker.rate import NARROWER
+from broker.rate import NARROWER, Rate
 from broker.strategies._mean import State
 from edge.infer import Scorer
 from edge.lab.physics import test_windows
@@ -58,7 +58,7 @@ def ways() -> list[Way]:
         Way("int8 + zstd", partial(_ours, 8, None), codec.decode, feedback=True),
         Way("int4 + zstd", partial(_ours, 4, None), codec.decode, feedback=True),
         Way("int2 + zstd, keep 2 %", partial(_ours, 2, 0.02), codec.decode, feedback=True),
-        Way("sparse, keep 5 to 2 %", partial(_ours, codec.SPARSE, None), codec.decode, feedback=True),
+        Way("sparse, the default", partial(_ours, codec.SPARSE, None), codec.decode, feedback=True),
         Way("sparse, keep 1 %", partial(_ours, codec.SPARSE, 0.01), codec.decode, feedback=True),
     ]
     return [
@@ -71,7 +71,10 @@ def ways() -> list[Way]:
 
 
 def _ours(bits: int, keep: float | None, vector: Vector, number: int) -> Coded:
-    encoded = codec.encode(vector, bits, max(0.02, 0.05 * NARROWER ** (number - 1)) if keep is None else keep)
+    if keep is None:  # as the share narrows while no holdout objects
+        first = Rate.first(vector.size)
+        keep = max(first.floor, first.keep * NARROWER ** (number - 1))
+    encoded = codec.encode(vector, bits, keep)
     return encoded.data, encoded.decoded
 
 
