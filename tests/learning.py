@@ -35,6 +35,15 @@ KEYS = (
     "centralised", "silo_own", "silo_all", "federated", "personalised", "final", "final_vs_best",
     "worst_plant_vs_alone", "bytes_up_per_update", "ratio_up", "bytes_down_per_round",
 )  # fmt: skip
+# What was found out by hand of a set that misses.
+_WHY = {
+    "hydraulic": """\
+Why: nine of its twelve plants have 84 cycles to train on, less a fifth for the holdout, and test cycles lie beside
+training cycles, so every cycle that a plant has not seen counts. Tried at seed 0 (float32: at seed 2), and within noise
+of this: updates of float32, 48 rounds, longer tuning, a proximal term, mixup, noise, no server momentum, own norms and
+an own last block. Control variates (SCAFFOLD) with float32 reached .940 in a bare loop; with sparse updates they
+brought nothing.""",
+}
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,8 @@ def section(name: str, runs: list[dict[str, Any]]) -> str:
         lines.append(f"| `{key}` | {mean(values):.4g} | {spread} | {told} |" if values else f"| `{key}` | - | - | - |")
     reached = [", ".join(f"{part}: {n or '-'}" for part, n in run["rounds_to"].items()) for run in runs]
     lines += [f"| `rounds_to` | | | {'; '.join(reached)} |", ""]
-    return "\n".join([*lines, verdict(runs), "", f"![metric by round]({_picture(name).name})", ""])
+    why = [f"{_WHY[name]}", ""] if name in _WHY else []
+    return "\n".join([*lines, verdict(runs), "", *why, f"![metric by round]({_picture(name).name})", ""])
 
 
 def verdict(runs: list[dict[str, Any]]) -> str:
@@ -110,7 +120,9 @@ def verdict(runs: list[dict[str, Any]]) -> str:
     weakest = min(runs, key=lambda run: run["final_vs_best"])
     lost = [row["plant"] for row in weakest["plants"] if row["final"] is not None and _loses(row, better, lower=lower)]
     where = f" In the weakest run it loses at {', '.join(lost)}." if lost else ""
-    return f"**Misses by {1 - worth:.3f}**: {better} is better.{where}"
+    within = len(runs) > 1 and 1 - worth <= stdev(run["final_vs_best"] for run in runs)
+    noise = " That is within the spread over the seeds." if within else ""
+    return f"**Misses by {1 - worth:.3f}**: {better} is better.{noise}{where}"
 
 
 def _loses(row: dict[str, Any], better: str, *, lower: bool) -> bool:
