@@ -1,9 +1,12 @@
 """The bench that decides, on small sets made here: the real machines, deterministic, and honest about its figures."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +45,15 @@ def rows(folder: Path, kind: str = "classes", plants: int = 3) -> Path:
     return path
 
 
-def run(folder: Path, data: Path, *more: str, text: str = TASK) -> subprocess.CompletedProcess[str]:
+def command(folder: Path, data: Path, *more: str, text: str = TASK) -> list[str]:
     (folder / "task.toml").write_text(text)
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "edge.cli",
-        "simulate",
-        str(folder / "task.toml"),
-        "--data",
-        str(data),
-        *more,
-    ]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    task = str(folder / "task.toml")
+    return [sys.executable, "-P", "-m", "edge.cli", "simulate", task, "--data", str(data), *more]
+
+
+def run(folder: Path, data: Path, *more: str, text: str = TASK) -> subprocess.CompletedProcess[str]:
+    line = command(folder, data, *more, text=text)
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
 
 
 def figures(folder: Path, data: Path, *more: str, text: str = TASK) -> dict[str, Any]:
@@ -278,6 +276,33 @@ def test_plants_that_lack_something_take_part_and_it_is_said(tmp_path: Path) -> 
         assert said in done.stderr
     assert "federation, for a plant" in done.stdout
     assert "untested" in done.stdout
+
+
+def in_session(leader: int) -> list[int]:
+    """The processes that a session's leader has started, itself among them; not those that ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            found += [int(path.parent.name)] if int(session) == leader and state != "Z" else []
+    return found
+
+
+def test_nothing_of_a_simulation_outlives_it(tmp_path: Path) -> None:
+    line = command(tmp_path, rows(tmp_path), "--rounds", "100000")
+    with subprocess.Popen(
+        line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        # The resource tracker, the server of the workers, and the workers.
+        while len(in_session(process.pid)) < 3 + len(os.sched_getaffinity(0)):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.kill()
+        process.wait()
+        end = time.monotonic() + 60
+        while in_session(process.pid):
+            assert time.monotonic() < end
+            time.sleep(0.1)
 
 
 def far_apart(arrays: dict[str, Any]) -> None:

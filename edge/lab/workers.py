@@ -2,7 +2,9 @@
 
 import os
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from threading import Thread
 from typing import Any, Self
 
 import numpy as np
@@ -49,8 +51,17 @@ _WORK: dict[str, Any] = {}
 def _prepare(text: str, wire: Any, scaled: list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]) -> None:
     from models.fit import set_threads  # noqa: PLC0415 - in a worker
 
+    Thread(target=_end_with_parent, daemon=True).start()
     set_threads(1)
     _WORK.update(task=parse_task(text), layout=Layout.from_wire(wire), scaled=scaled)
+
+
+def _end_with_parent() -> None:
+    """A pool's worker waits for work for ever, also of a process that was killed."""
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def _fit(site: int, base: Vector, seed: int, much: dict[str, Any]) -> tuple[Vector, int]:
