@@ -34,6 +34,8 @@ from models.width import WIDTHS, unfit
 _SEEDS = 2**31
 # The codecs that send a share of the values.
 _KEEPING = ("sparse", "int2", "ring")
+# What a terminal shows after the last round.
+_THEN = "\ntunes at each plant; then trains each plant alone, and all data in one place: twice as many steps again\n"
 
 
 class Scenario(NamedTuple):
@@ -117,8 +119,9 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
     def after(number: int) -> None:
         curve.append([judge.test(fleet.at(i), i) for i in every])
         if sys.stderr.isatty():
+            end = _THEN if number == count else ""
             told = f"\rround {number} of {count}: {judge.metric} {mean_of(curve[-1]):.4f} "
-            print(told, end="\n" if number == count else "", file=sys.stderr, flush=True)
+            print(told, end=end, file=sys.stderr, flush=True)
 
     with Workers(text, layout, sites) as workers:
         fleet = Fleet(Down(text, graph, layout, first), judge, count, seed, scenario.stale, widths)
