@@ -80,6 +80,7 @@ def _add_simulate(commands: Any) -> None:
     simulate.add_argument("--stale", type=int, default=0, help="async: versions that plants lag behind at most (0)")
     simulate.add_argument("--dropout", type=float, default=0.0, help="chance that a plant misses a round (default 0)")
     simulate.add_argument("--width", default="1", help="part of the net that plants have: 0.5, or PLANT=0.5,PLANT=0.25")
+    simulate.add_argument("--privacy", choices=("plain", "secure-aggregation"), help="the latter: --codec ring")
     simulate.add_argument("--plot", type=Path, help="also write figures and curve into this HTML file")
     simulate.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     simulate.set_defaults(run=_simulate)

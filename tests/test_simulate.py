@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edge.choose import average, choose, mixed, trust, worst
 from edge.cli import main
 from edge.lab.recorded import read_recorded
+from edge.lab.simulate import _UNMASKED
 from edge.lab.sites import complete_task, load_sites, remarks
 from models.errors import UserError
 from models.spec import parse_task
@@ -120,7 +121,9 @@ def test_sums_in_a_ring_learn_too(tmp_path: Path) -> None:
     found = figures(tmp_path, data, "--rounds", "10", "--codec", "ring")
     assert found["federated"] > 0.75
     assert found["bytes_up_per_update"] < found["float32_bytes"] / 8
-    assert found["curve"] == figures(tmp_path, data, "--rounds", "10", "--codec", "ring")["curve"]
+    again = figures(tmp_path, data, "--rounds", "10", "--privacy", "secure-aggregation")
+    assert again["curve"] == found["curve"]
+    assert [note for note in again["notes"] if note not in found["notes"]] == [_UNMASKED]
 
 
 def test_plants_that_lag_behind_still_learn_together(tmp_path: Path) -> None:
@@ -178,6 +181,8 @@ def test_anomalies_need_no_labels(tmp_path: Path) -> None:
         (("--width", "0.6"), "--width: '0.6' is no width; write 0.25, 0.5, 0.75 or 1"),
         (("--width", "x=0.5"), "--width: no plant 'x'; plants are: 0, 1, 2"),
         (("--width", "0"), "--width: leaves out every plant"),
+        (("--codec", "ring", "--mode", "async"), "--codec: sums in a ring are of one round; write --mode sync"),
+        (("--privacy", "secure-aggregation", "--codec", "int8"), "--codec: int8 shows each update; leave it out"),
         (("--width", "1=.5", "--codec", "ring"), "--width: a ring adds updates of one size"),
         (("--data", "/nowhere.npz"), "/nowhere.npz: no such file; check the path of --data"),
         (("--data", "/usr"), "/usr: is a folder; name a .npz file in it"),

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from broker.aggregate import check_strategy, strategy_names
+from broker.charter import SECURE
 from broker.job import check_prefixes
 from broker.round import STALEST
 from edge.choose import GLOBAL, OWN, TUNED
@@ -34,6 +35,9 @@ from models.width import WIDTHS, unfit
 _SEEDS = 2**31
 # The codecs that send a share of the values.
 _KEEPING = ("sparse", "int2", "ring")
+_UNMASKED = (
+    "secure-aggregation: codec ring, of which the sum is enough; nothing is masked yet, which changes bytes alone"
+)
 # What a terminal shows after the last round.
 _THEN = "\ntunes at each plant; then trains each plant alone, and all data in one place: twice as many steps again\n"
 
@@ -52,6 +56,7 @@ class Scenario(NamedTuple):
     mode: str | None = None
     stale: int = 0
     width: str = "1"
+    privacy: str | None = None
 
     def task(self, text: str, place: str) -> tuple[str, Task]:
         """The task as this scenario runs it."""
@@ -61,10 +66,21 @@ class Scenario(NamedTuple):
         check_fit(task, TomlFile(place, written), self.data)
         chosen = {key: getattr(self, key) for key in ("codec", "keep", "strategy", "downlink", "mode")}
         said = {key: value for key, value in chosen.items() if value is not None}
+        if self.privacy == SECURE:
+            if self.codec not in {None, "ring"}:
+                remedy = "leave it out, or write --codec ring"
+                raise UserError("--codec", 0, "", f"{self.codec} shows each update", remedy)
+            said["codec"] = "ring"
         rules = msgspec.structs.replace(task.round, rounds=self.rounds, **said)
         if self.strategy is not None and self.strategy not in strategy_names():
             remedy = f"write one of: {', '.join(strategy_names())}"
             raise UserError("--strategy", 0, "", f"no strategy {self.strategy!r}", remedy)
+        if rules.codec == "ring" and rules.mode == "async":
+            remedy = "write --mode sync, or another --codec"
+            raise UserError("--codec", 0, "", "sums in a ring are of one round", remedy)
+        if rules.codec == "ring" and rules.weigh != "samples":
+            remedy = f'write weigh = "samples" in {place}, or another --codec'
+            raise UserError("--codec", 0, "", "in a ring gateways weigh themselves", remedy)
         if not 0 <= self.stale <= STALEST:
             raise UserError("--stale", 0, "", f"{self.stale} versions", f"write 0 to {STALEST}")
         if self.stale and rules.mode != "async":
@@ -107,6 +123,7 @@ def simulate(scenario: Scenario, text: str, place: str) -> dict[str, Any]:
     file, (text, task) = text, scenario.task(text, place)
     sites = load_sites(task, scenario.data)
     notes = list(remarks(task, scenario.data, sites))
+    notes += [_UNMASKED] if scenario.privacy == SECURE else []
     for note in notes:
         print(f"tundish: {scenario.data}: {note}", file=sys.stderr)
     widths = scenario.widths(task, [site.name for site in sites])
@@ -181,7 +198,7 @@ def main(args: argparse.Namespace) -> int:
     text = read_toml(args.task).text
     scenario = Scenario(
         args.data, args.rounds, args.seed, args.dropout, args.codec, args.keep, args.strategy, args.downlink,
-        args.mode, args.stale, args.width,
+        args.mode, args.stale, args.width, args.privacy,
     )  # fmt: skip
     found = simulate(scenario, text, str(args.task))
     if args.plot:
