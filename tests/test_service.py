@@ -343,7 +343,7 @@ async def test_the_share_follows_the_losses_and_a_restart_changes_nothing(
 ) -> None:
     monkeypatch.setattr("broker.rate._FEWEST", 0)
     plant = Plant(tmp_path, broker.url, rounds=9)
-    kept = [50_000, 50_000, 40_000, 50_000]  # back to the first, no wider
+    kept = [25_000, 25_000, 20_000, 25_000]  # back to the first, no wider
     async with gateways(broker.url) as there:
         for number, loss in enumerate((1.0, 0.5, 2.0), 1):
             for g in there:
