@@ -1,12 +1,14 @@
 """Write docs/learning.md: what a federation is worth on recorded data, set by set, and the commands that show it.
 
-    python -m tests.learning --data DIR [--seeds 0,1,2] [--only SET,SET] [--rounds N] [--keep DIR] [--mixed | --exact]
+    python -m tests.learning --data DIR [--seeds 0,1,2] [--only SET,SET] [--rounds N] [--keep DIR]
+        [--mixed | --exact | --sums]
 
 Runs `tundish simulate` on tests/tasks/SET.toml for every set that lies in DIR (DIR/SET/SET.npz), and draws the curves
-into docs/learning-SET.svg. More than an hour and a half on two busy cores for eight sets. With `--mixed` it makes that
-section alone: fleets in which every second plant has half a net, against the same without these plants. With `--exact`
-that one: the same runs with updates of float32. `--keep` keeps what each run prints, and takes it from there as long as
-no line of the code or of the task has changed: what was cut off goes on, and no section runs again what another ran.
+into docs/learning-SET.svg. About an hour on two cores for eight sets. With `--mixed` it makes that section alone:
+fleets in which every second plant has half a net, against the same without these plants. With `--exact` that one: the
+same runs with updates of float32; with `--sums` the one on updates of which the sum is enough. `--keep` keeps what each
+run prints, and takes it from there as long as no line of the code or of the task has changed: what was cut off goes on,
+and no section runs again what another ran.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -176,8 +179,22 @@ def page(found: dict[str, list[dict[str, Any]]]) -> str:
 _STEPS, _TURNS = 16, 5
 _PARTS = ("small", "final", 1), ("alone", "silo_own", 1), ("others", "final", 0)
 Figures = dict[str, float | None]
-_MIXED, _EXACT = "## Mixed fleets", "## Sparse against float32"
-_ENDS = {_MIXED: "<!-- mixed fleets end here -->", _EXACT: "<!-- float32 ends here -->"}
+_MIXED, _EXACT, _SUMS = "## Mixed fleets", "## Sparse against float32", "## Sums alone against float32"
+_ENDS = {
+    _MIXED: "<!-- mixed fleets end here -->",
+    _EXACT: "<!-- float32 ends here -->",
+    _SUMS: "<!-- sums end here -->",
+}
+_FLOAT32, _SECURE = ("--codec", "float32"), ("--privacy", "secure-aggregation")
+_MADE = {
+    _EXACT: """\
+Made by `python -m tests.learning --exact`: the same runs, and with `--codec float32` by the same seeds.
+`lost` is what `final` loses by the sparse codec: points of 100, of an rmse per cent; below 0 it gains.
+The ratio is of four bytes a value to whole signed messages.""",
+    _SUMS: """\
+Made by `python -m tests.learning --sums`: runs with `--privacy secure-aggregation`, in which the sum of the updates is
+enough, against `--codec float32` by the same seeds. Nothing masks an update yet. `lost` and the ratio as above.""",
+}
 
 
 def mixed(found: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]], commands: dict[str, str]) -> str:
@@ -267,14 +284,12 @@ def with_sections(page_: str, sections: dict[str, str]) -> str:
     return "".join([f"{head}\n", *(f"{text}\n\n" for text in sections.values() if text), mark.lstrip("\n"), rest])
 
 
-def exact(found: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]], rounds: int) -> str:
-    """The section on what compression costs, from runs as they are and with float32, by set and seed."""
+def exact(found: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]], rounds: int, title: str = _EXACT) -> str:
+    """A section on what compression costs, from runs with it and with float32, by set and seed."""
+    coded, options = ("sparse", _FLOAT32) if title == _EXACT else ("sums", _SECURE)
     lines = [
-        _EXACT, "",
-        "Made by `python -m tests.learning --exact`: the same runs, and with `--codec float32` by the same seeds.",
-        "`lost` is what `final` loses by the sparse codec: points of 100, of an rmse per cent; below 0 it gains.",
-        "The ratio is of four bytes a value to whole signed messages.", "",
-        "| set | metric | `final`, float32 | `final`, sparse | lost | by seed | bytes an update | ratio |",
+        title, "", _MADE[title], "",
+        f"| set | metric | `final`, float32 | `final`, {coded} | lost | by seed | bytes an update | ratio |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, pairs in found.items():
@@ -285,8 +300,8 @@ def exact(found: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]], rounds:
         sent, ratio = (mean(one[key] for one, _ in pairs) for key in ("bytes_up_per_update", "ratio_up"))
         figures = f"{plain:.4g} | {sparse:.4g} | {mean(lost):+.1f}{error} | {by_seed} | {sent:.0f} | {ratio:.0f}"
         lines.append(f"| {name} | {metric} | {figures} |")
-    command = f"`tundish {' '.join(_arguments('SET', 'SET.npz', 'SEED', rounds))} --codec float32`"
-    lines += ["", command, "", _ENDS[_EXACT]]
+    command = f"`tundish {' '.join([*_arguments('SET', 'SET.npz', 'SEED', rounds), *options])}`"
+    lines += ["", command, "", _ENDS[title]]
     return "\n".join(lines)
 
 
@@ -309,9 +324,11 @@ def run_mixed(names: list[str], runs: Runs, seeds: list[int]) -> str:
     return mixed(found, commands)
 
 
-def run_exact(name: str, runs: Runs, seeds: list[int]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Run one set as it is and with float32, by seed."""
-    return [(runs.run(name, n), runs.run(name, n, "--codec", "float32")) for n in seeds]
+def run_exact(
+    name: str, runs: Runs, seeds: list[int], options: Sequence[str]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Run one set with these options and with float32, by seed."""
+    return [(runs.run(name, n, *options), runs.run(name, n, *_FLOAT32)) for n in seeds]
 
 
 def main() -> int:
@@ -325,6 +342,7 @@ def main() -> int:
     section = parser.add_mutually_exclusive_group()
     section.add_argument("--mixed", action="store_true", help="the section on mixed fleets alone")
     section.add_argument("--exact", action="store_true", help="the section on updates of float32 alone")
+    section.add_argument("--sums", action="store_true", help="the section on updates of which the sum is enough alone")
     args = parser.parse_args()
     runs = Runs(args.data, args.rounds, args.keep)
     if args.keep is not None:
@@ -341,9 +359,9 @@ def main() -> int:
         raise SystemExit(f"no recorded data in {args.data}")
     if args.mixed:
         sections[_MIXED] = run_mixed(there, runs, seeds)
-    elif args.exact:
-        pairs = {name: run_exact(name, runs, seeds) for name in there}
-        sections[_EXACT] = exact(pairs, args.rounds)
+    elif args.exact or args.sums:
+        title, options = (_EXACT, ()) if args.exact else (_SUMS, _SECURE)
+        sections[title] = exact({name: run_exact(name, runs, seeds, options) for name in there}, args.rounds, title)
     else:
         found: dict[str, list[dict[str, Any]]] = {}
         for name in there:

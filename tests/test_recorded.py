@@ -70,8 +70,8 @@ def test_the_page_of_figures_says_where_a_set_misses() -> None:
 
 def test_sections_that_are_made_by_themselves_stay_when_the_page_is_made_anew() -> None:
     page = "# What\n\ntable\n\n## one\n\ntext\n"
-    mixed, exact = (f"{title}\n\nx\n\n{end}" for title, end in learning._ENDS.items())
-    titles = list(learning._ENDS)
+    titles = list(learning._ENDS)[:2]
+    mixed, exact = (f"{title}\n\nx\n\n{learning._ENDS[title]}" for title in titles)
     both = learning.with_sections(page, dict(zip(titles, (mixed, exact), strict=True)))
     assert both == f"# What\n\ntable\n\n{mixed}\n\n{exact}\n\n## one\n\ntext\n"
     assert [learning.kept(both, title) for title in titles] == [mixed, exact]
@@ -87,6 +87,10 @@ def test_what_compression_costs_is_told_in_points_and_of_an_rmse_in_per_cent() -
     text = learning.exact({"tiles": pairs, "nox": rmse}, 24)
     assert "| tiles | auroc | 0.81 | 0.81 | +0.0 ± 1.0 | +1.0, -1.0 | 500 | 100 |" in text
     assert "| nox | rmse | 5 | 5.5 | +10.0 | +10.0 | 500 | 100 |" in text
+    assert "--json --codec float32`" in text
+    text = learning.exact({"tiles": pairs}, 24, learning._SUMS)
+    assert "| tiles | auroc | 0.81 | 0.81 | +0.0 ± 1.0 | +1.0, -1.0 | 500 | 100 |" in text
+    assert "--json --privacy secure-aggregation`" in text
 
 
 def test_pictures_are_learnt_and_judged_by_auroc(tmp_path: Path) -> None:
