@@ -30,6 +30,8 @@ def parse_tags(source: str, path: str, text: str) -> Iterable[Tag]:
         if any(cell.strip() for cell in cells[len(header) :]):
             problem = f"{len(cells)} cells, the first line names {len(header)}"
             remedy = "put a cell with a comma in quotes; write 0.1, not 0,1"
+            if semicolons:
+                remedy = 'put a cell with a semicolon in quotes, as "ns=2;s=Spindle.Temp"'
             raise UserError(path, reader.line_num, "", problem, remedy)
         tag = _tag(source, path, reader.line_num, row, decimal_comma=semicolons)
         if tag.name in seen:

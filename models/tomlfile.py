@@ -119,7 +119,8 @@ class TomlFile:
             remedy = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
             return self.error([*path, field[1]], "unknown key", remedy)
         if "missing required field" in what and field:
-            return self.error([*path, field[1]], "missing", f"add a line {field[1]} = … there")
+            path.append(field[1])
+            return self.error(path, "missing", _added(path, _type_at(type_, path)))
         choices = _type_at(type_, path)
         if isinstance(choices, msgspec.inspect.LiteralType):
             words = ", ".join(json.dumps(value) for value in choices.values)
@@ -159,6 +160,16 @@ class TomlFile:
     def _known(self, type_: Any, path: Sequence[str | int]) -> list[str]:
         info = _type_at(type_, path)
         return [f.encode_name for f in info.fields] if isinstance(info, msgspec.inspect.StructType) else []
+
+
+def _added(path: Sequence[str | int], info: msgspec.inspect.Type | None) -> str:
+    """Say what to write where a key, a table or the first of many tables is missing."""
+    table = ".".join(part for part in path if isinstance(part, str))
+    if isinstance(info, msgspec.inspect.StructType):
+        return f"add a table [{table}]"
+    if isinstance(getattr(info, "item_type", None), msgspec.inspect.StructType):
+        return f"add a table [[{table}]]"
+    return f"add a line {path[-1]} = … there"
 
 
 def _in_words(types: str) -> str:

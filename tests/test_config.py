@@ -170,7 +170,7 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
     ),
     "missing key": ('path = "acme/lyon/press/line4/cell2"\n', "", 1, "gateway.path", "missing", "add a line path = "),
     "missing key of a source": ('name = "drive"\n', "", 14, "source[1].name", "missing", 'write name = "…"'),
-    "missing table": ('[mqtt]\nurl = "mqtt://127.0.0.1:1883"\n', "", 1, "mqtt", "missing", "add a line mqtt = "),
+    "missing table": ('[mqtt]\nurl = "mqtt://127.0.0.1:1883"\n', "", 1, "mqtt", "missing", "add a table [mqtt]"),
     "missing tags file": (
         '"drive.csv"',
         '"drives.csv"',
@@ -426,6 +426,21 @@ def test_a_file_that_excel_saved(gateway: Path) -> None:
     temp = tags["plc1/Spindle.Temp"]
     assert (temp.scale, temp.offset, temp.unit, temp.address) == (0.1, -40.5, "degC", "nsu=urn:plant;s=Spindle.Temp")
     assert [t.line for t in tags.values()] == [2, 3, 4, 5, 2]
+
+
+@pytest.mark.parametrize(
+    ("columns", "remedy"),
+    [
+        ("tag;address", "put a cell with a semicolon in quotes"),
+        ("tag;address;type;unit", "or ns=2;i=1001, in quotes where semicolons part the cells"),
+    ],
+)
+def test_a_node_without_quotes_between_semicolons(gateway: Path, columns: str, remedy: str) -> None:
+    file = gateway.parent / "plc1.csv"
+    file.write_text(f"{columns}\nSpindle.Temp;nsu=urn:plant;s=Spindle.Temp\n")
+    error = refused(gateway)
+    assert (error.place, error.line) == (str(file), 2)
+    assert remedy in str(error)
 
 
 def test_files_that_are_no_text(gateway: Path) -> None:

@@ -90,7 +90,7 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
         1,
         "window",
         "missing",
-        "add a line window = ",
+        "add a table [window]",
     ),
     "wrong type": (
         "length = 30",

@@ -21,6 +21,8 @@ def parse_address(tag: Tag) -> tuple[str | None, ua.NodeId]:
     parsed = parse_node(tag.address)
     if parsed is None:
         remedy = "write nsu=urn:plant;s=Spindle.Temp, ns=2;s=Spindle.Temp or ns=2;i=1001"
+        if tag.address.startswith(("ns=", "nsu=")) and ";" not in tag.address:
+            remedy += ", in quotes where semicolons part the cells"
         raise UserError(tag.file, tag.line, "address", f"{tag.address!r} is not an OPC UA node", remedy)
     return parsed
 
