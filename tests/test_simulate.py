@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from edge.choose import average, choose, mixed, trust, worst
 from edge.cli import main
 from edge.lab.recorded import read_recorded
 from edge.lab.simulate import _UNMASKED
+from edge.lab.simulated import _noise
 from edge.lab.sites import complete_task, load_sites, remarks
 from models.errors import UserError
 from models.spec import parse_task
@@ -329,6 +331,65 @@ def test_a_plant_of_a_handful_of_samples_takes_part(tmp_path: Path, kind: str) -
     found = figures(tmp_path, data, "--rounds", "2")
     assert found["plants"][0]["windows"] == 1
     assert "with too few samples for a holdout, and so without a choice: 0" in found["notes"]
+
+
+def constant(arrays: dict[str, Any]) -> None:
+    arrays["x_train"][arrays["client_train"] == 1, 3] = 4.0
+
+
+def missing(arrays: dict[str, Any]) -> None:
+    arrays["x_train"][arrays["client_train"] == 2, 4] = np.nan
+
+
+def one_class(arrays: dict[str, Any]) -> None:
+    for part in ("train", "test"):
+        arrays[f"y_{part}"][arrays[f"client_{part}"] == 0] = 1
+
+
+def floats(arrays: dict[str, Any]) -> None:
+    arrays["y_train"] = arrays["y_train"].astype(np.float32)
+    arrays["y_train"][:4] = np.nan
+
+
+def few(arrays: dict[str, Any]) -> None:
+    arrays["client_train"][10:80] = 1
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (constant, ["always the same, though not at most others: x3 at 1"]),
+        (missing, ["without a value: x4 at 2"]),
+        (
+            one_class,
+            [f"{what} one class alone, which is easily right: 0" for what in ("trains on", "is tested on")],
+        ),
+        (floats, ['labels are whole numbers, 0 to 1, and estimated as numbers; of classes, write kind = "classif']),
+        (few, ["fewer than min_windows = 64 samples to train on, for which a gateway would wait: 0 (8)"]),
+    ],
+)
+def test_what_decides_a_trial_is_said_of_the_data(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], told: list[str]
+) -> None:
+    data = rewritten(rows(tmp_path), change)
+    task = parse_task(complete_task(TASK, data))
+    said = list(remarks(task, data, load_sites(task, data)))
+    for line in told:
+        assert any(one.startswith(line) for one in said), said
+
+
+@pytest.mark.parametrize(
+    ("metric", "worth", "tested", "noise"),
+    [
+        ("accuracy", 0.91, 75, True),
+        ("accuracy", 0.91, 100_000, False),
+        ("accuracy", 0.9, 75, False),
+        ("rmse", 1.0, 75, True),
+        ("rmse", 2.0, 75, False),
+    ],
+)
+def test_a_difference_within_the_noise_is_called_so(metric: str, worth: float, tested: int, noise: bool) -> None:  # noqa: FBT001
+    assert bool(_noise(metric, worth, 0.9 if metric == "accuracy" else 1.05, tested)) == noise
 
 
 def test_one_plant_alone_is_told_that_it_is(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def plot(title: str, x_name: str, y_name: str, lines: list[Line], *, shade: tupl
     ys = [y for line in lines for _, y in line.points]
     left, right, low, high = min(xs), max(xs) or 1, min(0, *ys), max(ys) * 1.05 or 1
     wide, tall, margin = 760, 300, 56
+    counts = all(x == round(x) for x in xs)  # rounds, or seconds
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = margin + (x - left) / ((right - left) or 1) * (wide - margin - 20)
@@ -81,6 +82,8 @@ def plot(title: str, x_name: str, y_name: str, lines: list[Line], *, shade: tupl
         out.append(f'<line x1="{across}" y1="{down:.1f}" x2="{wide - 20}" y2="{down:.1f}" stroke="#e5e7eb"/>')
         out.append(f'<text x="{across - 6}" y="{down + 4:.1f}" font-size="11" text-anchor="end">{y:.3g}</text>')
         x = left + (right - left) * k / 4
+        if counts:
+            x = float(round(x))
         out.append(f'<text x="{at(x, low)[0]:.1f}" y="{tall - 22}" font-size="11" text-anchor="middle">{x:.3g}</text>')
     for i, line in enumerate(lines):
         colour, dash = _COLOURS[i % len(_COLOURS)], ' stroke-dasharray="6 4"' if line.dashed else ""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from edge.lab.report import STYLE, Line, number, plot
-from models.evaluate import LOWER_IS_BETTER
+from models.evaluate import LOWER_IS_BETTER, not_worse
 
 _COLUMNS = {
     "plant": "plant",
@@ -33,17 +33,29 @@ def _gain(ratio: float | None, what: str) -> str:
     return f"{abs(ratio - 1):.1%} {'better' if ratio > 1 else 'worse'} than {what}"
 
 
+def _noise(metric: str, worth: float, other: float, tested: int) -> str:
+    """Say so where a difference is less than the noise of the windows that it was tested on."""
+    both = worth != other and not_worse(metric, worth, other, tested) and not_worse(metric, other, worth, tested)
+    return f", within the noise of {tested} test windows" if both else ""
+
+
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the figures that a person reads first, the verdict on top."""
     plants = [row for row in found["plants"] if row["final_vs_alone"] is not None]
     worst = min(plants, key=lambda row: row["final_vs_alone"], default=None)
-    less = "less" if found["metric"] in LOWER_IS_BETTER else "more"
+    metric = found["metric"]
+    level = _noise(metric, found["final"], found["silo_own"], sum(row["test_windows"] for row in plants))
+    least = _noise(metric, worst["final"], worst["silo_own"], worst["test_windows"]) if worst else ""
+    less = "less" if metric in LOWER_IS_BETTER else "more"
     update, float32 = found["bytes_up_per_update"], found["float32_bytes"]
     return [
-        ("federation, for a plant", _gain(found["final_vs_alone"], "alone")),
-        ("  for the worst off", f"{_gain(worst['final_vs_alone'], 'alone')} ({worst['plant']})" if worst else "-"),
+        ("federation, for a plant", _gain(found["final_vs_alone"], "alone") + (level if plants else "")),
+        (
+            "  for the worst off",
+            f"{_gain(worst['final_vs_alone'], 'alone')} ({worst['plant']}){least}" if worst else "-",
+        ),
         ("  against all data or alone", _gain(found["final_vs_best"], "the better of both")),
-        (f"{found['metric']} ({less} is better)", f"mean over {len(plants)} plants' own tests"),
+        (f"{metric} ({less} is better)", f"mean over {len(plants)} plants' own tests"),
         ("  final: with federation", number(found["final"])),
         ("  each plant alone", number(found["silo_own"])),
         ("  all data in one place", number(found["centralised"])),
@@ -52,6 +64,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("  alone, on all tests", number(found["silo_all"])),
         ("update", f"{update:,.0f} bytes, float32 {float32:,}: {found['ratio_up']:g} x"),
         ("model step down", f"{found['bytes_down_per_round']:,.0f} bytes: {found['ratio_down']:g} x"),
+        ("kind, net, window", f"{found['kind']}, {found['net']}, {' x '.join(map(str, found['window']))}"),
         ("rounds, parameters, seed", f"{found['rounds']}, {found['parameters']:,}, {found['seed']}"),
         ("took", f"{found['seconds']} s"),
     ]

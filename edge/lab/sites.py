@@ -24,6 +24,11 @@ _RARE = 0.1
 _STRETCH = 20
 # Of a signal with fewer values than this share, a person should hear.
 _FEW = 0.5
+# So many names at the most in a remark.
+_NAMED = 5
+# Labels that count from 0 to less than this are likely to be classes.
+_CLASSES = 20
+_NO_LABELS = np.empty(0, np.float32)
 _NETS = {"rows": "mlp", "series": "tcn", "waveform": "tcn", "picture": "cnn2d"}
 
 
@@ -146,12 +151,14 @@ def remarks(task: Task, data: Path, sites: list[Site]) -> Iterator[str]:
     meant = {*found["client_train"].tolist(), *found["client_test"].tolist()}
     named = "client_names" in found
     yield from _of_plants([name for i, name in enumerate(layout.clients) if named or i in meant], sites)
+    yield from _of_samples(task, sites)
     if task.kind != "anomaly" and (unknown := float(np.mean(~np.isfinite(found["y_train"].astype(np.float64))))):
         yield f"{unknown:.1%} of the samples to train on have no label, and are left out"
-    seen = np.isfinite(np.concatenate([site.train.x for site in sites])).mean((0, 2))
-    for signal, share in zip(task.signal, seen, strict=True):
-        if share < _FEW:
-            yield f"signal {signal.name}: {share:.0%} of its values are numbers"
+    labels = np.unique(np.concatenate([site.train.y for site in sites if site.train.y is not None] or [_NO_LABELS]))
+    if task.kind == "regression" and labels.size <= _CLASSES and np.array_equal(labels, np.arange(labels.size)):
+        text = f"labels are whole numbers, 0 to {labels.size - 1}, and estimated as numbers"
+        yield f'{text}; of classes, write kind = "classification" into the task'
+    yield from _of_signals(task, sites)
     if task.kind == "classification" and task.target:
         told = {int(y) for site in sites if site.train.y is not None for y in np.unique(site.train.y)}
         if none := [name for i, name in enumerate(task.target.classes) if i not in told]:
@@ -167,6 +174,44 @@ def _of_plants(clients: Iterable[str], sites: list[Site]) -> Iterator[str]:
         yield f"without a test, and so in no mean: {', '.join(untested)}"
     if blind := [site.name for site in sites if not len(site.holdout)]:
         yield f"with too few samples for a holdout, and so without a choice: {', '.join(blind)}"
+
+
+def _of_samples(task: Task, sites: list[Site]) -> Iterator[str]:
+    """Say of which plants the figures rest on few samples, or on those of one class."""
+    least = task.training.min_windows
+    if few := [f"{site.name} ({len(site.train)})" for site in sites if len(site.train) < least]:
+        yield f"fewer than min_windows = {least} samples to train on, for which a gateway would wait: {_listed(few)}"
+    if task.kind != "classification":
+        return
+    for what, parts in (
+        ("trains on", [(site.name, site.train) for site in sites]),
+        ("is tested on", [(site.name, site.test) for site in sites]),
+    ):
+        if one := [name for name, part in parts if part.y is not None and np.unique(part.y).size == 1]:
+            yield f"{what} one class alone, which is easily right: {_listed(one)}"
+
+
+def _of_signals(task: Task, sites: list[Site]) -> Iterator[str]:
+    """Say which signals have few values, and which none, or always the same one, at a plant where others' move."""
+    values = [np.moveaxis(site.train.x, 1, 0).reshape(len(task.signal), -1) for site in sites]
+    seen = np.array([np.isfinite(one).mean(1) for one in values])  # (plants, signals)
+    stuck = np.array(
+        [[row[np.isfinite(row)].size > 0 and np.ptp(row[np.isfinite(row)]) == 0 for row in v] for v in values]
+    )
+    whole = np.average(seen, axis=0, weights=[one.shape[1] for one in values])
+    for k, signal in enumerate(task.signal):
+        if whole[k] < _FEW:
+            yield f"signal {signal.name}: {whole[k]:.0%} of its values are numbers"
+    has = seen > 0
+    odd = stuck & (stuck.sum(0) < _FEW * has.sum(0))
+    for which, text in ((~has & has.any(0), "without a value"), (odd, "always the same, though not at most others")):
+        if places := [f"{task.signal[k].name} at {sites[i].name}" for i, k in np.argwhere(which)]:
+            yield f"{text}: {_listed(places)}"
+
+
+def _listed(names: list[str]) -> str:
+    """Write the first few of many."""
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _windows(x: NDArray[Any], layout: DataLayout) -> NDArray[np.float32]:
