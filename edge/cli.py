@@ -308,7 +308,7 @@ def _check(args: argparse.Namespace) -> int:
         return 0
     if args.config is None:
         raise UserError("--config", 0, "", "missing", "write -c gateway.toml")
-    from edge.wiring import unit_notes, unknown_units, wire  # noqa: PLC0415
+    from edge.wiring import unit_notes, unknown_units, wire, wiring_notes  # noqa: PLC0415
     from models.spec import load_task  # noqa: PLC0415
     from models.width import unfit  # noqa: PLC0415
 
@@ -325,6 +325,7 @@ def _check(args: argparse.Namespace) -> int:
         if problem := unfit(task, table.width):
             raise UserError(config.file, 0, f"task.{task.name}.width", problem, "leave it out, or write 1")
         wiring = wire(task, table, config.tags, config.file)
+        notes += wiring_notes(task, table, config.tags, config.sources)
         notes += unit_notes(task, wiring, config.tags)
         checked.add(task.name)
     for name in config.tasks:

@@ -215,11 +215,17 @@ def _size(file: TomlFile, key: list[str | int], text: str) -> int:
         raise file.error(key, str(error), 'write "512MiB" or "2GiB"') from None
 
 
-def _source(file: TomlFile, i: int, table: dict[str, Any], folder: Path) -> Source:
-    """Check one [[source]]: its own keys here, its driver's options against the driver."""
+def _own_keys(file: TomlFile, i: int, table: dict[str, Any]) -> None:
     for key in SOURCE_KEYS:
         if not isinstance(table.get(key), str):
+            if key not in table and (near := difflib.get_close_matches(key, table.keys() - set(SOURCE_KEYS), n=1)):
+                raise file.error(["source", i, near[0]], "unknown key", f"did you mean {key!r}?")
             raise file.error(["source", i, key], "missing, or not a text", f'write {key} = "…"')
+
+
+def _source(file: TomlFile, i: int, table: dict[str, Any], folder: Path) -> Source:
+    """Check one [[source]]: its own keys here, its driver's options against the driver."""
+    _own_keys(file, i, table)
     drivers = registry.driver_names()
     if table["driver"] not in drivers:
         raise file.error(

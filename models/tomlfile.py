@@ -72,8 +72,10 @@ def line_of(text: str, path: Sequence[str | int]) -> int:
             here = table + [part.strip("\"'") for part in _PART.findall(match[1])]
         else:
             continue
-        if len(here) > best_depth and list(path[: len(here)]) == here:
-            best, best_depth = number, len(here)
+        # A table that only its own tables write out begins with the first of these.
+        common = here[: len(path)]
+        if len(common) > best_depth and list(path[: len(common)]) == common:
+            best, best_depth = number, len(common)
     return best
 
 

@@ -11,7 +11,7 @@ from edge.cli import main
 from edge.config import Config, TaskTable, load_config, profile_path, state_folder
 from edge.tags import Health
 from edge.window import Condition
-from edge.wiring import unit_notes, wire
+from edge.wiring import unit_notes, wire, wiring_notes
 from models.errors import UserError
 from models.spec import Task, parse_task
 
@@ -169,6 +169,15 @@ MISTAKES: dict[str, tuple[str, str, int, str, str, str]] = {
         "write one that is",
     ),
     "missing key": ('path = "acme/lyon/press/line4/cell2"\n', "", 1, "gateway.path", "missing", "add a line path = "),
+    "a wrong key of a source": ('name = "drive"\n', 'nmae = "drive"\n', 15, "source[1].nmae", "unknown key", "'name'"),
+    "a table of a name that is none": (
+        "[task.spindle-wear]",
+        "[tasks.spindle-wear]",
+        21,
+        "tasks",
+        "unknown key",
+        "did you mean 'task'?",
+    ),
     "missing key of a source": ('name = "drive"\n', "", 14, "source[1].name", "missing", 'write name = "…"'),
     "missing table": ('[mqtt]\nurl = "mqtt://127.0.0.1:1883"\n', "", 1, "mqtt", "missing", "add a table [mqtt]"),
     "missing tags file": (
@@ -487,13 +496,26 @@ def test_a_task_that_does_not_fit_the_wiring(gateway: Path) -> None:
     told(
         error, gateway, 0, "task.spindle-wear.signals", "signal 'rpm' is not wired", 'add rpm = "source/tag" (in mm/s)'
     )
+    error = wired(config, TASK.replace('"vib"', '"vibr"'))
+    told(
+        error, gateway, 0, "task.spindle-wear.signals", "'vibr' is not wired", "'vib' is wired, which the task does not"
+    )
+    error = wired(config, TASK.replace('"degC"', '"Celsius"'))
+    told(error, "task spindle-wear", 0, "T24", "unit 'Celsius' is none that is known", "the operator mends it")
     error = wired(config, TASK.replace("length = 30", "length = 16\nwaveform = true"))
-    told(error, plc1, 2, "type", "plc1/Spindle.Temp is a scalar", "the task wants float32[16]")
+    told(
+        error,
+        plc1,
+        2,
+        "type",
+        "is a scalar, and spindle-wear wants float32[16]",
+        "write type float32[16], or another tag",
+    )
     one = TASK[: TASK.index("[[signal]]")] + '[[signal]]\nname = "w"\nunit = "g"\n[target]\nname = "rul"\n'
     error = wired(config, one, w="plc1/Wave")
-    told(error, plc1, 7, "type", "plc1/Wave is float32[16]", "the task wants a scalar")
+    told(error, plc1, 7, "type", "is float32[16], and spindle-wear wants a scalar", "wire a tag of one number")
     error = wired(config, one.replace("length = 30", "length = 17\nwaveform = true"), w="plc1/Wave")
-    told(error, plc1, 7, "type", "plc1/Wave is float32[16]", "the task wants float32[17]")
+    told(error, plc1, 7, "type", "is float32[16], and spindle-wear wants float32[17]", "write type float32[17]")
     fits: Task = parse_task(one.replace("length = 30", "length = 16\nwaveform = true"))
     assert wire(fits, TaskTable(signals={"w": "plc1/Wave"}), config.tags, "x").signals == ("plc1/Wave",)
 
@@ -540,6 +562,23 @@ def test_where_state_is_kept(gateway: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/tundish:/elsewhere")
     assert state_folder(config, None) == Path("/var/lib/tundish")
     assert state_folder(config, gateway.parent) == gateway.parent
+
+
+def test_what_a_wiring_allows_and_seldom_means(gateway: Path) -> None:
+    config = load_config(gateway)
+    table = config.tasks["spindle-wear"]
+    assert wiring_notes(parse_task(TASK), table, config.tags, config.sources) == []
+    odd = msgspec.structs.replace(
+        table, signals={**table.signals, "foo": "plc1/RUL"}, target=None, segment="plc1/Spindle.Temp"
+    )
+    fast = msgspec.structs.replace(config.sources[0], options={"speed": 60.0})
+    told = wiring_notes(parse_task(f'{TASK}classes = ["a", "b"]\n'), odd, config.tags, [fast])
+    assert [note.partition(": ")[2][:24] for note in told] == [
+        "wired, and none of its s", "no target is wired, so t", "its target has classes, ", "segment plc1/Spindle.Tem",
+        "its times pass 60 times ",
+    ]  # fmt: skip
+    recorded = msgspec.structs.replace(fast, options={"speed": 60.0, "times": "recorded"})
+    assert wiring_notes(parse_task(TASK), table, config.tags, [recorded]) == []
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
