@@ -266,6 +266,9 @@ def _of_task(name: str, task: dict[str, Any], status: dict[str, Any]) -> list[st
         said = f"{counted(rounds['closed'], 'round')}, {rounds['voted_down']} voted down"
         whom = f"version {last['version']}, by {last['against']} of {counted(last['votes'], 'gateway')}"
         lines.append(f"    {said}; last: {whom}")
+    there = sum(gateway["online"] for gateway in task["gateways"].values())
+    if task["state"] == "waiting" and there < task["min_gateways"]:
+        lines.append(f"    begins with {task['min_gateways']} gateways online (min_gateways); now {there}")
     if task["state"] == "open":
         due = _clock(task["deadline_ms"])
         lines.append(f"    counted {len(task['counted'])} of at least {task['min_gateways']}, deadline {due}")

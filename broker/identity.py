@@ -34,9 +34,12 @@ def folder(state: Path) -> Path:
 
 def init(args: argparse.Namespace, config: FederationConfig, state: Path) -> int:
     """Make the authority; say what comes next."""
+    there = endpoint(config.mqtt.url).host
+    hosts = args.host or ["localhost" if is_loopback(there) else there]
     with blame_disk(folder(state)):
-        made = Authority.create(folder(state.resolve()), config.name, args.host or ["localhost"])
+        made = Authority.create(folder(state.resolve()), config.name, hosts)
     print(f"the authority of {config.name} is {made.folder / 'ca.pem'}; its key {made.folder / 'ca.key'} stays here")
+    print(f"the MQTT broker's certificate is for {', '.join(hosts)}: gateways reach it by no other name")
     print("[mqtt] of federation.toml:")
     for key, name in (("ca", "ca.pem"), ("cert", f"{AGGREGATOR}.pem"), ("key", f"{AGGREGATOR}.key")):
         print(f'  {key} = "{made.folder / name}"')

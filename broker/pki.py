@@ -70,7 +70,7 @@ class Authority:
     def create(cls, folder: Path, federation: str, hosts: Sequence[str]) -> "Authority":
         """Make the authority, and keys and certificates of broker (for `hosts`) and aggregator; never a second time."""
         if (folder / "ca.key").exists():
-            remedy = "it is made once: every certificate hangs on it; tundish broker acl writes the broker's files"
+            remedy = "it is made once: every certificate hangs on it; as long as none is out, remove it to begin again"
             raise UserError(str(folder), 0, "", "there is an authority already", remedy)
         for host in hosts:
             _general_name(host)

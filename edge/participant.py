@@ -118,6 +118,11 @@ class Participant:
     headcount: Headcount | None = None
     _due: int = field(default=0, repr=False)
 
+    @property
+    def least(self) -> int:
+        """So many windows to train on it waits for."""
+        return max(self.min_windows, self._due)
+
     def handle(self, event: Event) -> list[Action]:
         """Take one event; return what to do, in order."""
         step = TRANSITIONS.get((self.state, type(event)))
@@ -212,7 +217,7 @@ class Participant:
         said = self._say(Answer(plan.round, "joined", "ok", ""))
         if self.stored != (plan.base, plan.base_digest):
             self.state = State.FETCHING
-        elif self.windows < max(self.min_windows, self._due) or may.unless:
+        elif self.windows < self.least or may.unless:
             self.state = State.WAITING
         else:
             self.state, self.started, self.under_ms = State.TRAINING, _named(plan), plan.roster_ms

@@ -389,6 +389,7 @@ class Runner:
             "last_model": self.scoring.kept,
             **self.installer.status,
             "training_waits_for": self.participant.may_train.unless,
+            "windows": {"trainable": self.participant.windows, "wanted": self.participant.least},
             "drift": self.scoring.drift.last,
             "problem": self.problem or self.installer.problem or self.passed,
             "last": live.last if live else {},

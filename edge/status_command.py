@@ -91,6 +91,8 @@ def _print_task(name: str, task: dict[str, Any], *, connected: bool) -> None:
         print(f"           no model has come yet: does a federation publish a task named {name}?")
     if task["state"] == "waiting" and task.get("training_waits_for"):
         print(f"           training may start when {task['training_waits_for']}")
+    if task["state"] == "waiting" and (windows := task.get("windows")) and windows["trainable"] < windows["wanted"]:
+        print(f"           {windows['trainable']} of {windows['wanted']} windows to train on")
     _print_drift(task)
 
 
@@ -176,9 +178,12 @@ def _print_stranger(status: dict[str, Any]) -> None:
         print(f"  REFUSED  the broker lets this gateway say nothing ({refused}): {why}; tried again every minute")
         return
     planned, why = any(task["round"] is not None for task in status["tasks"].values()), ""
-    if not status.get("answered", True) and (status["outbox"] or not planned):
+    listed = (status.get("roster") or {}).get("has_this")
+    if listed and not planned and not status["outbox"]:
+        print("  waits    for a first round: the federation knows this gateway, and begins when enough are online")
+    elif not status.get("answered", True) and (status["outbox"] or not planned):
         why = f"no {'receipt' if status['outbox'] else 'plan'} for this gateway yet"
-    if not (status.get("roster") or {}).get("has_this", True):
+    if listed is False:
         why = "the federation does not know this gateway"
     if why:
         enrol = f"tundish broker enrol -c federation.toml --path {status['path']} --key {status['public_key']}"

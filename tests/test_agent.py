@@ -275,6 +275,7 @@ def test_an_update_in_the_outbox_outlives_kill_9_and_an_empty_broker(
         for process in (*p.stage.plcs, p.stage.aggregator, p.gateway):
             process.start()
         p.until(lambda: p.task().get("state") in {"waiting", "training"})
+        assert p.task()["windows"]["wanted"] == 10
         p.stage.aggregator.kill()  # nobody is there to send a receipt
         p.until(lambda: p.status()["outbox"] == 1)
         main(["edge", "status", "--state", str(p.stage.gateway_state(0))])

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from broker.cli import _of_task
 from broker.cli import main as broker_main
 from broker.journal import Journal
 from broker.status import STATUS_FILE
@@ -86,6 +87,29 @@ def test_status_has_a_sentence_for_each_word_of_a_task(capsys: pytest.CaptureFix
         f"{said}{together}, round 4 declined: too few windows",
         f"{said}no model yet, no round yet",
     ]
+
+
+def test_status_says_what_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    task = {"scored": 9, "model": 0, "scoring_kind": None, "scoring_model": 0, "round": 1, "answer": "joined"}
+    task |= {"problem": "", "state": "waiting"}
+    for trainable in (58, 64):
+        now = task | {"windows": {"trainable": trainable, "wanted": 64}}
+        status_command._print_task("wear", now, connected=True)
+        assert ("58 of 64 windows to train on" in capsys.readouterr().out) == (trainable == 58)
+    gateway = {"path": "a/b/c/d/e", "public_key": "ab" * 32, "outbox": 0, "answered": False}
+    gateway |= {"mqtt": {"connected": True}, "tasks": {"wear": {"round": None}}}
+    said = []
+    for roster in (None, {"has_this": True}, {"has_this": False}):
+        status_command._print_stranger(gateway | {"roster": roster})
+        said.append(capsys.readouterr().out.split(":")[0])
+    assert said == ["  ENROL    no plan for this gateway yet", "  waits    for a first round",
+                    "  ENROL    the federation does not know this gateway"]  # fmt: skip
+    there = {"online": True, "round": 0, "verdict": "", "reason": ""}
+    federation = {"round": 0, "state": "waiting", "version": 0, "min_gateways": 3, "vote": None}
+    lines = _of_task("wear", federation | {"gateways": {"a/b/c/d/e": there}}, {})
+    assert "    begins with 3 gateways online (min_gateways); now 1" in lines
+    enough = _of_task("wear", federation | {"gateways": dict.fromkeys("123", there)}, {})
+    assert not any("begins with" in line for line in enough)
 
 
 def test_version_is_the_software_that_a_birth_names(capsys: pytest.CaptureFixture[str]) -> None:

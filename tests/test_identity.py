@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import ssl
@@ -168,6 +169,21 @@ def test_an_authority_is_made_once_and_its_keys_are_the_owners_alone(operator: O
     assert names.get_values_for_type(x509.DNSName) == ["localhost"]
     with pytest.raises(UserError, match="tundish broker init"):
         Authority(pki / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("url", "host"), [("mqtts://mqtt.acme.example:8883", "mqtt.acme.example"), ("mqtt://127.0.0.1:1883", "localhost")]
+)
+def test_the_brokers_certificate_is_for_the_name_that_federation_toml_has(
+    tmp_path: Path, url: str, host: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Operator(tmp_path)
+    made.config.write_text(re.sub(r'url = "mqtts?://[^"]*"', f'url = "{url}"', made.config.read_text()))
+    assert made.run("init") == 0
+    assert f"certificate is for {host}: gateways reach it by no other name" in capsys.readouterr().out
+    shown = x509.load_pem_x509_certificate((made.state / "pki" / "broker.pem").read_bytes())
+    names = shown.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == [host]
 
 
 def test_a_name_comes_from_the_operator_and_never_from_the_request(operator: Operator) -> None:
