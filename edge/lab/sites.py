@@ -162,7 +162,8 @@ def remarks(task: Task, data: Path, sites: list[Site]) -> Iterator[str]:
     if task.kind == "classification" and task.target:
         told = {int(y) for site in sites if site.train.y is not None for y in np.unique(site.train.y)}
         if none := [name for i, name in enumerate(task.target.classes) if i not in told]:
-            yield f"no plant has a sample to train on of: {', '.join(none)}"
+            first = "; classes are numbered from 0" if 0 not in told else ""
+            yield f"no plant has a sample to train on of: {', '.join(none)}{first}"
 
 
 def _of_plants(clients: Iterable[str], sites: list[Site]) -> Iterator[str]:
