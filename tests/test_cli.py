@@ -102,7 +102,7 @@ def test_status_says_what_is_waited_for(capsys: pytest.CaptureFixture[str]) -> N
     for roster in (None, {"has_this": True}, {"has_this": False}):
         status_command._print_stranger(gateway | {"roster": roster})
         said.append(capsys.readouterr().out.split(":")[0])
-    assert said == ["  ENROL    no plan for this gateway yet", "  waits    for a first round",
+    assert said == ["  ENROL    no plan for this gateway yet", "  waits    for a round",
                     "  ENROL    the federation does not know this gateway"]  # fmt: skip
     there = {"online": True, "round": 0, "verdict": "", "reason": ""}
     federation = {"round": 0, "state": "waiting", "version": 0, "min_gateways": 3, "vote": None}
