@@ -180,7 +180,7 @@ def _print_stranger(status: dict[str, Any]) -> None:
     planned, why = any(task["round"] is not None for task in status["tasks"].values()), ""
     listed = (status.get("roster") or {}).get("has_this")
     if listed and not planned and status["tasks"] and not status["outbox"]:
-        print("  waits    for a round: the federation knows this gateway; one opens once it is due and enough are online")
+        print("  waits    for a round: the federation knows this gateway; one opens when due, with enough online")
     elif not status.get("answered", True) and (status["outbox"] or not planned):
         why = f"no {'receipt' if status['outbox'] else 'plan'} for this gateway yet"
     if listed is False:
