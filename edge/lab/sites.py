@@ -155,7 +155,7 @@ def remarks(task: Task, data: Path, sites: list[Site]) -> Iterator[str]:
     if task.kind != "anomaly" and (unknown := float(np.mean(~np.isfinite(found["y_train"].astype(np.float64))))):
         yield f"{unknown:.1%} of the samples to train on have no label, and are left out"
     labels = np.unique(np.concatenate([site.train.y for site in sites if site.train.y is not None] or [_NO_LABELS]))
-    if task.kind == "regression" and labels.size <= _CLASSES and np.array_equal(labels, np.arange(labels.size)):
+    if task.kind == "regression" and 1 < labels.size <= _CLASSES and np.array_equal(labels, np.arange(labels.size)):
         text = f"labels are whole numbers, 0 to {labels.size - 1}, and estimated as numbers"
         yield f'{text}; of classes, write kind = "classification" into the task'
     yield from _of_signals(task, sites)
